@@ -1,0 +1,1 @@
+"""Pure decisions and bookkeeping: no thread, clock, file, log or tensor."""

