@@ -37,6 +37,9 @@ class Payload(Protocol):
     """The KV bytes of a run of tokens over all layers. Opaque to everyone but the generator."""
 
     @property
+    def num_tokens(self) -> int: ...
+
+    @property
     def nbytes(self) -> int: ...
 
 
@@ -74,6 +77,10 @@ class BatchGenerator(Protocol):
     that it named may hold anything beyond the `num_tokens` they had before.
     """
 
+    def slab_bytes(self, capacity_tokens: int) -> int:
+        """What a slab of that capacity will occupy (padding included)."""
+        ...
+
     def new_slab(self, capacity_tokens: int) -> Slab:
         """An empty slab. `capacity_tokens` is a multiple of the block."""
         ...
@@ -90,12 +97,27 @@ class BatchGenerator(Protocol):
         """A copy of the KV of the positions [start, stop)."""
         ...
 
+    def dismantle(self, slab: Slab, spans: Sequence[tuple[int, int]]) -> list[Payload]:
+        """Extract the spans [start, stop) and free the slab, layer by layer.
+
+        The peak above the larger of slab and payloads is one layer; the slab must not be used
+        again.
+        """
+        ...
+
     def reconstruct(self, slab: Slab, payloads: Sequence[Payload]) -> None:
         """Append copies of the payloads' KV, in order, behind what the slab holds."""
         ...
 
-    def copy_prefix(self, source: Slab, target: Slab, num_tokens: int) -> None:
-        """Make `target` hold [0, num_tokens) where it ended before that. `source` is unchanged."""
+    def copy_span(self, source: Slab, target: Slab, start: int, stop: int) -> None:
+        """Append the KV of [start, stop) of `source` to `target`, which ends at `start`.
+
+        `source` may be in an open row; it is unchanged.
+        """
+        ...
+
+    def cut(self, payload: Payload, num_tokens: int) -> Payload:
+        """A copy of the first `num_tokens` of a payload."""
         ...
 
     def open_row(self, row: RowId, slab: Slab) -> None:

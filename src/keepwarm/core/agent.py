@@ -1,0 +1,82 @@
+"""AgentBlocks: what a line holds of its KV, and where."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from keepwarm.core.block import Block, LineId
+from keepwarm.core.errors import InvariantBroken
+from keepwarm.core.layout import BLOCK_TOKENS
+from keepwarm.core.pool import Allocation
+from keepwarm.core.ports import Payload, Slab
+
+
+class Tier(StrEnum):
+    """Where a line's KV is: in a slab, in blocks in RAM, or nowhere (it must be prefilled)."""
+
+    HOT = "hot"
+    WARM = "warm"
+    NONE = "none"
+
+
+@dataclass(slots=True, eq=False)
+class AgentBlocks:
+    """A line's block table: ordered blocks, tail and the exact token ids that they hold.
+
+    Hot: `slab` holds the KV of all `token_ids`, and `blocks` names its whole blocks. Warm: `blocks`
+    and then `tail` hold it. While a hot line is being restored, `blocks` runs ahead of the slab.
+    """
+
+    line: LineId
+    token_ids: list[int] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
+    slab: Slab | None = None
+    slab_allocation: Allocation | None = None
+    tail: Payload | None = None
+    tail_allocation: Allocation | None = None
+    last_used: int = 0
+    busy: bool = False
+    pinned: bool = False
+
+    @property
+    def tier(self) -> Tier:
+        if self.slab is not None:
+            return Tier.HOT
+        return Tier.WARM if self.blocks or self.tail is not None else Tier.NONE
+
+    @property
+    def num_tokens(self) -> int:
+        """How many leading tokens have KV here, in the slab or in blocks and tail."""
+        if self.slab is not None:
+            return self.slab.num_tokens
+        return len(self.blocks) * BLOCK_TOKENS + (self.tail.num_tokens if self.tail else 0)
+
+    @property
+    def evictable(self) -> bool:
+        return not (self.busy or self.pinned)
+
+    def check(self) -> None:
+        """The table agrees with itself."""
+        if len(self.token_ids) != self.num_tokens:
+            raise InvariantBroken(
+                f"line {self.line}: {len(self.token_ids)} ids for {self.num_tokens} tokens of KV"
+            )
+        if (self.slab is None) != (self.slab_allocation is None):
+            raise InvariantBroken(f"line {self.line}: a slab without bytes, or the reverse")
+        if (self.tail is None) != (self.tail_allocation is None):
+            raise InvariantBroken(f"line {self.line}: a tail without bytes, or the reverse")
+        if self.slab is not None and self.tail is not None:
+            raise InvariantBroken(f"line {self.line}: a slab and a tail at once")
+        self._check_table(self.blocks)
+
+    def _check_table(self, blocks: Sequence[Block]) -> None:
+        for depth, block in enumerate(blocks):
+            if block.depth != depth or self.line not in block.owners:
+                raise InvariantBroken(f"line {self.line}: {block} is not its block {depth}")
+        if self.slab is not None:
+            in_slab = self.slab.num_tokens // BLOCK_TOKENS
+            held = [block for block in blocks if self.line in block.slabs]
+            if held != blocks[:in_slab]:
+                raise InvariantBroken(
+                    f"line {self.line}: its slab holds {in_slab} blocks, the index says {len(held)}"
+                )

@@ -1,0 +1,68 @@
+"""Blocks: 256 tokens of KV over all layers, named by what went into them."""
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NewType
+
+from keepwarm.core.layout import BLOCK_TOKENS
+from keepwarm.core.pool import Allocation
+from keepwarm.core.ports import Payload
+
+BlockHash = NewType("BlockHash", bytes)
+LineId = NewType("LineId", int)
+
+EXACT = "exact"
+
+
+def root_hash(*, fingerprint: str, lineage: str = EXACT, namespace: str = "") -> BlockHash:
+    """The parent of every first block. Other weights, lineages or namespaces share nothing."""
+    parts = (fingerprint, lineage, namespace)
+    framed = b"".join(len(p.encode()).to_bytes(4, "little") + p.encode() for p in parts)
+    return BlockHash(hashlib.sha256(b"keepwarm-block-v1" + framed).digest())
+
+
+def child_hash(parent: BlockHash, token_ids: Sequence[int]) -> BlockHash:
+    """The name of the block that follows `parent` and holds `token_ids`."""
+    return BlockHash(hashlib.sha256(parent + array("I", token_ids).tobytes()).digest())
+
+
+def chain_hashes(
+    root: BlockHash, token_ids: Sequence[int], known: Sequence[BlockHash] = ()
+) -> tuple[BlockHash, ...]:
+    """One hash for each whole block of `token_ids`; `known` are its first ones, computed before."""
+    hashes = list(known[: len(token_ids) // BLOCK_TOKENS])
+    parent = hashes[-1] if hashes else root
+    for start in range(len(hashes) * BLOCK_TOKENS, len(token_ids), BLOCK_TOKENS):
+        ids = token_ids[start : start + BLOCK_TOKENS]
+        if len(ids) == BLOCK_TOKENS:
+            parent = child_hash(parent, ids)
+            hashes.append(parent)
+    return tuple(hashes)
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many leading ids agree."""
+    limit = min(len(a), len(b))
+    for start in range(0, limit, BLOCK_TOKENS):
+        stop = min(start + BLOCK_TOKENS, limit)
+        if a[start:stop] != b[start:stop]:
+            return next(i for i in range(start, stop) if a[i] != b[i])
+    return limit
+
+
+@dataclass(slots=True, eq=False)
+class Block:
+    """One block and where its KV is: a payload of its own, the slabs of hot lines, or both.
+
+    `slabs` are the lines whose slab holds it (at position depth * 256); `owners` are the lines
+    whose block table names it. A line whose slab holds the block owns it.
+    """
+
+    hash: BlockHash
+    depth: int
+    payload: Payload | None = None
+    allocation: Allocation | None = None
+    slabs: set[LineId] = field(default_factory=set)
+    owners: set[LineId] = field(default_factory=set)

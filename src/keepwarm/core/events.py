@@ -1,0 +1,107 @@
+"""What a request tells its client while it runs, the same for every protocol."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from keepwarm.core.agent import Tier
+
+
+class FinishReason(StrEnum):
+    """Why a reply ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+
+
+class Reason(StrEnum):
+    """Why the prompt was not all in the cache."""
+
+    NEW_AGENT = "new_agent"
+    NEW_MESSAGE = "new_message"
+    EDITED = "edited"
+    RETOKENISED = "retokenised"
+    EVICTED = "evicted"
+    SIDE_LINE = "side_line"
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts. `cached_tokens` of the prompt were not computed again."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class CacheReport:
+    """Where the reused KV came from and why the rest was computed.
+
+    `diverged_at` is the first prompt token that was not in the agent's memory; `restored_s` is the
+    time spent copying blocks into the slab.
+    """
+
+    tier: Tier
+    cached_tokens: int
+    prompt_tokens: int
+    diverged_at: int
+    reason: Reason
+    restored_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds since the request arrived; `num_preemptions` of the request on its way."""
+
+    queued_s: float
+    first_token_s: float | None
+    total_s: float
+    num_preemptions: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """So many of the prompt's tokens have their KV."""
+
+    request_id: str
+    agent_id: str | None
+    num_done: int
+    num_total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """Text that is certain, and the tokens that it completes."""
+
+    request_id: str
+    agent_id: str | None
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """The reply, whole; `token_ids` without the stop token."""
+
+    request_id: str
+    agent_id: str | None
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    cache: CacheReport
+    timing: Timing
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The request ended without a whole reply; `error` says why, `text` is what had been sent."""
+
+    request_id: str
+    agent_id: str | None
+    error: Exception
+    text: str
+
+
+Event = Progress | Delta | Completed | Failed

@@ -1,0 +1,167 @@
+"""The engine's decisions, as pure functions over values."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from keepwarm.core.agent import AgentBlocks
+from keepwarm.core.block import Block, LineId
+from keepwarm.core.errors import ConfigError
+from keepwarm.core.layout import BLOCK_TOKENS, capacity_for
+from keepwarm.core.sequence import Sequence as Row
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How the engine schedules.
+
+    max_rows: rows decoding, prefilling or restoring at once. max_waiting: requests queued beyond
+    that. prefill_chunk_tokens: the longest chunk; it ends at a block's end at the latest.
+    idle_prefill_tokens: prefill per step when nobody decodes. max_step_stretch: how many times
+    longer a decode step may become through prefill beside it. reserve_reply_tokens: the part of the
+    reply for which memory is reserved at admission. restore_bytes_per_step: copied into slabs per
+    step while others decode. max_side_lines: per agent. max_anonymous_lines: kept in all.
+    """
+
+    max_rows: int = 16
+    max_waiting: int = 1024
+    prefill_chunk_tokens: int = BLOCK_TOKENS
+    idle_prefill_tokens: int = 2 * BLOCK_TOKENS
+    max_step_stretch: float = 2.5
+    reserve_reply_tokens: int = 2 * BLOCK_TOKENS
+    restore_bytes_per_step: int = 256 << 20
+    max_side_lines: int = 4
+    max_anonymous_lines: int = 64
+
+    def __post_init__(self) -> None:
+        positive = ("max_rows", "max_waiting", "idle_prefill_tokens", "restore_bytes_per_step")
+        for key in positive:
+            if getattr(self, key) < 1:
+                raise ConfigError(key, f"must be at least 1, not {getattr(self, key)}")
+        for key in ("reserve_reply_tokens", "max_side_lines", "max_anonymous_lines"):
+            if getattr(self, key) < 0:
+                raise ConfigError(key, f"must not be negative, as {getattr(self, key)} is")
+        if not 1 <= self.prefill_chunk_tokens <= BLOCK_TOKENS:
+            raise ConfigError("prefill_chunk_tokens", f"must be from 1 to {BLOCK_TOKENS}")
+        if not self.max_step_stretch > 1.0:
+            raise ConfigError("max_step_stretch", "must be above 1")
+
+
+def reserve_capacity(*, num_tokens: int, reply_tokens: int, config: EngineConfig) -> int:
+    """Slab capacity to reserve at admission: the tokens and a stated part of the reply."""
+    return capacity_for(num_tokens + min(reply_tokens, config.reserve_reply_tokens))
+
+
+def grown_capacity(capacity_tokens: int, max_tokens: int) -> int:
+    """The next capacity of a slab that is full: an eighth more, at least a block, at most all.
+
+    Growing copies the slab, so a long row grows by more than a block.
+    """
+    step = max(BLOCK_TOKENS, capacity_for(capacity_tokens // 8))
+    return min(capacity_tokens + step, capacity_for(max_tokens))
+
+
+def least_recently_used(lines: Iterable[AgentBlocks]) -> list[AgentBlocks]:
+    """The evictable lines, the one that has rested longest first."""
+    return sorted((line for line in lines if line.evictable), key=lambda line: line.last_used)
+
+
+@dataclass(frozen=True, slots=True)
+class TailVictim:
+    """A warm line's tail, to be dropped."""
+
+    line: AgentBlocks
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockVictim:
+    """A block's only copy, to be dropped; its owners lose what follows it as well."""
+
+    block: Block
+    nbytes: int
+
+
+Victim = TailVictim | BlockVictim
+
+
+def choose_victims(
+    lines: Mapping[LineId, AgentBlocks], blocks: Iterable[Block], needed_bytes: int
+) -> list[Victim]:
+    """What to forget to free `needed_bytes`: least recently used first, leaf before prefix.
+
+    A prefix has all the owners of what follows it, so it was used no earlier; among equals the
+    deeper goes first. What a running or pinned line owns, and what a slab holds as well, is left.
+    """
+    aged: list[tuple[int, float, Victim]] = []
+    for line in lines.values():
+        if line.evictable and line.tail is not None:
+            aged.append((line.last_used, -math.inf, TailVictim(line, line.tail.nbytes)))
+    for block in blocks:
+        owners = [lines[owner] for owner in block.owners]
+        if block.payload is not None and not block.slabs and all(o.evictable for o in owners):
+            age = max(owner.last_used for owner in owners)
+            aged.append((age, -block.depth, BlockVictim(block, block.payload.nbytes)))
+    aged.sort(key=lambda item: item[:2])
+    victims: list[Victim] = []
+    freed = 0
+    for _, _, victim in aged:
+        if freed >= needed_bytes:
+            break
+        victims.append(victim)
+        freed += victim.nbytes
+    return victims
+
+
+PASSES_PER_PRIORITY = 16
+"""A waiting request gains one priority each time so many others were admitted before it."""
+
+
+def admission_order(waiting: Iterable[Row]) -> list[Row]:
+    """Highest priority first, then first come; waiting raises the priority, so nobody starves."""
+    return sorted(
+        waiting,
+        key=lambda row: (-(row.priority + row.num_passed_over // PASSES_PER_PRIORITY), row.arrival),
+    )
+
+
+def choose_preempted(running: Sequence[Row]) -> Row | None:
+    """The lowest priority, youngest row; never the oldest, so that something always finishes."""
+    if len(running) < 2:
+        return None
+    oldest = min(running, key=lambda row: row.arrival)
+    return min(
+        (row for row in running if row is not oldest),
+        key=lambda row: (row.priority, -row.arrival),
+    )
+
+
+def next_chunk(row: Row, limit: int) -> list[int]:
+    """The ids to prefill next: at most `limit`, never across the end of a block."""
+    start = row.blocks.num_tokens
+    block_end = start - start % BLOCK_TOKENS + BLOCK_TOKENS
+    return row.token_ids[start : min(start + limit, block_end, row.target_tokens)]
+
+
+@dataclass(slots=True)
+class PrefillThrottle:
+    """How many tokens to prefill beside decode, learnt from how long steps took.
+
+    The time that prefill may add to a step is `(max_step_stretch - 1)` decode steps. The budget is
+    corrected towards that after each step by at most a factor of 1.5, so it follows a prompt that
+    becomes dearer as it gets longer.
+    """
+
+    max_step_stretch: float
+    budget_tokens: float = 24.0
+
+    def observe(self, *, num_tokens: int, prefill_s: float, decode_s: float) -> None:
+        """A step prefilled `num_tokens` in `prefill_s`, after a decode of `decode_s`."""
+        allowed_s = (self.max_step_stretch - 1.0) * decode_s
+        if num_tokens and prefill_s > 0.0:
+            ratio = min(max(allowed_s / prefill_s, 1 / 1.5), 1.5)
+            self.budget_tokens = max(num_tokens * ratio, 1.0)
+
+    @property
+    def num_tokens(self) -> int:
+        return max(int(self.budget_tokens), 1)

@@ -1,0 +1,56 @@
+"""A request on its way through the engine: what it wants and how far it has come."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from keepwarm.core.agent import AgentBlocks, Tier
+from keepwarm.core.ports import RowId, Sampling
+
+
+class Phase(StrEnum):
+    """Where a sequence is. A preempted one waits again, with its reply so far."""
+
+    WAITING = "waiting"
+    RESTORING = "restoring"
+    PREFILLING = "prefilling"
+    DECODING = "decoding"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One request's tokens. All but the last id get KV before the last one is fed to decode."""
+
+    request_id: str
+    agent_id: str | None
+    arrival: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    max_tokens: int
+    sampling: Sampling
+    priority: int
+    blocks: AgentBlocks
+    phase: Phase = Phase.WAITING
+    row: RowId | None = None
+    num_passed_over: int = 0
+    num_preemptions: int = 0
+    cached_tokens: int | None = None
+    tier: Tier = Tier.NONE
+    submitted_s: float = 0.0
+    admitted_s: float | None = None
+    first_token_s: float | None = None
+    restored_s: float = 0.0
+    reply_ids: list[int] = field(default_factory=list)
+
+    @property
+    def target_tokens(self) -> int:
+        """How many tokens must have KV before the next decode."""
+        return len(self.token_ids) - 1
+
+    @property
+    def num_missing(self) -> int:
+        return self.target_tokens - self.blocks.num_tokens
+
+    def append(self, token_id: int) -> None:
+        self.token_ids.append(token_id)
+        self.reply_ids.append(token_id)

@@ -1,0 +1,203 @@
+"""A generator without tensors whose tokens depend on every id before them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from keepwarm.core.errors import InvariantBroken
+from keepwarm.core.layout import CacheLayout, LayerLayout
+from keepwarm.core.ports import Payload, RowId, RowInput, Slab
+
+FAKE_LAYOUT = CacheLayout(layers=(LayerLayout(num_kv_heads=1, key_dim=1, value_dim=1),), dtype="float32")
+
+_MODULUS = (1 << 61) - 1
+
+
+def kv_of(previous: int, token_id: int) -> int:
+    """The fake KV of a token: it depends on the token and, through `previous`, on its prefix."""
+    return (previous * 1_000_003 + token_id + 1) % _MODULUS
+
+
+@dataclass(slots=True, eq=False)
+class FakePayload:
+    """A copy of a run of fake KV."""
+
+    values: tuple[int, ...]
+    token_bytes: int
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.values)
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.values) * self.token_bytes
+
+
+@dataclass(slots=True, eq=False)
+class FakeSlab:
+    """A slab that knows whether it is in a row, was dismantled, and how often it was copied."""
+
+    capacity_tokens: int
+    token_bytes: int
+    values: list[int] = field(default_factory=list)
+    row: RowId | None = None
+    is_gone: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.values)
+
+    @property
+    def nbytes(self) -> int:
+        return self.capacity_tokens * self.token_bytes
+
+
+class GeneratorFault(RuntimeError):
+    """What the fake raises when it was told to fail."""
+
+
+class FakeBatchGenerator:
+    """Implements `BatchGenerator` over integers, strictly: misuse raises InvariantBroken.
+
+    The next token is a function of the KV of all tokens so far, so a wrong, stale or missing piece
+    of cache changes the reply. `script` fixes replies instead: a row's draw n gives script[n].
+    `fail_at` holds the ordinals of prefill and decode calls that raise GeneratorFault half-way.
+    """
+
+    def __init__(
+        self,
+        *,
+        layout: CacheLayout = FAKE_LAYOUT,
+        vocab_size: int = 256,
+        script: Sequence[int] | None = None,
+        fail_at: Sequence[int] = (),
+        deterministic: bool = False,
+    ) -> None:
+        self.deterministic = deterministic
+        self._layout = layout
+        self._vocab_size = vocab_size
+        self._script = script
+        self._fail_at = set(fail_at)
+        self._rows: dict[RowId, FakeSlab] = {}
+        self.num_calls = 0
+        self.num_copied_tokens = 0
+        self.prefilled: list[tuple[RowId, int]] = []
+        self.batch_sizes: list[int] = []
+
+    def slab_bytes(self, capacity_tokens: int) -> int:
+        return self._layout.slab_bytes(capacity_tokens)
+
+    def new_slab(self, capacity_tokens: int) -> Slab:
+        return FakeSlab(capacity_tokens, self._layout.token_bytes)
+
+    def grow_slab(self, slab: Slab, capacity_tokens: int) -> Slab:
+        old = self._outside(slab)
+        if capacity_tokens < old.capacity_tokens:
+            raise InvariantBroken("a slab was grown to less than it had")
+        self.num_copied_tokens += old.num_tokens
+        old.is_gone = True
+        return FakeSlab(capacity_tokens, old.token_bytes, old.values)
+
+    def trim(self, slab: Slab, num_tokens: int) -> None:
+        outside = self._outside(slab)
+        if num_tokens > outside.num_tokens:
+            raise InvariantBroken("a slab was trimmed to more than it holds")
+        del outside.values[num_tokens:]
+
+    def extract(self, slab: Slab, start: int, stop: int) -> Payload:
+        source = self._fake(slab)
+        if not 0 <= start <= stop <= source.num_tokens:
+            raise InvariantBroken(f"[{start}, {stop}) is not within {source.num_tokens} tokens")
+        self.num_copied_tokens += stop - start
+        return FakePayload(tuple(source.values[start:stop]), source.token_bytes)
+
+    def dismantle(self, slab: Slab, spans: Sequence[tuple[int, int]]) -> list[Payload]:
+        payloads = [self.extract(slab, start, stop) for start, stop in spans]
+        self._outside(slab).is_gone = True
+        return payloads
+
+    def reconstruct(self, slab: Slab, payloads: Sequence[Payload]) -> None:
+        target = self._outside(slab)
+        for payload in payloads:
+            if not isinstance(payload, FakePayload):
+                raise InvariantBroken(f"{payload!r} is no payload of this generator")
+            self._append(target, payload.values)
+            self.num_copied_tokens += payload.num_tokens
+
+    def copy_span(self, source: Slab, target: Slab, start: int, stop: int) -> None:
+        payload = self.extract(source, start, stop)
+        if target.num_tokens != start:
+            raise InvariantBroken(f"a span from {start} was copied behind {target.num_tokens}")
+        self.reconstruct(target, [payload])
+        self.num_copied_tokens -= stop - start
+
+    def cut(self, payload: Payload, num_tokens: int) -> Payload:
+        if not isinstance(payload, FakePayload) or num_tokens > payload.num_tokens:
+            raise InvariantBroken(f"{num_tokens} tokens cannot be cut from {payload!r}")
+        return FakePayload(payload.values[:num_tokens], payload.token_bytes)
+
+    def open_row(self, row: RowId, slab: Slab) -> None:
+        outside = self._outside(slab)
+        if row in self._rows:
+            raise InvariantBroken(f"row {row} is open already")
+        outside.row = row
+        self._rows[row] = outside
+
+    def close_row(self, row: RowId) -> Slab:
+        slab = self._rows.pop(row)
+        slab.row = None
+        return slab
+
+    def prefill(self, row: RowId, token_ids: Sequence[int]) -> None:
+        slab = self._rows[row]
+        self._feed(slab, token_ids[: len(token_ids) // 2])
+        self._count_call()
+        self._feed(slab, token_ids[len(token_ids) // 2 :])
+        self.prefilled.append((row, len(token_ids)))
+
+    def decode(self, inputs: Sequence[RowInput]) -> list[int]:
+        half = len(inputs) // 2
+        for item in inputs[:half]:
+            self._feed(self._rows[item.row], [item.token_id])
+        self._count_call()
+        for item in inputs[half:]:
+            self._feed(self._rows[item.row], [item.token_id])
+        self.batch_sizes.append(len(inputs))
+        return [self._sample(item) for item in inputs]
+
+    def _sample(self, item: RowInput) -> int:
+        if self._script is not None:
+            return self._script[item.draw % len(self._script)]
+        state = self._rows[item.row].values[-1]
+        if item.sampling.temperature > 0.0:
+            state = kv_of(state, item.sampling.seed * 65_537 + item.draw)
+        return (state >> 7) % self._vocab_size
+
+    def _feed(self, slab: FakeSlab, token_ids: Sequence[int]) -> None:
+        values: list[int] = []
+        previous = slab.values[-1] if slab.values else 0
+        for token_id in token_ids:
+            previous = kv_of(previous, token_id)
+            values.append(previous)
+        self._append(slab, values)
+
+    def _append(self, slab: FakeSlab, values: Sequence[int]) -> None:
+        if slab.num_tokens + len(values) > slab.capacity_tokens:
+            raise InvariantBroken(f"{slab.num_tokens + len(values)} tokens overflow {slab!r}")
+        slab.values.extend(values)
+
+    def _count_call(self) -> None:
+        self.num_calls += 1
+        if self.num_calls in self._fail_at:
+            raise GeneratorFault(f"call {self.num_calls} was told to fail")
+
+    def _outside(self, slab: Slab) -> FakeSlab:
+        fake = self._fake(slab)
+        if fake.row is not None:
+            raise InvariantBroken(f"the slab of row {fake.row} was touched while the row is open")
+        return fake
+
+    def _fake(self, slab: Slab) -> FakeSlab:
+        if not isinstance(slab, FakeSlab) or slab.is_gone:
+            raise InvariantBroken(f"{slab!r} is not a live slab of this generator")
+        return slab
