@@ -1,0 +1,1 @@
+"""The runtime: one thread owns all of it."""

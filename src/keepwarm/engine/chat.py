@@ -1,0 +1,335 @@
+"""Token-exact continuation: what a line knows of its own text, and how a new prompt continues it.
+
+A line is keyed by the ids that were fed. When the text of a new prompt says again what the line has
+seen or said, the stored ids stand for it, whatever a tokenizer would make of that text today.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import zip_longest
+
+from keepwarm.core.errors import InvalidRequest, InvariantBroken
+from keepwarm.core.ports import Message, Piece
+from keepwarm.engine.output import Reply
+
+Encode = Callable[[str], Sequence[int]]
+
+ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+EXCERPT_CHARACTERS = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A special token, or the text between two special tokens, with the ids as they were fed.
+
+    `text` is what was sent or delivered, never a decoding. It is None where only ids are known.
+    When `is_whole` is false, the ids end before the text does.
+    """
+
+    text: str | None
+    token_ids: tuple[int, ...]
+    is_whole: bool = True
+    is_special: bool = False
+
+    def says(self, piece: Piece) -> bool:
+        """Whether the stored ids may stand for the piece without asking a tokenizer."""
+        if self.is_special:
+            return self.token_ids == (piece.special_id,)
+        return self.is_whole and piece.special_id is None and self.text == piece.text
+
+
+NO_TEXT = Span("", ())
+
+
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """A line's spans: a text, a special token, a text, and so on; first and last is a text.
+
+    A text may be empty. The last one is open: a reply continues it.
+    """
+
+    spans: tuple[Span, ...] = (NO_TEXT,)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return tuple(token_id for span in self.spans for token_id in span.token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(span.token_ids) for span in self.spans)
+
+    def check(self) -> None:
+        """Texts and special tokens take turns."""
+        for position, span in enumerate(self.spans):
+            if span.is_special != bool(position % 2):
+                raise InvariantBroken(f"span {position} of {len(self.spans)} out of turn: {span}")
+        if len(self.spans) % 2 == 0:
+            raise InvariantBroken(f"a transcript of {len(self.spans)} spans has no open text")
+
+
+EMPTY = Transcript()
+
+
+class Reason(StrEnum):
+    """Why a prompt leaves what its line knows."""
+
+    NEW_LINE = "new_line"
+    """Nothing was known."""
+    NEW_MESSAGE = "new_message"
+    """All that was known is kept, and more follows: a plain continuation."""
+    EDITED_TEXT = "edited_text"
+    SHORTENED_TEXT = "shortened_text"
+    """A part of the text is gone: a template trims, or strips the thinking of earlier turns."""
+    EDITED_SPECIAL = "edited_special"
+    """Another special token stands there: the messages have another structure."""
+    RETOKENISED = "retokenised"
+    """The stored text is there, but goes on where its ids may not stand for it."""
+    OTHER_IDS = "other_ids"
+    """Only ids are known of one side, and they differ."""
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """The first token that the line does not have, and why; with what stands there in either."""
+
+    token_index: int
+    reason: Reason
+    known_text: str = ""
+    new_text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A whole prompt in ids, and how it continues what the line knows.
+
+    `num_spliced` ids were kept because their text came back; `num_shared` ids are the same as
+    before, spliced or not. `divergence` is None when the line knows the whole prompt.
+    """
+
+    transcript: Transcript
+    num_spliced: int
+    num_shared: int
+    divergence: Divergence | None
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.transcript.token_ids
+
+
+def continue_line(known: Transcript, pieces: Sequence[Piece], encode: Encode) -> Prompt:
+    """Splice what the line knows with the encoding of what it does not.
+
+    A piece has a special token, or the prompt's end, on both sides, so its ids are its own affair.
+    """
+    transcript = Transcript(tuple(_spliced_spans(known, tuple(take_turns(pieces)), encode)))
+    num_shared = _common_length(known.token_ids, transcript.token_ids)
+    return Prompt(
+        transcript,
+        num_spliced=_num_spliced(known, transcript),
+        num_shared=num_shared,
+        divergence=_divergence(known, transcript, num_shared),
+    )
+
+
+def continue_ids(known: Transcript, token_ids: Sequence[int]) -> Prompt:
+    """The same for a prompt that is given as ids: text is known of the shared part only."""
+    num_shared = _common_length(known.token_ids, token_ids)
+    shared = truncate(known, num_shared)
+    transcript = _continue_open_text(shared, Span(None, tuple(token_ids[num_shared:])))
+    return Prompt(
+        transcript,
+        num_spliced=0,
+        num_shared=num_shared,
+        divergence=_divergence_of_ids(known, num_shared, len(token_ids)),
+    )
+
+
+def with_reply(transcript: Transcript, reply: Reply, echo: Sequence[Piece] = ()) -> Transcript:
+    """The line after its prompt was answered: the open text goes on with the reply.
+
+    `echo` is what the template makes of the conversation with this reply in it. Where it differs
+    from the prompt and the reply end to end (a template that trims, indents or rewrites tool
+    calls), the next prompt will bring the echo's text, so that is the text to know the reply by.
+    """
+    answered = _continue_open_text(transcript, Span(reply.text, reply.token_ids, reply.is_whole))
+    text = _echoed_text(transcript, tuple(take_turns(echo)))
+    open_span = answered.spans[-1]
+    if text is None or open_span.text is None:
+        return answered
+    renamed = Span(text, open_span.token_ids, open_span.is_whole)
+    return Transcript((*answered.spans[:-1], renamed))
+
+
+def truncate(transcript: Transcript, num_tokens: int) -> Transcript:
+    """The first `num_tokens` ids. A text that is cut in two is known by its ids only."""
+    spans: list[Span] = []
+    room = num_tokens
+    for span in transcript.spans:
+        if len(span.token_ids) > room:
+            spans += _cut(span, room)
+            break
+        spans.append(span)
+        room -= len(span.token_ids)
+    return Transcript(tuple(spans))
+
+
+def take_turns(pieces: Sequence[Piece]) -> Iterator[Piece]:
+    """The pieces as text, special token, text, ..., text; neighbouring texts are one."""
+    text = ""
+    for piece in pieces:
+        if piece.special_id is None:
+            text += piece.text
+        else:
+            yield Piece(text)
+            yield piece
+            text = ""
+    yield Piece(text)
+
+
+def _spliced_spans(known: Transcript, wanted: Sequence[Piece], encode: Encode) -> Iterator[Span]:
+    """The stored span wherever it says the piece, up to the first span whose ids differ."""
+    agreeing = True
+    for stored, piece in zip_longest(known.spans[: len(wanted)], wanted):
+        agreeing = agreeing and stored is not None
+        span = stored if agreeing and stored.says(piece) else _encoded(piece, encode)
+        agreeing = agreeing and span.token_ids == stored.token_ids
+        yield span
+
+
+def _encoded(piece: Piece, encode: Encode) -> Span:
+    if piece.special_id is not None:
+        return Span(piece.text, (piece.special_id,), is_special=True)
+    return Span(piece.text, tuple(encode(piece.text)) if piece.text else ())
+
+
+def _num_spliced(known: Transcript, new: Transcript) -> int:
+    spans = zip(known.spans, new.spans, strict=False)
+    return sum(len(span.token_ids) for stored, span in spans if span is stored)
+
+
+def _continue_open_text(transcript: Transcript, more: Span) -> Transcript:
+    if not more.text and not more.token_ids:
+        return transcript
+    *closed, open_span = transcript.spans
+    joined = Span(
+        None if open_span.text is None or more.text is None else open_span.text + more.text,
+        open_span.token_ids + more.token_ids,
+        open_span.is_whole and more.is_whole,
+    )
+    return Transcript((*closed, joined))
+
+
+def _echoed_text(transcript: Transcript, echo: Sequence[Piece]) -> str | None:
+    """The echo's text at the place of the open text, if the echo agrees up to there."""
+    *closed, open_span = transcript.spans
+    if len(echo) < len(transcript.spans) or open_span.text is None:
+        return None
+    agree = all(span.says(piece) for span, piece in zip(closed, echo, strict=False))
+    return echo[len(closed)].text if agree else None
+
+
+def _cut(span: Span, num_tokens: int) -> tuple[Span, ...]:
+    if span.is_special:
+        return ()
+    return (Span(None, span.token_ids[:num_tokens]) if num_tokens else NO_TEXT,)
+
+
+def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
+    length = min(len(one), len(other))
+    if tuple(one[:length]) == tuple(other[:length]):
+        return length
+    return next(index for index in range(length) if one[index] != other[index])
+
+
+def _divergence(known: Transcript, new: Transcript, num_shared: int) -> Divergence | None:
+    if num_shared == new.num_tokens:
+        return None
+    if num_shared == known.num_tokens:
+        return Divergence(num_shared, Reason.NEW_MESSAGE if num_shared else Reason.NEW_LINE)
+    spans = zip(known.spans, new.spans, strict=False)
+    stored, wanted = next((a, b) for a, b in spans if a.token_ids != b.token_ids)
+    known_text, new_text = stored.text or "", wanted.text or ""
+    start = _common_characters(known_text, new_text)
+    return Divergence(
+        num_shared,
+        _reason(stored, wanted),
+        known_text[start : start + EXCERPT_CHARACTERS],
+        new_text[start : start + EXCERPT_CHARACTERS],
+    )
+
+
+def _reason(stored: Span, wanted: Span) -> Reason:
+    if stored.is_special:
+        return Reason.EDITED_SPECIAL
+    if stored.text is None or wanted.text is None:
+        return Reason.OTHER_IDS
+    if wanted.text.startswith(stored.text):
+        return Reason.RETOKENISED
+    if _lacks_a_part(stored.text, wanted.text):
+        return Reason.SHORTENED_TEXT
+    return Reason.EDITED_TEXT
+
+
+def _lacks_a_part(known_text: str, new_text: str) -> bool:
+    """Whether taking one run of characters out of the known text gives the new one."""
+    before = _common_characters(known_text, new_text)
+    after = _common_characters(known_text[::-1], new_text[::-1])
+    return before + after >= len(new_text)
+
+
+def _common_characters(one: str, other: str) -> int:
+    pairs = enumerate(zip_longest(one, other))
+    return next((index for index, (a, b) in pairs if a != b), len(one))
+
+
+def _divergence_of_ids(known: Transcript, num_shared: int, num_tokens: int) -> Divergence | None:
+    if num_shared == num_tokens:
+        return None
+    if num_shared < known.num_tokens:
+        return Divergence(num_shared, Reason.OTHER_IDS)
+    return Divergence(num_shared, Reason.NEW_MESSAGE if num_shared else Reason.NEW_LINE)
+
+
+def validate_messages(messages: object) -> tuple[Message, ...]:
+    """The messages with content as plain text; InvalidRequest names the one that is wrong."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
+        raise InvalidRequest("messages", f"must be a list of messages, not {_kind(messages)}")
+    if not messages:
+        raise InvalidRequest("messages", "is empty; there must be at least one message")
+    return tuple(_valid_message(index, message) for index, message in enumerate(messages))
+
+
+def _valid_message(index: int, message: object) -> Message:
+    if not isinstance(message, Mapping):
+        raise InvalidRequest("messages", f"message {index} is a {_kind(message)}, not an object")
+    role = message.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        problem = f"message {index} has the role {role!r}; expected one of {sorted(ROLES)}"
+        raise InvalidRequest("messages", problem)
+    return {**message, "content": _text_of_content(index, message.get("content"))}
+
+
+def _text_of_content(index: int, content: object) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, Sequence) and not isinstance(content, bytes):
+        return "".join(_text_of_part(index, part) for part in content)
+    problem = f"message {index} has a {_kind(content)} as content; expected text or text parts"
+    raise InvalidRequest("messages", problem)
+
+
+def _text_of_part(index: int, part: object) -> str:
+    if isinstance(part, Mapping) and part.get("type") == "text":
+        text = part.get("text")
+        if isinstance(text, str):
+            return text
+    what = part.get("type") if isinstance(part, Mapping) else _kind(part)
+    problem = f"message {index} has a content part {what!r}; only text parts are supported"
+    raise InvalidRequest("messages", problem)
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__

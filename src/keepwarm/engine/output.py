@@ -1,0 +1,188 @@
+"""The text side of one reply: deltas, stop strings, and which ids the delivered text stands on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from keepwarm.core.errors import InvalidRequest
+from keepwarm.core.ports import Detokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Emitted:
+    """What may be sent now: text, and the ids whose text is wholly sent with it."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.text or self.token_ids)
+
+
+NOTHING = Emitted("", ())
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A reply as it was delivered, and the ids to keep for it.
+
+    `is_whole` is false when the end of `text` belongs to a token that was not kept, because a stop
+    string began in the middle of it or the reply was cancelled there.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    is_whole: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class _HeldToken:
+    token_id: int
+    end: int
+    """How many characters of the reply must be sent before this token's text is wholly sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class _StopMatch:
+    start: int
+    stop: str
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.stop)
+
+
+class ReplyText:
+    """The text of one reply as it grows. Belongs to its sequence and survives preemption.
+
+    Held back are half characters and text that may be the beginning of a stop string. What is
+    searched is only what was held back and what is new: no stop string can begin before that.
+
+    When the reply ends by length or EOS in the middle of a character, the ids of that character
+    are kept and its text is not: those ids were sampled and fed, so keeping them leaves the line
+    as the model left it, and the next prompt matches the text that was sent.
+    """
+
+    def __init__(self, detokenizer: Detokenizer, stop: Sequence[str] = ()) -> None:
+        self._detokenizer = detokenizer
+        self._stop = tuple(stop)
+        self._held_text = ""
+        self._held_tokens: list[_HeldToken] = []
+        self._undecoded: list[int] = []
+        self._sent_text: list[str] = []
+        self._sent_ids: list[int] = []
+        self._num_sent = 0
+        self._num_carried = 0
+        self._stopped_by: str | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"ReplyText({self._num_sent} characters of {len(self._sent_ids)} tokens sent, "
+            f"{self._held_text!r} held, stopped_by={self._stopped_by!r})"
+        )
+
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop string that ended the reply."""
+        return self._stopped_by
+
+    @property
+    def reply(self) -> Reply:
+        """What was sent so far."""
+        return Reply(
+            "".join(self._sent_text), tuple(self._sent_ids), self._num_carried == self._num_sent
+        )
+
+    def push(self, token_id: int) -> Emitted:
+        """Take the next token; not the one that ends the reply, and none after a stop string."""
+        self._take(token_id)
+        match = find_stop(self._held_text, self._stop)
+        if match is not None:
+            return self._stop_at(match)
+        return self._send(len(self._held_text) - len_of_possible_stop(self._held_text, self._stop))
+
+    def finish(self) -> Emitted:
+        """The reply ended by length or EOS: send all that was held back, and every id."""
+        self._settle_undecoded()
+        return self._send(len(self._held_text))
+
+    def cancel(self) -> None:
+        """The reply ends with what was sent."""
+        self._held_text = ""
+        self._held_tokens.clear()
+        self._undecoded.clear()
+
+    def _take(self, token_id: int) -> None:
+        self._held_text += self._detokenizer.push(token_id)
+        self._undecoded.append(token_id)
+        if not self._detokenizer.pending:
+            self._settle_undecoded()
+
+    def _settle_undecoded(self) -> None:
+        end = self._num_sent + len(self._held_text)
+        self._held_tokens += [_HeldToken(token_id, end) for token_id in self._undecoded]
+        self._undecoded.clear()
+
+    def _stop_at(self, match: _StopMatch) -> Emitted:
+        self._stopped_by = match.stop
+        emitted = self._send(match.start)
+        self.cancel()
+        return emitted
+
+    def _send(self, num_characters: int) -> Emitted:
+        text = self._held_text[:num_characters]
+        self._held_text = self._held_text[num_characters:]
+        self._num_sent += num_characters
+        covered = self._pop_covered()
+        self._sent_text.append(text)
+        self._sent_ids += covered
+        return Emitted(text, tuple(covered))
+
+    def _pop_covered(self) -> list[int]:
+        covered = [held for held in self._held_tokens if held.end <= self._num_sent]
+        if covered:
+            del self._held_tokens[: len(covered)]
+            self._num_carried = covered[-1].end
+        return [held.token_id for held in covered]
+
+
+def find_stop(text: str, stops: Sequence[str]) -> _StopMatch | None:
+    """The stop string that is complete first; of those complete at once, the longest.
+
+    So the answer does not depend on how the text was cut into tokens.
+    """
+    starts = ((text.find(stop), stop) for stop in stops)
+    found = [_StopMatch(start, stop) for start, stop in starts if start >= 0]
+    return min(found, key=lambda match: (match.end, match.start), default=None)
+
+
+def len_of_possible_stop(text: str, stops: Sequence[str]) -> int:
+    """The length of the longest end of `text` that some stop string begins with."""
+    return max((_len_of_overlap(text, stop) for stop in stops), default=0)
+
+
+def _len_of_overlap(text: str, stop: str) -> int:
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def validate_stop(stop: object) -> tuple[str, ...]:
+    """The stop strings of a request: none, one, or a list of them."""
+    if stop is None:
+        return ()
+    if isinstance(stop, str):
+        return (_valid_stop(stop),)
+    if isinstance(stop, Sequence) and not isinstance(stop, bytes):
+        return tuple(_valid_stop(item) for item in stop)
+    raise InvalidRequest("stop", f"must be a string or a list of strings, not {_kind(stop)}")
+
+
+def _valid_stop(item: object) -> str:
+    if not isinstance(item, str):
+        raise InvalidRequest("stop", f"must hold strings only, not {_kind(item)}")
+    if not item:
+        raise InvalidRequest("stop", "an empty string would stop every reply at once")
+    return item
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__

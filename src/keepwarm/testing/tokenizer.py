@@ -1,0 +1,119 @@
+"""A tokenizer without dependencies, small enough to reason about in a test."""
+
+import codecs
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from keepwarm.core.errors import InvalidRequest
+from keepwarm.core.ports import Detokenizer, Message, Piece
+
+BOS = "<|bos|>"
+IM_START = "<|im_start|>"
+IM_END = "<|im_end|>"
+EOS = "<|eos|>"
+
+_WORDS = ("Hello", " world", "He", "llo", "system", "user", "assistant", ".\n", "\n\n", "ab", "abc")
+_SPECIALS = (BOS, IM_START, IM_END, EOS)
+_BYTES_OF_ID = [bytes([byte]) for byte in range(256)] + [word.encode() for word in _WORDS]
+_ID_OF_WORD = {word: 256 + position for position, word in enumerate(_WORDS)}
+_ID_OF_SPECIAL = {text: len(_BYTES_OF_ID) + position for position, text in enumerate(_SPECIALS)}
+
+_LONGEST_FIRST = "|".join(re.escape(word) for word in sorted(_WORDS, key=len, reverse=True))
+_WORD_OR_CHARACTER = re.compile(f"({_LONGEST_FIRST})|.", re.DOTALL)
+_SPECIAL = re.compile("|".join(re.escape(text) for text in _SPECIALS))
+
+
+@dataclass(frozen=True, slots=True)
+class FakeTokenizer:
+    """Bytes, a few words, and a ChatML-like template that refuses a late system message.
+
+    A text has many spellings in ids (`Hello` is a word, two words, or five bytes) and `encode`
+    picks the longest words, so tests can make a reply whose ids no tokenizer would choose.
+    """
+
+    trim_content: bool = False
+    strip_thinking: bool = False
+
+    @property
+    def vocab_size(self) -> int:
+        return len(_BYTES_OF_ID) + len(_SPECIALS)
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        return frozenset({_ID_OF_SPECIAL[IM_END], _ID_OF_SPECIAL[EOS]})
+
+    def render(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True
+    ) -> tuple[Piece, ...]:
+        pieces = [special_piece(BOS)]
+        for index, message in enumerate(messages):
+            pieces += self._rendered_message(messages, index, message)
+        if add_generation_prompt:
+            pieces += [special_piece(IM_START), Piece("assistant\n")]
+        return tuple(pieces)
+
+    def split(self, text: str) -> tuple[Piece, ...]:
+        pieces = tuple(_cut(text))
+        if pieces and pieces[0] == special_piece(BOS):
+            return pieces
+        return (special_piece(BOS), *pieces)
+
+    def encode(self, text: str) -> list[int]:
+        return [
+            token_id
+            for match in _WORD_OR_CHARACTER.finditer(text)
+            for token_id in _ids_of_match(match)
+        ]
+
+    def detokenizer(self) -> Detokenizer:
+        return FakeDetokenizer()
+
+    def _rendered_message(
+        self, messages: Sequence[Message], index: int, message: Message
+    ) -> list[Piece]:
+        if message["role"] == "system" and index:
+            raise InvalidRequest("messages", "the fake template wants the system message first")
+        content = str(message["content"])
+        if self.strip_thinking and index < len(messages) - 1:
+            content = content.rsplit("</think>", maxsplit=1)[-1]
+        if self.trim_content:
+            content = content.strip()
+        text = Piece(f"{message['role']}\n{content}")
+        return [special_piece(IM_START), text, special_piece(IM_END), Piece("\n")]
+
+
+class FakeDetokenizer:
+    """The bytes of the ids as UTF-8."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    @property
+    def pending(self) -> bool:
+        return bool(self._decoder.getstate()[0])
+
+    def push(self, token_id: int) -> str:
+        if token_id >= len(_BYTES_OF_ID):
+            return ""
+        return self._decoder.decode(_BYTES_OF_ID[token_id])
+
+
+def special_piece(text: str) -> Piece:
+    return Piece(text, _ID_OF_SPECIAL[text])
+
+
+def _cut(text: str) -> Iterator[Piece]:
+    position = 0
+    for match in _SPECIAL.finditer(text):
+        if match.start() > position:
+            yield Piece(text[position : match.start()])
+        yield special_piece(match.group())
+        position = match.end()
+    if position < len(text):
+        yield Piece(text[position:])
+
+
+def _ids_of_match(match: re.Match[str]) -> list[int]:
+    word = match.group(1)
+    return [_ID_OF_WORD[word]] if word else list(match.group().encode())

@@ -1,0 +1,173 @@
+"""Deltas, stop strings and kept ids of a reply."""
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keepwarm.core.errors import InvalidRequest
+from keepwarm.engine.output import Emitted, Reply, ReplyText, find_stop, validate_stop
+from keepwarm.testing.tokenizer import IM_START, FakeTokenizer, special_piece
+
+TOKENIZER = FakeTokenizer()
+HELLO, WORLD, FULL_STOP_NEWLINE = (TOKENIZER.encode(word)[0] for word in ("Hello", " world", ".\n"))
+SMILE = list("😀".encode())
+SPECIAL = special_piece(IM_START).special_id
+assert SPECIAL is not None
+
+
+class Words:
+    """A detokenizer whose tokens are given by the test."""
+
+    pending = False
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self._words = words
+
+    def push(self, token_id: int) -> str:
+        return self._words[token_id]
+
+
+def reply_text(*stop: str) -> ReplyText:
+    return ReplyText(TOKENIZER.detokenizer(), stop)
+
+
+def push_all(text: ReplyText, token_ids: Sequence[int]) -> list[Emitted]:
+    emitted = []
+    for token_id in token_ids:
+        emitted.append(text.push(token_id))
+        if text.stopped_by is not None:
+            break
+    return emitted
+
+
+def test_text_goes_out_as_it_comes() -> None:
+    text = reply_text()
+    assert push_all(text, [HELLO, WORLD]) == [
+        Emitted("Hello", (HELLO,)),
+        Emitted(" world", (WORLD,)),
+    ]
+    assert not text.finish()
+    assert text.reply == Reply("Hello world", (HELLO, WORLD))
+
+
+def test_a_half_character_waits_and_its_ids_go_with_it() -> None:
+    text = reply_text()
+    assert push_all(text, SMILE) == [*[Emitted("", ())] * 3, Emitted("😀", tuple(SMILE))]
+
+
+def test_a_reply_ended_in_mid_character_keeps_the_ids_and_not_the_text() -> None:
+    text = reply_text()
+    push_all(text, [HELLO, *SMILE[:2]])
+    assert text.finish() == Emitted("", tuple(SMILE[:2]))
+    assert text.reply == Reply("Hello", (HELLO, *SMILE[:2]))
+
+
+def test_a_special_token_gives_its_id_and_no_text() -> None:
+    text = reply_text()
+    assert push_all(text, [HELLO, SPECIAL]) == [Emitted("Hello", (HELLO,)), Emitted("", (SPECIAL,))]
+
+
+def test_a_possible_beginning_of_a_stop_string_is_held_back() -> None:
+    text = reply_text("\nUser:")
+    ids = TOKENIZER.encode("a\nU")
+    assert [emitted.text for emitted in push_all(text, ids)] == ["a", "", ""]
+    assert text.push(ord("x")) == Emitted("\nUx", (*ids[1:], ord("x")))
+
+
+def test_held_text_is_flushed_when_the_reply_ends_by_itself() -> None:
+    text = reply_text("\nUser:")
+    push_all(text, [HELLO, *b"\nUs"])
+    assert text.finish() == Emitted("\nUs", tuple(b"\nUs"))
+    assert text.reply.is_whole
+
+
+def test_a_stop_string_is_found_across_tokens_and_not_delivered() -> None:
+    text = reply_text("\nUser:")
+    emitted = push_all(text, [HELLO, *b"\nUser:", HELLO])
+    assert "".join(one.text for one in emitted) == "Hello"
+    assert text.stopped_by == "\nUser:"
+    assert text.reply == Reply("Hello", (HELLO,))
+    assert not text.finish()
+
+
+def test_a_stop_string_that_begins_in_mid_token_leaves_that_token_out() -> None:
+    text = reply_text("\nUser:")
+    push_all(text, [HELLO, FULL_STOP_NEWLINE, *b"User:"])
+    assert text.reply == Reply("Hello.", (HELLO,), is_whole=False)
+
+
+def test_a_silent_token_right_before_the_stop_string_is_kept() -> None:
+    text = reply_text("x")
+    push_all(text, [HELLO, SPECIAL, ord("x")])
+    assert text.reply == Reply("Hello", (HELLO, SPECIAL))
+
+
+def test_a_stop_string_right_after_a_held_character_is_seen() -> None:
+    text = reply_text("😀")
+    push_all(text, [HELLO, *SMILE])
+    assert text.reply == Reply("Hello", (HELLO,))
+
+
+def test_cancelling_keeps_what_was_sent() -> None:
+    text = reply_text("\nUser:")
+    push_all(text, [HELLO, *b"\nUs"])
+    text.cancel()
+    assert not text.finish()
+    assert text.reply == Reply("Hello", (HELLO,))
+
+
+def test_cancelling_in_mid_token_says_so() -> None:
+    text = reply_text("\nUser:")
+    push_all(text, [HELLO, FULL_STOP_NEWLINE])
+    text.cancel()
+    assert text.reply == Reply("Hello.", (HELLO,), is_whole=False)
+
+
+def test_the_stop_string_that_is_complete_first_wins() -> None:
+    assert find_stop("xabcd", ["abcd", "bc"]).start == 2
+    assert find_stop("xab", ["b", "ab"]).start == 1
+    assert find_stop("x", ["b"]) is None
+
+
+@settings(max_examples=150)
+@given(
+    words=st.lists(st.text("ab\n", max_size=4), max_size=12),
+    stops=st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3),
+)
+def test_how_the_text_is_cut_into_tokens_does_not_matter(
+    words: list[str], stops: list[str]
+) -> None:
+    whole = "".join(words)
+    by_word, by_character = ReplyText(Words(words), stops), ReplyText(Words(whole), stops)
+    emitted = push_all(by_word, range(len(words)))
+    push_all(by_character, range(len(whole)))
+    emitted += [by_word.finish()]
+    by_character.finish()
+
+    match = find_stop(whole, stops)
+    reply = by_word.reply
+    assert reply.text == (whole if match is None else whole[: match.start])
+    assert reply.text == by_character.reply.text
+    assert by_word.stopped_by == by_character.stopped_by
+    assert by_character.reply.is_whole
+    assert "".join(one.text for one in emitted) == reply.text
+    assert [id_ for one in emitted for id_ in one.token_ids] == list(reply.token_ids)
+    assert list(reply.token_ids) == list(range(len(reply.token_ids)))
+    carried = "".join(words[token_id] for token_id in reply.token_ids)
+    assert reply.text.startswith(carried)
+    assert reply.is_whole == (carried == reply.text)
+
+
+def test_stop_strings_are_normalised() -> None:
+    assert validate_stop(None) == ()
+    assert validate_stop("a") == ("a",)
+    assert validate_stop(["a", "b"]) == ("a", "b")
+
+
+@pytest.mark.parametrize("stop", ["", ["a", ""], 7, [7], b"a"])
+def test_a_stop_that_cannot_work_is_refused(stop: object) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        validate_stop(stop)
+    assert caught.value.field == "stop"
