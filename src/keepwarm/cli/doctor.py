@@ -1,0 +1,219 @@
+"""`keepwarm doctor`: what this machine offers, what is wrong with it, and what to do."""
+
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from keepwarm import __version__
+from keepwarm.core.errors import ModelLoadError
+from keepwarm.home import keepwarm_home
+
+_GIB = 1 << 30
+_ENOUGH_MEMORY_BYTES = 2 * _GIB
+_ENOUGH_DISK_BYTES = 2 * _GIB
+_DISTS = ("mlx", "mlx-lm", "transformers", "tokenizers", "numpy")
+_INSTALL = "pip install 'keepwarm[cpu]' (Linux), 'keepwarm[cuda]' (NVIDIA) or keepwarm (macOS)"
+
+
+class Status(StrEnum):
+    OK = "ok"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at. A remedy goes with whatever is not ok."""
+
+    name: str
+    status: Status
+    detail: str
+    remedy: str = ""
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Say what this machine offers, what is wrong with it, and what to do."""
+    findings = examine(keepwarm_home())
+    if as_json:
+        sys.stdout.write(json.dumps([asdict(finding) for finding in findings], indent=2) + "\n")
+    else:
+        _show(findings)
+    if any(finding.status is Status.ERROR for finding in findings):
+        raise typer.Exit(1)
+
+
+def examine(home: Path) -> list[Finding]:
+    """Every finding, in the order in which a person wants to read them."""
+    return [
+        _versions(),
+        *_compute(),
+        _memory(),
+        _home(home),
+        _embedded_model(home),
+    ]
+
+
+def _versions() -> Finding:
+    found = {dist: _version(dist) for dist in _DISTS}
+    detail = f"keepwarm {__version__}, Python {platform.python_version()}, " + ", ".join(
+        f"{dist} {version or 'missing'}" for dist, version in found.items()
+    )
+    if None in found.values():
+        return Finding("versions", Status.ERROR, detail, f"Run {_INSTALL}")
+    return Finding("versions", Status.OK, detail)
+
+
+def _version(dist: str) -> str | None:
+    try:
+        return metadata.version(dist)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _compute() -> Iterator[Finding]:
+    """The device, and how the CPU was prepared where it is the device."""
+    try:
+        from keepwarm.mlx_backend import CPU_SETUP
+        from keepwarm.mlx_backend.device import current_device
+    except ImportError as error:
+        yield Finding("device", Status.ERROR, f"MLX cannot be imported: {error}", f"Run {_INSTALL}")
+        return
+    device = current_device()
+    memory = f", {_gib(device.memory_bytes)}" if device.memory_bytes else ""
+    yield Finding("device", Status.OK, f"{device.kind}: {device.name}{memory}")
+    if not CPU_SETUP.needed:
+        return
+    yield _blas(CPU_SETUP.blas, CPU_SETUP.num_threads, CPU_SETUP.mkl_cbwr, CPU_SETUP.problems)
+    yield _allocator(tuned=CPU_SETUP.malloc_tuned)
+
+
+def _blas(
+    library: str | None, num_threads: int, cbwr: str | None, problems: tuple[str, ...]
+) -> Finding:
+    if library is None:
+        detail = "; ".join(["MLX's own reference BLAS, some 30 times slower", *problems])
+        return Finding("blas", Status.WARNING, detail, "Run pip install 'keepwarm[cpu]'")
+    detail = f"{library}, {num_threads} threads"
+    if cbwr is None:
+        return Finding(
+            "blas",
+            Status.WARNING,
+            f"{detail}; equal products may differ in their last bits",
+            "Use MKL (x86-64) where byte-for-byte equal results matter; all else works",
+        )
+    return Finding("blas", Status.OK, f"{detail}, reproducible (MKL_CBWR={cbwr})")
+
+
+def _allocator(*, tuned: bool) -> Finding:
+    if tuned:
+        return Finding("allocator", Status.OK, "malloc keeps its pages")
+    return Finding(
+        "allocator",
+        Status.WARNING,
+        "malloc gives pages back after use, which makes fresh arrays slow",
+        "Import keepwarm.mlx_backend before mlx, on a Linux with glibc",
+    )
+
+
+def _memory() -> Finding:
+    total_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available_bytes = _available_bytes()
+    if available_bytes is None:
+        return Finding("memory", Status.OK, f"{_gib(total_bytes)} in all")
+    detail = f"{_gib(available_bytes)} available of {_gib(total_bytes)}"
+    if available_bytes < _ENOUGH_MEMORY_BYTES:
+        return Finding(
+            "memory", Status.WARNING, detail, "Close other programs, or lower the memory budget"
+        )
+    return Finding("memory", Status.OK, detail)
+
+
+def _available_bytes() -> int | None:
+    """Linux says; elsewhere free pages mean little, because caches give way."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except FileNotFoundError:
+        return None
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _home(home: Path) -> Finding:
+    existing = next(folder for folder in (home, *home.parents) if folder.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    detail = f"{home}, {_gib(free_bytes)} free"
+    if not os.access(existing, os.W_OK):
+        return Finding(
+            "home",
+            Status.ERROR,
+            f"{detail}, not writable",
+            "Set KEEPWARM_HOME to a folder that you may write to",
+        )
+    if free_bytes < _ENOUGH_DISK_BYTES:
+        return Finding(
+            "home", Status.WARNING, detail, "Free some disk, or set KEEPWARM_HOME to another one"
+        )
+    return Finding("home", Status.OK, detail)
+
+
+def _embedded_model(home: Path) -> Finding:
+    try:
+        from keepwarm.mlx_backend.gguf import converted_folder, embedded_source, is_intact
+    except ImportError:
+        return Finding("model", Status.ERROR, "not looked at without MLX", f"Run {_INSTALL}")
+    try:
+        source = embedded_source()
+    except ModelLoadError as error:
+        return Finding("model", Status.WARNING, f"smollm2: {error.problem}", error.remedy)
+    folder = converted_folder(home, source)
+    if not folder.exists():
+        return Finding("model", Status.OK, "smollm2: installed, converted when first loaded")
+    if is_intact(folder):
+        return Finding("model", Status.OK, f"smollm2: {folder}")
+    return Finding(
+        "model",
+        Status.WARNING,
+        f"smollm2: {folder} is damaged",
+        "Nothing: it is set aside and converted again when next loaded",
+    )
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / _GIB:.1f} GiB"
+
+
+_MARKS = {
+    Status.OK: "[green]ok[/]",
+    Status.WARNING: "[yellow]warn[/]",
+    Status.ERROR: "[red]error[/]",
+}
+
+
+def _show(findings: list[Finding]) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for finding in findings:
+        table.add_row(_MARKS[finding.status], finding.name, _escaped(finding.detail))
+        if finding.remedy:
+            table.add_row("", "", f"[bold]-> {_escaped(finding.remedy)}[/]")
+    Console().print(table)
+
+
+def _escaped(text: str) -> str:
+    """`keepwarm[cpu]` is a requirement, not rich's markup."""
+    return text.replace("[", r"\[")

@@ -1,0 +1,32 @@
+"""The `keepwarm` command: a list of its subcommands."""
+
+import sys
+
+import typer
+
+from keepwarm.cli.doctor import doctor
+from keepwarm.core.errors import KeepwarmError
+
+app = typer.Typer(
+    name="keepwarm",
+    help="A local LLM server on MLX in which every agent keeps its memory warm.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _subcommands() -> None:
+    """Keeps `keepwarm doctor` a subcommand even while it is the only one."""
+
+
+app.command()(doctor)
+
+
+def main() -> None:
+    """Errors that Keepwarm raises on purpose are one line, not a traceback."""
+    try:
+        app()
+    except KeepwarmError as error:
+        sys.stderr.write(f"keepwarm: {error}\n")
+        sys.exit(1)

@@ -1,0 +1,31 @@
+"""What MLX computes on, for people."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    kind: str
+    """`metal`, `cuda` or `cpu`."""
+    name: str
+    memory_bytes: int | None
+    """The device's own (or unified) memory, where MLX says it."""
+
+
+def current_device() -> Device:
+    facts: dict[str, Any] = dict(mx.device_info())
+    memory = facts.get("memory_size") or facts.get("total_memory")
+    return Device(
+        kind=_kind(),
+        name=str(facts.get("device_name") or facts.get("architecture") or mx.default_device()),
+        memory_bytes=int(memory) if memory else None,
+    )
+
+
+def _kind() -> str:
+    if mx.default_device() != mx.gpu:
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
