@@ -121,6 +121,14 @@ def test_an_edit_diverges_at_the_edited_character() -> None:
     assert prompt.token_ids[shared] != known.token_ids[shared]
 
 
+def test_behind_an_edit_everything_is_encoded_anew() -> None:
+    known = answered([user("Hi there")], replied(DRIFTED_HELLO))
+    messages = [user("Hi"), assistant("Hello"), user("More")]
+    prompt = ask(known, messages)
+    assert prompt.token_ids == ask(EMPTY, messages).token_ids
+    assert prompt.num_spliced <= prompt.num_shared
+
+
 def test_an_edited_reply_is_encoded_anew() -> None:
     known = answered([user("Hi")], replied(DRIFTED_HELLO))
     messages = [user("Hi"), assistant("Hello world"), user("More")]
