@@ -1,9 +1,10 @@
 """The `keepwarm` command."""
 
 import pytest
+from typer.testing import CliRunner
+
 from keepwarm.cli import main
 from keepwarm.core.errors import ModelLoadError
-from typer.testing import CliRunner
 
 
 def test_help_names_the_commands() -> None:

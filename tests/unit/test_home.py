@@ -4,6 +4,7 @@ from pathlib import Path
 
 import platformdirs
 import pytest
+
 from keepwarm.home import keepwarm_home
 
 
