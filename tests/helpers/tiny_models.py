@@ -10,8 +10,6 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-import keepwarm.mlx_backend  # noqa: F401 - prepares the CPU before MLX is imported
-
 END_OF_TURN = "<|im_end|>"
 START_OF_TURN = "<|im_start|>"
 SPECIAL_TOKENS = ("<|endoftext|>", START_OF_TURN, END_OF_TURN)

@@ -11,8 +11,6 @@ from keepwarm.core.ports import LoadedModel
 
 if find_spec("mlx") is None:
     collect_ignore_glob = ["*"]
-else:
-    import keepwarm.mlx_backend  # noqa: F401 - prepares the CPU before any test imports MLX
 
 
 @pytest.fixture(scope="session")
