@@ -24,7 +24,8 @@ class AgentBlocks:
     """A line's block table: ordered blocks, tail and the exact token ids that they hold.
 
     Hot: `slab` holds the KV of all `token_ids`, and `blocks` names its whole blocks. Warm: `blocks`
-    and then `tail` hold it. While a hot line is being restored, `blocks` runs ahead of the slab.
+    and then `tail` hold it. A hot line that is being restored still has in blocks and tail what
+    lies behind its slab.
     """
 
     line: LineId
@@ -47,9 +48,17 @@ class AgentBlocks:
     @property
     def num_tokens(self) -> int:
         """How many leading tokens have KV here, in the slab or in blocks and tail."""
-        if self.slab is not None:
-            return self.slab.num_tokens
-        return len(self.blocks) * BLOCK_TOKENS + (self.tail.num_tokens if self.tail else 0)
+        in_blocks = len(self.blocks) * BLOCK_TOKENS + (self.tail.num_tokens if self.tail else 0)
+        return max(self.num_in_slab, in_blocks)
+
+    @property
+    def num_in_slab(self) -> int:
+        return self.slab.num_tokens if self.slab is not None else 0
+
+    @property
+    def num_to_restore(self) -> int:
+        """How many tokens of a hot line are in blocks and tail, and not in the slab yet."""
+        return self.num_tokens - self.num_in_slab if self.slab is not None else 0
 
     @property
     def evictable(self) -> bool:
@@ -65,8 +74,8 @@ class AgentBlocks:
             raise InvariantBroken(f"line {self.line}: a slab without bytes, or the reverse")
         if (self.tail is None) != (self.tail_allocation is None):
             raise InvariantBroken(f"line {self.line}: a tail without bytes, or the reverse")
-        if self.slab is not None and self.tail is not None:
-            raise InvariantBroken(f"line {self.line}: a slab and a tail at once")
+        if self.num_to_restore and not self.busy:
+            raise InvariantBroken(f"line {self.line}: rests with {self.num_to_restore} to restore")
         self._check_table(self.blocks)
 
     def _check_table(self, blocks: Sequence[Block]) -> None:

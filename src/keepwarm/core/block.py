@@ -2,7 +2,7 @@
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NewType
 
@@ -28,18 +28,11 @@ def child_hash(parent: BlockHash, token_ids: Sequence[int]) -> BlockHash:
     return BlockHash(hashlib.sha256(parent + array("I", token_ids).tobytes()).digest())
 
 
-def chain_hashes(
-    root: BlockHash, token_ids: Sequence[int], known: Sequence[BlockHash] = ()
-) -> tuple[BlockHash, ...]:
-    """One hash for each whole block of `token_ids`; `known` are its first ones, computed before."""
-    hashes = list(known[: len(token_ids) // BLOCK_TOKENS])
-    parent = hashes[-1] if hashes else root
-    for start in range(len(hashes) * BLOCK_TOKENS, len(token_ids), BLOCK_TOKENS):
-        ids = token_ids[start : start + BLOCK_TOKENS]
-        if len(ids) == BLOCK_TOKENS:
-            parent = child_hash(parent, ids)
-            hashes.append(parent)
-    return tuple(hashes)
+def chain_hashes(parent: BlockHash, token_ids: Sequence[int]) -> Iterator[BlockHash]:
+    """One hash for each whole block of `token_ids`, which follow `parent`; computed lazily."""
+    for start in range(0, len(token_ids) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
+        parent = child_hash(parent, token_ids[start : start + BLOCK_TOKENS])
+        yield parent
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

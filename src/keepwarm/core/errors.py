@@ -110,3 +110,11 @@ class UnsupportedModel(ModelLoadError):
 
 class InvariantBroken(Exception):
     """A `check()` found bookkeeping that contradicts itself: a bug in Keepwarm, never bad input."""
+
+
+class GeneratorFailed(KeepwarmError):
+    """The model raised while this request's row was in the batch. Other requests are served on."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(f"the model failed in the middle of a step: {cause!r}; send it again")
+        self.cause = cause

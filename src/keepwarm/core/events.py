@@ -14,17 +14,6 @@ class FinishReason(StrEnum):
     CANCELLED = "cancelled"
 
 
-class Reason(StrEnum):
-    """Why the prompt was not all in the cache."""
-
-    NEW_AGENT = "new_agent"
-    NEW_MESSAGE = "new_message"
-    EDITED = "edited"
-    RETOKENISED = "retokenised"
-    EVICTED = "evicted"
-    SIDE_LINE = "side_line"
-
-
 @dataclass(frozen=True, slots=True)
 class Usage:
     """Token counts. `cached_tokens` of the prompt were not computed again."""
@@ -38,15 +27,16 @@ class Usage:
 class CacheReport:
     """Where the reused KV came from and why the rest was computed.
 
-    `diverged_at` is the first prompt token that was not in the agent's memory; `restored_s` is the
-    time spent copying blocks into the slab.
+    `diverged_at` is the first prompt token whose KV was not there and `reason` says why: one of
+    `engine.chat.Reason`, or "evicted" when the ids were known and their KV had gone. `restored_s`
+    is the time spent copying blocks into the slab.
     """
 
     tier: Tier
     cached_tokens: int
     prompt_tokens: int
     diverged_at: int
-    reason: Reason
+    reason: str
     restored_s: float
 
 

@@ -8,7 +8,7 @@ from keepwarm.core.agent import AgentBlocks
 from keepwarm.core.block import Block, LineId
 from keepwarm.core.errors import ConfigError
 from keepwarm.core.layout import BLOCK_TOKENS, capacity_for
-from keepwarm.core.sequence import Sequence as Row
+from keepwarm.core.sequence import TokenSequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,9 +61,10 @@ def grown_capacity(capacity_tokens: int, max_tokens: int) -> int:
     return min(capacity_tokens + step, capacity_for(max_tokens))
 
 
-def least_recently_used(lines: Iterable[AgentBlocks]) -> list[AgentBlocks]:
-    """The evictable lines, the one that has rested longest first."""
-    return sorted((line for line in lines if line.evictable), key=lambda line: line.last_used)
+def demotion_order(lines: Iterable[AgentBlocks]) -> list[AgentBlocks]:
+    """The hot lines at rest, the one that has rested longest first, pinned ones last."""
+    hot = (line for line in lines if line.slab is not None and not line.busy)
+    return sorted(hot, key=lambda line: (line.pinned, line.last_used))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +94,11 @@ def choose_victims(
     A prefix has all the owners of what follows it, so it was used no earlier; among equals the
     deeper goes first. What a running or pinned line owns, and what a slab holds as well, is left.
     """
-    aged: list[tuple[int, float, Victim]] = []
-    for line in lines.values():
-        if line.evictable and line.tail is not None:
-            aged.append((line.last_used, -math.inf, TailVictim(line, line.tail.nbytes)))
+    aged: list[tuple[int, float, Victim]] = [
+        (line.last_used, -math.inf, TailVictim(line, line.tail.nbytes))
+        for line in lines.values()
+        if line.evictable and line.tail is not None
+    ]
     for block in blocks:
         owners = [lines[owner] for owner in block.owners]
         if block.payload is not None and not block.slabs and all(o.evictable for o in owners):
@@ -117,7 +119,7 @@ PASSES_PER_PRIORITY = 16
 """A waiting request gains one priority each time so many others were admitted before it."""
 
 
-def admission_order(waiting: Iterable[Row]) -> list[Row]:
+def admission_order(waiting: Iterable[TokenSequence]) -> list[TokenSequence]:
     """Highest priority first, then first come; waiting raises the priority, so nobody starves."""
     return sorted(
         waiting,
@@ -125,7 +127,7 @@ def admission_order(waiting: Iterable[Row]) -> list[Row]:
     )
 
 
-def choose_preempted(running: Sequence[Row]) -> Row | None:
+def choose_preempted(running: Sequence[TokenSequence]) -> TokenSequence | None:
     """The lowest priority, youngest row; never the oldest, so that something always finishes."""
     if len(running) < 2:
         return None
@@ -136,7 +138,7 @@ def choose_preempted(running: Sequence[Row]) -> Row | None:
     )
 
 
-def next_chunk(row: Row, limit: int) -> list[int]:
+def next_chunk(row: TokenSequence, limit: int) -> list[int]:
     """The ids to prefill next: at most `limit`, never across the end of a block."""
     start = row.blocks.num_tokens
     block_end = start - start % BLOCK_TOKENS + BLOCK_TOKENS
@@ -148,8 +150,8 @@ class PrefillThrottle:
     """How many tokens to prefill beside decode, learnt from how long steps took.
 
     The time that prefill may add to a step is `(max_step_stretch - 1)` decode steps. The budget is
-    corrected towards that after each step by at most a factor of 1.5, so it follows a prompt that
-    becomes dearer as it gets longer.
+    corrected towards that by at most a factor of 1.5 after each step that used most of it, so it
+    follows a prompt that becomes dearer as it gets longer.
     """
 
     max_step_stretch: float
@@ -158,9 +160,9 @@ class PrefillThrottle:
     def observe(self, *, num_tokens: int, prefill_s: float, decode_s: float) -> None:
         """A step prefilled `num_tokens` in `prefill_s`, after a decode of `decode_s`."""
         allowed_s = (self.max_step_stretch - 1.0) * decode_s
-        if num_tokens and prefill_s > 0.0:
+        if 2 * num_tokens > self.num_tokens and prefill_s > 0.0:
             ratio = min(max(allowed_s / prefill_s, 1 / 1.5), 1.5)
-            self.budget_tokens = max(num_tokens * ratio, 1.0)
+            self.budget_tokens = max(self.budget_tokens * ratio, 1.0)
 
     @property
     def num_tokens(self) -> int:

@@ -1,6 +1,6 @@
 """Which blocks exist, which lines own them and where their KV is."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from keepwarm.core.block import Block, BlockHash, LineId
 from keepwarm.core.errors import InvariantBroken
@@ -32,7 +32,7 @@ class PrefixIndex:
     def get(self, block_hash: BlockHash) -> Block | None:
         return self._blocks.get(block_hash)
 
-    def longest_run(self, hashes: Sequence[BlockHash]) -> list[Block]:
+    def longest_run(self, hashes: Iterable[BlockHash]) -> list[Block]:
         """The blocks that exist for the first hashes, up to the first that does not."""
         run: list[Block] = []
         for block_hash in hashes:
@@ -108,4 +108,3 @@ class PrefixIndex:
             block.owners.add(line)
             if block.allocation is not None:
                 self._pool.retain(block.allocation)
-

@@ -18,7 +18,7 @@ class Phase(StrEnum):
 
 
 @dataclass(slots=True, eq=False)
-class Sequence:
+class TokenSequence:
     """One request's tokens. All but the last id get KV before the last one is fed to decode."""
 
     request_id: str

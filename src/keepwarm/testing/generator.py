@@ -7,7 +7,9 @@ from keepwarm.core.errors import InvariantBroken
 from keepwarm.core.layout import CacheLayout, LayerLayout
 from keepwarm.core.ports import Payload, RowId, RowInput, Slab
 
-FAKE_LAYOUT = CacheLayout(layers=(LayerLayout(num_kv_heads=1, key_dim=1, value_dim=1),), dtype="float32")
+FAKE_LAYOUT = CacheLayout(
+    layers=(LayerLayout(num_kv_heads=1, key_dim=1, value_dim=1),), dtype="float32"
+)
 
 _MODULUS = (1 << 61) - 1
 

@@ -1,0 +1,105 @@
+"""A request while it is in the engine: its sequence, its line and its reply; and its events."""
+
+from dataclasses import dataclass
+
+from keepwarm.core.events import (
+    CacheReport,
+    Completed,
+    Delta,
+    Failed,
+    FinishReason,
+    Progress,
+    Timing,
+    Usage,
+)
+from keepwarm.core.ports import Message
+from keepwarm.core.sequence import TokenSequence
+from keepwarm.engine.agents import Line
+from keepwarm.engine.chat import Prompt
+from keepwarm.engine.output import Emitted, ReplyText
+
+EVICTED = "evicted"
+CACHED = "cached"
+
+
+@dataclass(slots=True, eq=False)
+class ActiveRequest:
+    """Everything that belongs to one request. Only the engine's thread touches it."""
+
+    sequence: TokenSequence
+    line: Line
+    prompt: Prompt
+    messages: tuple[Message, ...] | None
+    reply: ReplyText
+
+    @property
+    def request_id(self) -> str:
+        return self.sequence.request_id
+
+    @property
+    def agent_id(self) -> str | None:
+        return self.sequence.agent_id
+
+    @property
+    def num_kept_tokens(self) -> int:
+        """Prompt and reply as the line will remember them."""
+        return self.sequence.num_prompt_tokens + len(self.reply.reply.token_ids)
+
+    def progress(self) -> Progress:
+        sequence = self.sequence
+        num_done = min(sequence.blocks.num_in_slab, sequence.target_tokens)
+        return Progress(self.request_id, self.agent_id, num_done, sequence.target_tokens)
+
+    def delta(self, emitted: Emitted) -> Delta:
+        return Delta(self.request_id, self.agent_id, emitted.text, emitted.token_ids)
+
+    def failed(self, error: Exception) -> Failed:
+        return Failed(self.request_id, self.agent_id, error, self.reply.reply.text)
+
+    def completed(self, reason: FinishReason, now_s: float) -> Completed:
+        reply = self.reply.reply
+        return Completed(
+            request_id=self.request_id,
+            agent_id=self.agent_id,
+            text=reply.text,
+            token_ids=reply.token_ids,
+            finish_reason=reason,
+            usage=Usage(
+                prompt_tokens=self.sequence.num_prompt_tokens,
+                cached_tokens=self.sequence.cached_tokens or 0,
+                completion_tokens=len(self.sequence.reply_ids),
+            ),
+            cache=self._cache_report(),
+            timing=self._timing(now_s),
+        )
+
+    def _cache_report(self) -> CacheReport:
+        # The last token of a line may have been sampled and never fed: lacking it is no loss.
+        cached = self.sequence.cached_tokens or 0
+        num_prompt = self.sequence.num_prompt_tokens
+        divergence = self.prompt.divergence
+        if cached < min(self.prompt.num_shared, num_prompt) - 1:
+            diverged_at, reason = cached, EVICTED
+        elif divergence is None:
+            diverged_at, reason = num_prompt, CACHED
+        else:
+            diverged_at, reason = max(divergence.token_index, cached), divergence.reason.value
+        return CacheReport(
+            tier=self.sequence.tier,
+            cached_tokens=cached,
+            prompt_tokens=num_prompt,
+            diverged_at=diverged_at,
+            reason=reason,
+            restored_s=self.sequence.restored_s,
+        )
+
+    def _timing(self, now_s: float) -> Timing:
+        sequence = self.sequence
+        start = sequence.submitted_s
+        first = sequence.first_token_s
+        return Timing(
+            queued_s=(sequence.admitted_s or now_s) - start,
+            first_token_s=None if first is None else first - start,
+            total_s=now_s - start,
+            num_preemptions=sequence.num_preemptions,
+        )

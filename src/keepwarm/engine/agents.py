@@ -1,0 +1,212 @@
+"""Agents, their lines and turns: who said what, and which line a request continues."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from keepwarm.core.agent import AgentBlocks, Tier
+from keepwarm.core.errors import UnknownAgent
+from keepwarm.core.layout import BLOCK_TOKENS
+from keepwarm.core.ports import Message
+from keepwarm.engine.chat import EMPTY, Prompt, Transcript
+
+MakePrompt = Callable[[Transcript], Prompt]
+
+ANONYMOUS_SLACK_TOKENS = 8
+"""What a nameless continuation may drop of its line (a reply's end that a template trims)."""
+
+
+@dataclass(slots=True, eq=False)
+class Line:
+    """One token stream: its text and ids, its messages where they are known, its KV."""
+
+    blocks: AgentBlocks
+    transcript: Transcript = EMPTY
+    messages: tuple[Message, ...] | None = ()
+    in_use: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Where the main line stood when a turn had ended."""
+
+    num_tokens: int
+    num_messages: int | None
+
+
+@dataclass(slots=True, eq=False)
+class Agent:
+    """A named conversation: a main line, and side lines of requests that ran beside it."""
+
+    agent_id: str
+    main: Line
+    sides: list[Line] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+
+    @property
+    def lines(self) -> list[Line]:
+        return [self.main, *self.sides]
+
+    @property
+    def in_use(self) -> bool:
+        return any(line.in_use for line in self.lines)
+
+
+@dataclass(frozen=True, slots=True)
+class AgentView:
+    """An agent as people see it. `num_tokens` is its context, `held_tokens` what needs no prefill.
+
+    `slab_bytes` is 0 unless it is hot; bytes of shared blocks are the pool's affair.
+    """
+
+    agent_id: str
+    tier: Tier
+    num_tokens: int
+    held_tokens: int
+    slab_bytes: int
+    num_turns: int
+    num_side_lines: int
+    in_use: bool
+    pinned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The line that a request continues (None: it needs one of its own) and its prompt."""
+
+    line: Line | None
+    prompt: Prompt
+
+
+class AgentBook:
+    """Owns agents and lines. Blocks belong to the tiers; `new_blocks` and `forget` reach them."""
+
+    def __init__(
+        self,
+        *,
+        new_blocks: Callable[[], AgentBlocks],
+        forget: Callable[[AgentBlocks], None],
+        max_side_lines: int,
+        max_anonymous_lines: int,
+    ) -> None:
+        self._new_blocks = new_blocks
+        self._forget = forget
+        self._max_side_lines = max_side_lines
+        self._max_anonymous_lines = max_anonymous_lines
+        self._agents: dict[str, Agent] = {}
+        self._anonymous: list[Line] = []
+
+    def __repr__(self) -> str:
+        return f"AgentBook({len(self._agents)} agents, {len(self._anonymous)} anonymous lines)"
+
+    def __contains__(self, agent_id: str) -> bool:
+        return agent_id in self._agents
+
+    def __iter__(self) -> Iterator[Agent]:
+        return iter(self._agents.values())
+
+    def get(self, agent_id: str) -> Agent:
+        """Raises UnknownAgent."""
+        try:
+            return self._agents[agent_id]
+        except KeyError:
+            raise UnknownAgent(agent_id) from None
+
+    def lines_of(self, agent_id: str | None) -> list[Line]:
+        if agent_id is None:
+            return self._anonymous
+        agent = self._agents.get(agent_id)
+        return agent.lines if agent else []
+
+    def choose(self, agent_id: str | None, make_prompt: MakePrompt) -> Choice:
+        """The idle line with the longest shared prefix, if the request continues it.
+
+        A request that would throw away most of a line gets a line of its own, but takes over the
+        ids of whatever line it agrees with, so that their blocks are found.
+        """
+        lines = self.lines_of(agent_id)
+        if not lines:
+            return Choice(None, make_prompt(EMPTY))
+        prompts = [(line, make_prompt(line.transcript)) for line in lines]
+        idle = [(line, prompt) for line, prompt in prompts if not line.in_use]
+        if idle:
+            line, prompt = max(idle, key=lambda pair: pair[1].num_shared)
+            if _continues(line, prompt, named=agent_id is not None):
+                return Choice(line, prompt)
+        return Choice(None, max((prompt for _, prompt in prompts), key=lambda p: p.num_shared))
+
+    def open_line(self, agent_id: str | None) -> Line:
+        """A new line: an anonymous one, the agent's main line, or a side line if it has that."""
+        line = Line(self._new_blocks())
+        if agent_id is None:
+            self._anonymous.append(line)
+        elif agent_id in self._agents:
+            agent = self._agents[agent_id]
+            agent.sides.append(line)
+        else:
+            self._agents[agent_id] = Agent(agent_id, line)
+        return line
+
+    def add(self, agent: Agent) -> None:
+        self._agents[agent.agent_id] = agent
+
+    def remove(self, agent_id: str) -> None:
+        for line in self._agents.pop(agent_id).lines:
+            self._forget(line.blocks)
+
+    def tidy(self, agent_id: str | None) -> None:
+        """Drop the longest idle side or anonymous lines beyond their number."""
+        if agent_id is None:
+            self._drop_oldest(self._anonymous, self._max_anonymous_lines)
+        elif agent_id in self._agents:
+            self._drop_oldest(self._agents[agent_id].sides, self._max_side_lines)
+
+    def record_turn(
+        self, agent_id: str | None, line: Line, num_kept: int, messages: tuple[Message, ...] | None
+    ) -> None:
+        """A turn has ended on this line, which had kept its first `num_kept` tokens."""
+        line.messages = messages
+        agent = self._agents.get(agent_id) if agent_id is not None else None
+        if agent is None or agent.main is not line:
+            return
+        agent.turns = [turn for turn in agent.turns if turn.num_tokens <= num_kept]
+        num_messages = None if messages is None else len(messages)
+        agent.turns.append(Turn(line.transcript.num_tokens, num_messages))
+
+    def view(self, agent: Agent) -> AgentView:
+        blocks = agent.main.blocks
+        return AgentView(
+            agent_id=agent.agent_id,
+            tier=blocks.tier,
+            num_tokens=agent.main.transcript.num_tokens,
+            held_tokens=blocks.num_tokens,
+            slab_bytes=blocks.slab.nbytes if blocks.slab else 0,
+            num_turns=len(agent.turns),
+            num_side_lines=len(agent.sides),
+            in_use=agent.in_use,
+            pinned=blocks.pinned,
+        )
+
+    def _drop_oldest(self, lines: list[Line], limit: int) -> None:
+        idle = sorted((line for line in lines if not line.in_use), key=_last_used)
+        for line in idle[: max(len(lines) - limit, 0)]:
+            lines.remove(line)
+            self._forget(line.blocks)
+
+
+def _last_used(line: Line) -> int:
+    return line.blocks.last_used
+
+
+def _continues(line: Line, prompt: Prompt, *, named: bool) -> bool:
+    num_known = line.transcript.num_tokens
+    num_lost = num_known - prompt.num_shared
+    if not named:
+        return num_lost <= ANONYMOUS_SLACK_TOKENS and prompt.num_shared > num_lost
+    return num_lost <= BLOCK_TOKENS or prompt.num_shared >= num_lost
+
+
+def history(messages: Sequence[Message] | None, reply_text: str) -> tuple[Message, ...] | None:
+    """The conversation with the reply in it; None when the prompt was not given as messages."""
+    if messages is None:
+        return None
+    return (*messages, {"role": "assistant", "content": reply_text})

@@ -1,0 +1,388 @@
+"""The batch: who waits, who has a row, and one step of the model for all of them.
+
+It moves token ids and KV and knows nothing of text. A step decodes first, then restores and
+prefills under a budget, so that nobody's reply stalls while somebody else's context is computed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from keepwarm.core.agent import Tier
+from keepwarm.core.block import BlockHash, child_hash
+from keepwarm.core.errors import GeneratorFailed, InvariantBroken, PoolExhausted
+from keepwarm.core.layout import BLOCK_TOKENS
+from keepwarm.core.policies import (
+    EngineConfig,
+    PrefillThrottle,
+    admission_order,
+    choose_preempted,
+    grown_capacity,
+    next_chunk,
+    reserve_capacity,
+)
+from keepwarm.core.ports import BatchGenerator, RowId, RowInput
+from keepwarm.core.sequence import Phase, TokenSequence
+from keepwarm.engine.tiers import Tiers
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A decode step gave this sequence its next token."""
+
+    sequence: TokenSequence
+    token_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Advanced:
+    """More of the sequence's prompt has its KV."""
+
+    sequence: TokenSequence
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """The sequence cannot go on. It has left the batch."""
+
+    sequence: TokenSequence
+    error: Exception
+
+
+Outcome = Sampled | Advanced | Broken
+
+
+@dataclass(slots=True)
+class BatchCounters:
+    """What the batch has done so far."""
+
+    steps: int = 0
+    decoded_tokens: int = 0
+    prefilled_tokens: int = 0
+    preemptions: int = 0
+    generator_failures: int = 0
+
+
+class Batch:
+    """Owns the queue, the rows and the generator. No lock: one thread."""
+
+    def __init__(
+        self,
+        tiers: Tiers,
+        *,
+        new_generator: Callable[[], BatchGenerator],
+        root: BlockHash,
+        config: EngineConfig,
+        clock: Callable[[], float],
+    ) -> None:
+        self.counters = BatchCounters()
+        self.waiting: list[TokenSequence] = []
+        self.running: list[TokenSequence] = []
+        self._tiers = tiers
+        self._new_generator = new_generator
+        self._root = root
+        self._config = config
+        self._clock = clock
+        self._throttle = PrefillThrottle(config.max_step_stretch)
+        self._outcomes: list[Outcome] = []
+        self._next_row = 0
+
+    def __repr__(self) -> str:
+        return f"Batch({len(self.running)} rows, {len(self.waiting)} waiting)"
+
+    def enqueue(self, sequence: TokenSequence) -> None:
+        self.waiting.append(sequence)
+
+    def leave(self, sequence: TokenSequence) -> None:
+        """The sequence ends, wherever it is; its line keeps what was computed."""
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+        else:
+            self._close_row(sequence)
+            self.running.remove(sequence)
+        sequence.phase = Phase.FINISHED
+
+    def step(self) -> list[Outcome]:
+        self._outcomes = []
+        self._admit()
+        decode_s = self._decode()
+        self._restore()
+        self._prefill(decode_s)
+        self.counters.steps += 1
+        return self._outcomes
+
+    def check(self) -> None:
+        """Rows are open exactly where a sequence prefills or decodes, and targets are in reach."""
+        for sequence in self.running:
+            if sequence.phase in (Phase.WAITING, Phase.FINISHED) or not sequence.blocks.busy:
+                raise InvariantBroken(f"{sequence.request_id} runs in phase {sequence.phase}")
+            has_row = sequence.phase in (Phase.PREFILLING, Phase.DECODING)
+            if has_row != (sequence.row is not None):
+                raise InvariantBroken(f"{sequence.request_id}: row {sequence.row} out of phase")
+            if sequence.num_missing < 0:
+                raise InvariantBroken(f"{sequence.request_id}: more KV than ids to feed")
+            if sequence.phase is Phase.DECODING and sequence.num_missing:
+                raise InvariantBroken(f"{sequence.request_id}: decodes with a gap")
+        for sequence in self.waiting:
+            if sequence.phase is not Phase.WAITING or sequence.row is not None:
+                raise InvariantBroken(f"{sequence.request_id} waits in phase {sequence.phase}")
+
+    # -- admission -------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        for sequence in admission_order(self.waiting):
+            if len(self.running) >= self._config.max_rows or not self._place(sequence):
+                return
+            for other in self.waiting:
+                other.num_passed_over += other.arrival < sequence.arrival
+
+    def _place(self, sequence: TokenSequence) -> bool:
+        """Give the sequence a slab and a place; False when it must wait for somebody's memory."""
+        blocks = sequence.blocks
+        had_slab = blocks.slab is not None
+        try:
+            if not self._attempt([sequence], partial(self._make_hot, sequence)):
+                return True
+        except PoolExhausted as error:
+            if not self.running:
+                self._break(sequence, error)
+            return False
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = blocks.num_tokens
+            sequence.tier = _tier_of_reuse(sequence, had_slab=had_slab)
+            sequence.admitted_s = self._clock()
+        sequence.phase = Phase.RESTORING
+        if not blocks.num_to_restore:
+            self._start_row(sequence)
+        return True
+
+    def _make_hot(self, sequence: TokenSequence) -> None:
+        target = sequence.token_ids[: sequence.target_tokens]
+        capacity = reserve_capacity(
+            num_tokens=len(sequence.token_ids),
+            reply_tokens=sequence.max_tokens - len(sequence.reply_ids),
+            config=self._config,
+        )
+        try:
+            self._tiers.make_hot(sequence.blocks, target, capacity)
+        except PoolExhausted:
+            if self.running:
+                raise
+            self._tiers.make_hot_at_any_cost(sequence.blocks, target, capacity)
+
+    def _start_row(self, sequence: TokenSequence) -> None:
+        """All that was stored is in the slab: the row opens."""
+        self._next_row += 1
+        self._open_row(sequence, RowId(self._next_row))
+        sequence.phase = Phase.PREFILLING if sequence.num_missing else Phase.DECODING
+
+    def _open_row(self, sequence: TokenSequence, row: RowId) -> None:
+        slab = sequence.blocks.slab
+        if slab is None:
+            raise InvariantBroken(f"{sequence.request_id} has no slab for its row")
+        self._tiers.generator.open_row(row, slab)
+        sequence.row = row
+
+    def _close_row(self, sequence: TokenSequence) -> None:
+        if sequence.row is not None:
+            self._tiers.generator.close_row(sequence.row)
+            sequence.row = None
+
+    # -- decode ----------------------------------------------------------------------------------
+
+    def _decode(self) -> float:
+        """One token for every row that is ready. Returns how long it took in seconds."""
+        started = self._clock()
+        self._make_room_for_next_tokens()
+        rows = self._in_phase(Phase.DECODING)
+        if not rows:
+            return 0.0
+        inputs = [_input_of(sequence) for sequence in rows]
+        tokens: list[int] = []
+        if self._attempt(rows, lambda: tokens.extend(self._tiers.generator.decode(inputs))):
+            for sequence, token_id in zip(rows, tokens, strict=True):
+                self._tiers.advance(sequence.blocks, sequence.token_ids[-1:])
+                self._outcomes.append(Sampled(sequence, token_id))
+            self.counters.decoded_tokens += len(tokens)
+        return self._clock() - started
+
+    def _make_room_for_next_tokens(self) -> None:
+        for sequence in self._in_phase(Phase.DECODING):
+            while sequence.phase is Phase.DECODING and _is_full(sequence):
+                self._attempt([sequence], partial(self._grow, sequence))
+
+    def _grow(self, sequence: TokenSequence) -> None:
+        """A larger slab for the row; where memory is short, a row is preempted."""
+        slab = sequence.blocks.slab
+        row = sequence.row
+        if slab is None or row is None:
+            raise InvariantBroken(f"{sequence.request_id} decodes without a row")
+        num_left = sequence.max_tokens - len(sequence.reply_ids)
+        capacity = grown_capacity(slab.capacity_tokens, len(sequence.token_ids) + num_left)
+        self._close_row(sequence)
+        try:
+            self._tiers.reserve(sequence.blocks, capacity)
+        except PoolExhausted as error:
+            victim = choose_preempted(self.running)
+            if victim is None:
+                self._break(sequence, error)
+                return
+            self._preempt(victim)
+        if sequence.phase is Phase.DECODING:
+            self._open_row(sequence, row)
+
+    def _preempt(self, sequence: TokenSequence) -> None:
+        """The row's memory goes to an older one; it waits, and goes on where it was."""
+        self._close_row(sequence)
+        self.running.remove(sequence)
+        self._tiers.park(sequence.blocks)
+        sequence.phase = Phase.WAITING
+        sequence.num_preemptions += 1
+        self.waiting.append(sequence)
+        self.counters.preemptions += 1
+
+    # -- restore and prefill ---------------------------------------------------------------------
+
+    def _restore(self) -> None:
+        restoring = self._in_phase(Phase.RESTORING)
+        beside_decode = bool(self._in_phase(Phase.DECODING))
+        max_bytes = self._config.restore_bytes_per_step if beside_decode else float("inf")
+        for sequence in restoring:
+            started = self._clock()
+            if not self._attempt([sequence], partial(self._copy_in, sequence, max_bytes)):
+                return
+            sequence.restored_s += self._clock() - started
+
+    def _copy_in(self, sequence: TokenSequence, max_bytes: float) -> None:
+        self._tiers.restore(sequence.blocks, max_bytes)
+        if not sequence.blocks.num_to_restore:
+            self._start_row(sequence)
+        self._outcomes.append(Advanced(sequence))
+
+    def _prefill(self, decode_s: float) -> None:
+        """Chunks in turn, one for each sequence, until the step's budget is used up."""
+        beside_decode = decode_s > 0.0
+        limit = self._throttle.num_tokens if beside_decode else self._config.idle_prefill_tokens
+        started = self._clock()
+        budget = limit
+        while budget > 0:
+            sequence = self._next_to_prefill()
+            if sequence is None:
+                break
+            budget -= self._prefill_chunk(sequence, min(budget, self._config.prefill_chunk_tokens))
+        if beside_decode:
+            self._throttle.observe(
+                num_tokens=limit - budget, prefill_s=self._clock() - started, decode_s=decode_s
+            )
+
+    def _prefill_chunk(self, sequence: TokenSequence, limit: int) -> int:
+        """Compute one chunk, or find that another row has computed it. Returns tokens computed."""
+        blocks = sequence.blocks
+        adopted = self._tiers.adopt_computed(blocks, sequence.token_ids[: sequence.target_tokens])
+        if adopted:
+            self._note_adopted(sequence, adopted)
+            return 0
+        chunk = next_chunk(sequence, limit)
+        row = sequence.row
+        if row is None:
+            raise InvariantBroken(f"{sequence.request_id} prefills without a row")
+        if not self._attempt([sequence], lambda: self._tiers.generator.prefill(row, chunk)):
+            return limit
+        self._tiers.advance(blocks, chunk)
+        self.counters.prefilled_tokens += len(chunk)
+        if not sequence.num_missing:
+            sequence.phase = Phase.DECODING
+        self.running.remove(sequence)
+        self.running.append(sequence)
+        self._outcomes.append(Advanced(sequence))
+        return len(chunk)
+
+    def _note_adopted(self, sequence: TokenSequence, num_tokens: int) -> None:
+        """Others computed these blocks while this sequence ran: they are copied, not computed."""
+        self._close_row(sequence)
+        sequence.phase = Phase.RESTORING
+        if not sequence.num_preemptions and sequence.cached_tokens is not None:
+            sequence.cached_tokens += num_tokens
+            sequence.tier = Tier.WARM
+
+    def _next_to_prefill(self) -> TokenSequence | None:
+        """The one that has waited longest for a chunk and would not compute another's block."""
+        prefilling = self._in_phase(Phase.PREFILLING)
+        begun = {
+            self._next_hash(sequence)
+            for sequence in prefilling
+            if sequence.blocks.num_tokens % BLOCK_TOKENS
+        }
+        for sequence in prefilling:
+            at_boundary = sequence.blocks.num_tokens % BLOCK_TOKENS == 0
+            block_hash = self._next_hash(sequence)
+            if not at_boundary or block_hash is None or block_hash not in begun:
+                return sequence
+        return None
+
+    def _next_hash(self, sequence: TokenSequence) -> BlockHash | None:
+        """The block that the sequence is computing; None when its prompt ends before the block."""
+        depth = sequence.blocks.num_tokens // BLOCK_TOKENS
+        ids = sequence.token_ids[depth * BLOCK_TOKENS : (depth + 1) * BLOCK_TOKENS]
+        if len(ids) < BLOCK_TOKENS or (depth + 1) * BLOCK_TOKENS > sequence.target_tokens:
+            return None
+        parent = sequence.blocks.blocks[depth - 1].hash if depth else self._root
+        return child_hash(parent, ids)
+
+    # -- failure ---------------------------------------------------------------------------------
+
+    def _attempt(self, involved: list[TokenSequence], call: Callable[[], None]) -> bool:
+        """Call the generator. When it raises, every row fails, and the queue is served on.
+
+        The slabs of the rows in the call cannot be trusted any more; the others keep theirs.
+        """
+        try:
+            call()
+        except (PoolExhausted, InvariantBroken):
+            raise
+        except Exception as error:  # noqa: BLE001 - decision 14: whatever the model raises
+            self._recover(involved, GeneratorFailed(error))
+            return False
+        return True
+
+    def _recover(self, involved: list[TokenSequence], error: GeneratorFailed) -> None:
+        self.counters.generator_failures += 1
+        for sequence in involved:
+            if sequence.blocks.slab is not None:
+                self._tiers.discard_slab(sequence.blocks)
+            sequence.row = None
+        for sequence in dict.fromkeys([*self.running, *involved]):
+            self._break(sequence, error)
+        self._tiers.generator = self._new_generator()
+
+    def _break(self, sequence: TokenSequence, error: Exception) -> None:
+        self.leave(sequence)
+        self._outcomes.append(Broken(sequence, error))
+
+    def _in_phase(self, phase: Phase) -> list[TokenSequence]:
+        return [sequence for sequence in self.running if sequence.phase is phase]
+
+
+def _input_of(sequence: TokenSequence) -> RowInput:
+    if sequence.row is None:
+        raise InvariantBroken(f"{sequence.request_id} decodes without a row")
+    return RowInput(
+        row=sequence.row,
+        token_id=sequence.token_ids[-1],
+        sampling=sequence.sampling,
+        draw=len(sequence.reply_ids),
+    )
+
+
+def _is_full(sequence: TokenSequence) -> bool:
+    slab = sequence.blocks.slab
+    return slab is not None and slab.num_tokens >= slab.capacity_tokens
+
+
+def _tier_of_reuse(sequence: TokenSequence, *, had_slab: bool) -> Tier:
+    """Where the KV came from that this request did not have to compute."""
+    if not sequence.blocks.num_tokens:
+        return Tier.NONE
+    return Tier.WARM if sequence.blocks.num_to_restore or not had_slab else Tier.HOT

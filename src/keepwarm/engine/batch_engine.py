@@ -1,0 +1,419 @@
+"""BlockPoolBatchEngine: requests in, events out, and every agent's memory kept between them."""
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from keepwarm.core.block import common_prefix, root_hash
+from keepwarm.core.errors import (
+    AgentBusy,
+    AgentExists,
+    ContextTooLong,
+    InvalidRequest,
+    NeverFits,
+    QueueFull,
+)
+from keepwarm.core.events import Event, FinishReason
+from keepwarm.core.layout import BLOCK_TOKENS, capacity_for
+from keepwarm.core.policies import EngineConfig
+from keepwarm.core.pool import BlockPool, PoolSnapshot
+from keepwarm.core.ports import BatchGenFactory, LoadedModel, Message
+from keepwarm.core.sequence import TokenSequence
+from keepwarm.engine.active import ActiveRequest
+from keepwarm.engine.agents import Agent, AgentBook, AgentView, Choice, Line, history
+from keepwarm.engine.batch import Advanced, Batch, BatchCounters, Sampled
+from keepwarm.engine.chat import (
+    Prompt,
+    Transcript,
+    continue_ids,
+    continue_line,
+    truncate,
+    validate_messages,
+    with_reply,
+)
+from keepwarm.engine.output import ReplyText, validate_stop
+from keepwarm.engine.requests import (
+    PromptSource,
+    valid_agent_id,
+    valid_max_tokens,
+    valid_priority,
+    valid_sampling,
+    valid_text,
+    valid_token_ids,
+)
+from keepwarm.engine.tiers import TierCounters, Tiers
+
+CANONICAL_LINEAGE = "exact-canonical"
+"""Blocks computed in canonical shapes differ in their last bits: they have other hashes."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSnapshot:
+    """The engine at one moment, for people and metrics."""
+
+    num_waiting: int
+    num_running: int
+    agents: tuple[AgentView, ...]
+    pool: PoolSnapshot
+    tiers: TierCounters
+    batch: BatchCounters
+
+
+class BlockPoolBatchEngine:
+    """Continuous batching over agents that keep their KV in blocks.
+
+    Everything happens in the caller's thread, and in `step`; the engine has no lock and must be
+    used from one thread, the one that loaded the model. `batch_gen_factory` replaces the model's
+    generator. `deterministic=True` computes in canonical shapes: the same bits whatever the chunks,
+    the batch and the history (on the CPU).
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        pool: BlockPool,
+        config: EngineConfig | None = None,
+        batch_gen_factory: BatchGenFactory | None = None,
+        deterministic: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.config = config or EngineConfig()
+        self._loaded = loaded
+        self._tokenizer = loaded.tokenizer
+        self._clock = clock
+        factory = batch_gen_factory or loaded.batch_gen_factory
+        lineage = CANONICAL_LINEAGE if deterministic else "exact"
+        root = root_hash(fingerprint=loaded.fingerprint, lineage=lineage)
+        self.tiers = Tiers(
+            pool,
+            factory(deterministic=deterministic),
+            root=root,
+            token_bytes=loaded.layout.token_bytes,
+        )
+        self.batch = Batch(
+            self.tiers,
+            new_generator=lambda: factory(deterministic=deterministic),
+            root=root,
+            config=self.config,
+            clock=clock,
+        )
+        self._book = AgentBook(
+            new_blocks=self.tiers.new_line,
+            forget=self.tiers.forget,
+            max_side_lines=self.config.max_side_lines,
+            max_anonymous_lines=self.config.max_anonymous_lines,
+        )
+        self._active: dict[str, ActiveRequest] = {}
+        self._events: list[Event] = []
+        self._ids = itertools.count(1)
+
+    def __repr__(self) -> str:
+        return f"BlockPoolBatchEngine({self._loaded.name}: {self.batch!r}, {self.tiers!r})"
+
+    # -- requests --------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        *,
+        agent_id: str | None = None,
+        messages: Sequence[Message] | None = None,
+        append: Sequence[Message] | None = None,
+        text: str | None = None,
+        token_ids: Sequence[int] | None = None,
+        max_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 0.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        priority: int = 0,
+    ) -> str:
+        """Queue a request and return its id; its events come from `step`.
+
+        The prompt is one of `messages` (the whole conversation), `append` (new messages for the
+        agent's main line), `text` or `token_ids`. Without `agent_id` it is anonymous: blocks are
+        found by content. `max_tokens` None lets the reply fill the context.
+
+        Raises InvalidRequest (ContextTooLong, NeverFits), AgentBusy (`append` while the main line
+        runs), UnknownAgent (`append` to nobody) and QueueFull; nothing is taken when it raises.
+        """
+        source = PromptSource(messages=messages, append=append, text=text, token_ids=token_ids)
+        agent_id = valid_agent_id(agent_id)
+        wanted_tokens = valid_max_tokens(max_tokens)
+        sampling = valid_sampling(
+            temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed
+        )
+        stops = validate_stop(stop)
+        priority = valid_priority(priority)
+        if len(self.batch.waiting) >= self.config.max_waiting:
+            raise QueueFull(num_waiting=len(self.batch.waiting))
+        choice, conversation = self._choose(agent_id, source)
+        prompt_ids = list(choice.prompt.token_ids)
+        max_tokens = self._fit(len(prompt_ids), wanted_tokens)
+
+        line = choice.line or self._book.open_line(agent_id)
+        line.in_use = True
+        number = next(self._ids)
+        sequence = TokenSequence(
+            request_id=f"req-{number}",
+            agent_id=agent_id,
+            arrival=number,
+            token_ids=prompt_ids,
+            num_prompt_tokens=len(prompt_ids),
+            max_tokens=max_tokens,
+            sampling=sampling,
+            priority=priority,
+            blocks=line.blocks,
+            submitted_s=self._clock(),
+        )
+        reply = ReplyText(self._tokenizer.detokenizer(), stops)
+        self._active[sequence.request_id] = ActiveRequest(
+            sequence, line, choice.prompt, conversation, reply
+        )
+        self.batch.enqueue(sequence)
+        return sequence.request_id
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request now; its Completed comes with the next step. False when it had ended."""
+        active = self._active.get(request_id)
+        if active is None:
+            return False
+        active.reply.cancel()
+        self._finish(active, FinishReason.CANCELLED)
+        return True
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything, or events wait to be fetched."""
+        return bool(self._active or self._events)
+
+    def step(self) -> list[Event]:
+        """One decode step for every ready row, some prefill beside it, and what came of them."""
+        for outcome in self.batch.step():
+            active = self._active.get(outcome.sequence.request_id)
+            if active is None:
+                continue
+            if isinstance(outcome, Sampled):
+                self._take_token(active, outcome.token_id)
+            elif isinstance(outcome, Advanced):
+                self._events.append(active.progress())
+            else:
+                self._fail(active, outcome.error)
+        events, self._events = self._events, []
+        return events
+
+    # -- agents ----------------------------------------------------------------------------------
+
+    def agents(self) -> tuple[AgentView, ...]:
+        return tuple(self._book.view(agent) for agent in self._book)
+
+    def agent(self, agent_id: str) -> AgentView:
+        """Raises UnknownAgent."""
+        return self._book.view(self._book.get(agent_id))
+
+    def fork(self, agent_id: str, new_id: str, *, at_turn: int | None = None) -> None:
+        """A new agent that knows what this one knew after `at_turn` turns (None: all of them).
+
+        Whole blocks are shared by reference. Raises UnknownAgent, AgentBusy, AgentExists and
+        InvalidRequest.
+        """
+        parent = self._idle_agent(agent_id, "fork it")
+        if valid_agent_id(new_id) is None:
+            raise InvalidRequest("new_id", "a fork needs a name")
+        if new_id in self._book:
+            raise AgentExists(new_id)
+        num_tokens, num_messages = self._position(parent, at_turn)
+        main = parent.main
+        child = Line(
+            self.tiers.fork(main.blocks, _held(main, num_tokens)),
+            truncate(main.transcript, num_tokens),
+            None if main.messages is None else main.messages[:num_messages],
+        )
+        turns = [turn for turn in parent.turns if turn.num_tokens <= num_tokens]
+        self._book.add(Agent(new_id, child, turns=turns))
+
+    def rollback(self, agent_id: str, *, turn: int) -> None:
+        """Forget everything after `turn` turns. Raises UnknownAgent, AgentBusy, InvalidRequest."""
+        agent = self._idle_agent(agent_id, "roll it back")
+        num_tokens, num_messages = self._position(agent, turn)
+        main = agent.main
+        main.transcript = truncate(main.transcript, num_tokens)
+        main.messages = None if main.messages is None else main.messages[:num_messages]
+        del agent.turns[turn:]
+        self.tiers.truncate(main.blocks, _held(main, num_tokens))
+
+    def demote(self, agent_id: str) -> None:
+        """Turn the agent's slab into blocks now, as memory pressure would. Raises AgentBusy."""
+        blocks = self._idle_agent(agent_id, "demote it").main.blocks
+        if blocks.slab is not None:
+            self.tiers.demote(blocks)
+
+    def forget_cache(self, agent_id: str) -> None:
+        """Drop the agent's KV and keep what it said: its next turn is prefilled from the start."""
+        self.tiers.truncate(self._idle_agent(agent_id, "empty its cache").main.blocks, 0)
+
+    def pin(self, agent_id: str, *, pinned: bool = True) -> None:
+        """Never evict the agent's blocks (its slab may still become blocks)."""
+        self._book.get(agent_id).main.blocks.pinned = pinned
+
+    def delete(self, agent_id: str) -> None:
+        """The agent and what only it owned are gone. Raises UnknownAgent, AgentBusy."""
+        self._idle_agent(agent_id, "delete it")
+        self._book.remove(agent_id)
+
+    def snapshot(self) -> EngineSnapshot:
+        return EngineSnapshot(
+            num_waiting=len(self.batch.waiting),
+            num_running=len(self.batch.running),
+            agents=self.agents(),
+            pool=self.tiers.pool.snapshot(),
+            tiers=self.tiers.counters,
+            batch=self.batch.counters,
+        )
+
+    def check(self) -> None:
+        """Raise InvariantBroken when any of the bookkeeping contradicts itself."""
+        self.tiers.check()
+        self.batch.check()
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _choose(
+        self, agent_id: str | None, source: PromptSource
+    ) -> tuple[Choice, tuple[Message, ...] | None]:
+        """The line to continue and its prompt, and the conversation where it is known."""
+        if source.append is not None:
+            return self._choose_main(agent_id, validate_messages(source.append))
+        conversation = None if source.messages is None else validate_messages(source.messages)
+        return self._book.choose(agent_id, self._prompt_maker(source, conversation)), conversation
+
+    def _choose_main(
+        self, agent_id: str | None, new: tuple[Message, ...]
+    ) -> tuple[Choice, tuple[Message, ...]]:
+        if agent_id is None:
+            raise InvalidRequest("append", "needs an agent_id: only an agent has a history")
+        main = self._book.get(agent_id).main
+        if main.in_use:
+            raise AgentBusy(agent_id, "append to it")
+        if main.messages is None:
+            raise InvalidRequest("append", "this agent's last prompt was not given as messages")
+        conversation = (*main.messages, *new)
+        make_prompt = self._prompt_maker(PromptSource(messages=conversation), conversation)
+        return Choice(main, make_prompt(main.transcript)), conversation
+
+    def _prompt_maker(
+        self, source: PromptSource, conversation: tuple[Message, ...] | None
+    ) -> Callable[[Transcript], Prompt]:
+        if source.token_ids is not None:
+            ids = valid_token_ids(source.token_ids, self._loaded.vocab_size)
+            return lambda known: continue_ids(known, ids)
+        if conversation is not None:
+            pieces = self._tokenizer.render(conversation)
+        else:
+            pieces = self._tokenizer.split(valid_text(source.text or ""))
+        return lambda known: continue_line(known, pieces, self._tokenizer.encode)
+
+    def _fit(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
+        """How long the reply may be: as asked for, within the context and the memory budget."""
+        context = self._loaded.max_context_tokens
+        if num_prompt_tokens >= context:
+            raise ContextTooLong(num_prompt_tokens=num_prompt_tokens, max_context_tokens=context)
+        budget = self.tiers.pool.budget_bytes
+        needed = self._slab_bytes(num_prompt_tokens + 1)
+        if needed > budget:
+            raise NeverFits(needed_bytes=needed, budget_bytes=budget)
+        num_blocks = budget // self._slab_bytes(BLOCK_TOKENS)
+        while self._slab_bytes(num_blocks * BLOCK_TOKENS) > budget:
+            num_blocks -= 1
+        room = min(context, num_blocks * BLOCK_TOKENS) - num_prompt_tokens
+        return room if max_tokens is None else min(max_tokens, room)
+
+    def _slab_bytes(self, num_tokens: int) -> int:
+        return self.tiers.generator.slab_bytes(capacity_for(num_tokens))
+
+    def _take_token(self, active: ActiveRequest, token_id: int) -> None:
+        sequence = active.sequence
+        sequence.append(token_id)
+        if sequence.first_token_s is None:
+            sequence.first_token_s = self._clock()
+        if token_id in self._tokenizer.eos_token_ids:
+            self._finish(active, FinishReason.STOP)
+            return
+        emitted = active.reply.push(token_id)
+        if emitted:
+            self._events.append(active.delta(emitted))
+        if active.reply.stopped_by is not None:
+            self._finish(active, FinishReason.STOP)
+        elif len(sequence.reply_ids) >= sequence.max_tokens:
+            self._finish(active, FinishReason.LENGTH)
+
+    def _finish(self, active: ActiveRequest, reason: FinishReason) -> None:
+        """Send what was held back, keep the turn, and let the line rest."""
+        if reason is not FinishReason.CANCELLED and (emitted := active.reply.finish()):
+            self._events.append(active.delta(emitted))
+        self.batch.leave(active.sequence)
+        if active.sequence.admitted_s is not None:
+            self._keep_turn(active)
+        self._events.append(active.completed(reason, self._clock()))
+        self._close(active)
+
+    def _keep_turn(self, active: ActiveRequest) -> None:
+        """The line knows the prompt and the reply as sent, by the ids that were fed for them.
+
+        A request that was cancelled before its first token leaves the conversation as it was; what
+        it computed stays with the line's blocks.
+        """
+        line = active.line
+        reply = active.reply.reply
+        self.tiers.truncate(line.blocks, active.num_kept_tokens)
+        if active.sequence.first_token_s is None:
+            return
+        conversation = history(active.messages, reply.text)
+        echo = (
+            self._tokenizer.render(conversation, add_generation_prompt=False)
+            if conversation is not None
+            else ()
+        )
+        line.transcript = with_reply(active.prompt.transcript, reply, echo)
+        num_kept = active.prompt.num_shared
+        self._book.record_turn(active.agent_id, line, num_kept, conversation)
+
+    def _fail(self, active: ActiveRequest, error: Exception) -> None:
+        """The conversation stays as it was before the request; what was computed can be found."""
+        self._events.append(active.failed(error))
+        self._close(active)
+
+    def _close(self, active: ActiveRequest) -> None:
+        if active.line.blocks.busy:
+            self.tiers.park(active.line.blocks)
+        active.line.in_use = False
+        del self._active[active.request_id]
+        self._book.tidy(active.agent_id)
+
+    def _idle_agent(self, agent_id: str, action: str) -> Agent:
+        agent = self._book.get(agent_id)
+        if agent.in_use:
+            raise AgentBusy(agent_id, action)
+        return agent
+
+    def _position(self, agent: Agent, turn: int | None) -> tuple[int, int | None]:
+        """Tokens and messages after so many turns."""
+        if turn is None:
+            return agent.main.transcript.num_tokens, None
+        if not 0 <= turn <= len(agent.turns):
+            raise InvalidRequest("turn", f"{turn} is not from 0 to {len(agent.turns)}")
+        if turn == 0:
+            return 0, 0
+        end = agent.turns[turn - 1]
+        return end.num_tokens, end.num_messages
+
+
+def _held(line: Line, num_tokens: int) -> int:
+    """How many of the conversation's first tokens the line's KV really is of.
+
+    A request that failed or was cancelled may have left the KV of another continuation.
+    """
+    return common_prefix(line.blocks.token_ids, line.transcript.token_ids[:num_tokens])

@@ -1,0 +1,120 @@
+"""From what a caller passes to `submit` to checked values; a wrong one raises and names itself."""
+
+import math
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeGuard
+
+from keepwarm.core.errors import InvalidRequest
+from keepwarm.core.ports import Message, Sampling
+
+AGENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@/+-]{0,127}")
+MAX_SEED = (1 << 64) - 1
+_ENTROPY = random.SystemRandom()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSource:
+    """The prompt as given: exactly one of the four."""
+
+    messages: Sequence[Message] | None = None
+    append: Sequence[Message] | None = None
+    text: str | None = None
+    token_ids: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        given = [
+            name
+            for name in ("messages", "append", "text", "token_ids")
+            if getattr(self, name) is not None
+        ]
+        if len(given) != 1:
+            what = " and ".join(given) or "none"
+            raise InvalidRequest(
+                "prompt", f"give exactly one of messages, append, text and token_ids, not {what}"
+            )
+
+
+def valid_agent_id(agent_id: object) -> str | None:
+    """A name is 1 to 128 letters, digits and . _ : @ / + - and begins with a letter or digit."""
+    if agent_id is None:
+        return None
+    if not isinstance(agent_id, str) or not AGENT_ID.fullmatch(agent_id):
+        raise InvalidRequest(
+            "agent_id",
+            f"{agent_id!r} is no agent's name: use 1 to 128 letters, digits and . _ : @ / + -, "
+            "beginning with a letter or digit",
+        )
+    return agent_id
+
+
+def valid_max_tokens(max_tokens: object) -> int | None:
+    if max_tokens is None:
+        return None
+    if not _is_int(max_tokens) or max_tokens < 1:
+        raise InvalidRequest("max_tokens", f"must be a whole number from 1, not {max_tokens!r}")
+    return max_tokens
+
+
+def valid_token_ids(token_ids: Sequence[int], vocab_size: int) -> list[int]:
+    ids = list(token_ids)
+    if not ids:
+        raise InvalidRequest("token_ids", "is empty; there must be at least one id")
+    for position, token_id in enumerate(ids):
+        if not _is_int(token_id) or not 0 <= token_id < vocab_size:
+            raise InvalidRequest(
+                "token_ids",
+                f"{token_id!r} at position {position} is not an id from 0 to {vocab_size - 1}",
+            )
+    return ids
+
+
+def valid_text(text: object) -> str:
+    if not isinstance(text, str) or not text:
+        raise InvalidRequest("text", "must be text with at least one character")
+    return text
+
+
+def valid_priority(priority: object) -> int:
+    if not _is_int(priority) or not -100 <= priority <= 100:
+        raise InvalidRequest("priority", f"must be a whole number from -100 to 100: {priority!r}")
+    return priority
+
+
+def valid_sampling(
+    *, temperature: float, top_p: float, top_k: int, min_p: float, seed: int | None
+) -> Sampling:
+    """Sampling settings in their ranges; without a seed, one is drawn."""
+    _check_range("temperature", temperature, 0.0, 100.0)
+    _check_range("top_p", top_p, 0.0, 1.0)
+    _check_range("min_p", min_p, 0.0, 1.0)
+    if not _is_int(top_k) or top_k < 0:
+        raise InvalidRequest("top_k", f"must be a whole number from 0 (off), not {top_k!r}")
+    if seed is None:
+        seed = _ENTROPY.getrandbits(64)
+    if not _is_int(seed) or not 0 <= seed <= MAX_SEED:
+        raise InvalidRequest("seed", f"must be a whole number from 0 to {MAX_SEED}, not {seed!r}")
+    return Sampling(
+        temperature=float(temperature),
+        top_p=float(top_p),
+        top_k=top_k,
+        min_p=float(min_p),
+        seed=seed,
+    )
+
+
+def _check_range(field: str, value: object, low: float, high: float) -> None:
+    if not _is_number(value) or not low <= value <= high:
+        raise InvalidRequest(field, f"must be a number from {low:g} to {high:g}, not {value!r}")
+
+
+def _is_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value)

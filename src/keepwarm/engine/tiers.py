@@ -1,0 +1,517 @@
+"""Where every line's KV is, and the moves between the tiers.
+
+Hot is a slab, warm is blocks and a tail. Every byte is an allocation of the pool; when memory is
+short the cheapest loss comes first: spare slabs, copies of what a slab holds as well, the slabs of
+resting lines (which become blocks, equal prefixes once), and only then blocks themselves.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from keepwarm.core.agent import AgentBlocks
+from keepwarm.core.block import (
+    Block,
+    BlockHash,
+    LineId,
+    chain_hashes,
+    child_hash,
+    common_prefix,
+)
+from keepwarm.core.errors import InvariantBroken, PoolExhausted
+from keepwarm.core.layout import BLOCK_TOKENS, whole_blocks
+from keepwarm.core.policies import BlockVictim, choose_victims, demotion_order
+from keepwarm.core.pool import Allocation, BlockPool, Kind
+from keepwarm.core.ports import BatchGenerator, Payload, Slab
+from keepwarm.core.prefix_index import PrefixIndex
+
+MAX_SPARES = 2
+"""Slabs kept to be reused: fresh memory is several times slower to write than recycled."""
+
+
+@dataclass(slots=True)
+class TierCounters:
+    """How often each move happened."""
+
+    demotions: int = 0
+    evicted_blocks: int = 0
+    restored_blocks: int = 0
+    slab_growths: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Spare:
+    slab: Slab
+    allocation: Allocation
+
+
+class Tiers:
+    """Owns the lines' slabs, blocks and tails, the index and the spare slabs. No lock: one thread.
+
+    The generator is handed in for each model; slabs and payloads are its own values.
+    """
+
+    def __init__(
+        self, pool: BlockPool, generator: BatchGenerator, *, root: BlockHash, token_bytes: int
+    ) -> None:
+        self.pool = pool
+        self.index = PrefixIndex(pool)
+        self.counters = TierCounters()
+        self.generator = generator
+        self._root = root
+        self._token_bytes = token_bytes
+        self._lines: dict[LineId, AgentBlocks] = {}
+        self._spares: list[_Spare] = []
+        self._next_line = 0
+        self._now = 0
+
+    def __repr__(self) -> str:
+        hot = sum(line.slab is not None for line in self._lines.values())
+        return f"Tiers({len(self._lines)} lines, {hot} hot, {self.index!r}, {self.pool!r})"
+
+    # -- lines -----------------------------------------------------------------------------------
+
+    def new_line(self) -> AgentBlocks:
+        self._next_line += 1
+        line = AgentBlocks(LineId(self._next_line))
+        self._lines[line.line] = line
+        self.touch(line)
+        return line
+
+    def touch(self, line: AgentBlocks) -> None:
+        """The line was used just now."""
+        self._now += 1
+        line.last_used = self._now
+
+    def forget(self, line: AgentBlocks) -> None:
+        """The line goes; blocks that others own stay with them."""
+        self.truncate(line, 0)
+        self._free_slab(line)
+        del self._lines[line.line]
+
+    def fork(self, parent: AgentBlocks, num_tokens: int) -> AgentBlocks:
+        """A new line that holds the parent's first tokens.
+
+        Whole blocks are shared by reference; only a tail is copied, and left out when there is no
+        room for it.
+        """
+        num_tokens = min(num_tokens, parent.num_tokens)
+        child = self.new_line()
+        for block in parent.blocks[: whole_blocks(num_tokens)]:
+            self.index.retain(child.line, block)
+            child.blocks.append(block)
+        with _busy(child):
+            tail = self._copy_tail(parent, num_tokens)
+        if tail is not None:
+            self._set_tail(child, tail)
+        child.token_ids = parent.token_ids[: child.num_tokens]
+        return child
+
+    # -- into the slab ---------------------------------------------------------------------------
+
+    def longest_match(self, line: AgentBlocks, token_ids: Sequence[int]) -> int:
+        """How many leading ids have KV somewhere: in this line, or in anybody's blocks."""
+        run = self.index.longest_run(chain_hashes(self._root, token_ids))
+        return max(common_prefix(line.token_ids, token_ids), len(run) * BLOCK_TOKENS)
+
+    def make_hot(self, line: AgentBlocks, token_ids: Sequence[int], capacity_tokens: int) -> None:
+        """Give the line a slab, keep what `token_ids` continues, and name the blocks to restore.
+
+        Raises PoolExhausted when other running or pinned lines leave too little; the line is then
+        as before.
+        """
+        run = self.index.longest_run(chain_hashes(self._root, token_ids))
+        with self._guarded(run), _busy(line):
+            if line.slab is None:
+                slab = self._take_slab(capacity_tokens)
+                self._adopt(line, run, token_ids)
+                line.slab, line.slab_allocation = slab.slab, slab.allocation
+            else:
+                self.reserve(line, capacity_tokens)
+                self._adopt(line, run, token_ids)
+        line.busy = True
+
+    def make_hot_at_any_cost(
+        self, line: AgentBlocks, token_ids: Sequence[int], capacity_tokens: int
+    ) -> None:
+        """As make_hot, but where nobody will leave, give up even the blocks to be restored.
+
+        Raises PoolExhausted when pinned lines leave too little.
+        """
+        if line.slab is not None:
+            self.demote(line)
+        self.make_room(self.generator.slab_bytes(capacity_tokens))
+        self.make_hot(line, token_ids, capacity_tokens)
+
+    def reserve(self, line: AgentBlocks, capacity_tokens: int) -> None:
+        """Grow the slab to at least that capacity. Raises PoolExhausted, leaving the slab."""
+        slab, allocation = _slab_of(line)
+        if slab.capacity_tokens >= capacity_tokens:
+            return
+        nbytes = self.generator.slab_bytes(capacity_tokens)
+        self.make_room(nbytes - allocation.nbytes)
+        self.pool.resize(allocation, nbytes)
+        line.slab = self.generator.grow_slab(slab, capacity_tokens)
+        self.counters.slab_growths += 1
+
+    def restore(self, line: AgentBlocks, max_bytes: float = math.inf) -> int:
+        """Copy the next blocks, and at last the tail, into the slab; at least one of them.
+
+        Returns how many tokens were copied.
+        """
+        slab, _ = _slab_of(line)
+        before = slab.num_tokens
+        max_tokens = max_bytes / self._token_bytes
+        while line.num_to_restore and slab.num_tokens - before < max_tokens:
+            depth = whole_blocks(slab.num_tokens)
+            if depth < len(line.blocks):
+                self._restore_block(slab, line.blocks[depth])
+                line.blocks[depth].slabs.add(line.line)
+                self.counters.restored_blocks += 1
+            elif line.tail is not None:
+                self.generator.reconstruct(slab, [line.tail])
+                self._release_tail(line)
+        return slab.num_tokens - before
+
+    def adopt_computed(self, line: AgentBlocks, token_ids: Sequence[int]) -> int:
+        """Name the blocks that others have computed meanwhile, right behind what the line holds.
+
+        Returns how many tokens may be restored instead of computed.
+        """
+        if line.num_tokens % BLOCK_TOKENS:
+            return 0
+        hashes = self._hashes_behind(line, token_ids)
+        run = self.index.longest_run(hashes)
+        for block in run:
+            self.index.retain(line.line, block)
+            line.blocks.append(block)
+        line.token_ids = list(token_ids[: line.num_tokens])
+        return len(run) * BLOCK_TOKENS
+
+    def advance(self, line: AgentBlocks, token_ids: Sequence[int]) -> None:
+        """The slab holds these ids as well now; blocks that became whole can be found by others."""
+        line.token_ids.extend(token_ids)
+        for start in range(len(line.blocks) * BLOCK_TOKENS, line.num_tokens, BLOCK_TOKENS):
+            ids = line.token_ids[start : start + BLOCK_TOKENS]
+            if len(ids) == BLOCK_TOKENS:
+                parent = line.blocks[-1].hash if line.blocks else self._root
+                depth = len(line.blocks)
+                block = self.index.enter_slab(line.line, depth, child_hash(parent, ids))
+                line.blocks.append(block)
+
+    # -- out of the slab -------------------------------------------------------------------------
+
+    def park(self, line: AgentBlocks) -> None:
+        """The line rests; it keeps its slab until memory is short."""
+        if line.num_to_restore:
+            self.restore(line)
+        line.busy = False
+        self.touch(line)
+
+    def demote(self, line: AgentBlocks) -> None:
+        """Turn a resting line's slab into blocks and a tail; what exists already is not copied."""
+        slab, allocation = _slab_of(line)
+        homeless = [block for block in line.blocks if _lives_only_in(block, line)]
+        spans = [(b.depth * BLOCK_TOKENS, (b.depth + 1) * BLOCK_TOKENS) for b in homeless]
+        tail_start = len(line.blocks) * BLOCK_TOKENS
+        if slab.num_tokens > tail_start:
+            spans.append((tail_start, slab.num_tokens))
+        payloads = self._empty_slab(slab, allocation, spans)
+        line.slab = line.slab_allocation = None
+        for block, payload in zip(homeless, payloads, strict=False):
+            self.index.attach_payload(block, payload)
+        for block in line.blocks:
+            self.index.leave_slab(line.line, block)
+        if len(payloads) > len(homeless):
+            self._set_tail(line, payloads[-1])
+        self.counters.demotions += 1
+
+    def truncate(self, line: AgentBlocks, num_tokens: int) -> None:
+        """Forget the line's KV from `num_tokens` on; what other lines own stays with them."""
+        if num_tokens >= line.num_tokens:
+            return
+        if line.slab is None:
+            self._truncate_warm(line, num_tokens)
+        else:
+            self._truncate_hot(line, num_tokens)
+
+    def discard_slab(self, line: AgentBlocks) -> None:
+        """The slab's content cannot be trusted: keep only what is stored elsewhere as well."""
+        _, allocation = _slab_of(line)
+        self._cut_table(line, whole_blocks(line.num_in_slab))
+        line.slab = line.slab_allocation = None
+        self.pool.release(allocation)
+        del line.token_ids[len(line.blocks) * BLOCK_TOKENS :]
+        for block in line.blocks:
+            self.index.leave_slab(line.line, block)
+        lost = next((b for b in line.blocks if b.payload is None and not b.slabs), None)
+        if lost is not None:
+            self._lose(lost)
+        line.busy = False
+
+    # -- room ------------------------------------------------------------------------------------
+
+    def make_room(self, needed_bytes: int) -> None:
+        """Free bytes until so many are free. Raises PoolExhausted when that cannot be."""
+        if self.pool.free_bytes >= needed_bytes:
+            return
+        for free_some in (self._drop_spares, self._drop_redundant, self._demote_resting):
+            free_some(needed_bytes)
+            if self.pool.free_bytes >= needed_bytes:
+                return
+        self._evict(needed_bytes)
+        if self.pool.free_bytes < needed_bytes:
+            raise PoolExhausted(needed_bytes=needed_bytes, free_bytes=self.pool.free_bytes)
+
+    def check(self) -> None:
+        """Every block in its places, owners as the tables say, and the pool's bytes all held."""
+        self.index.check()
+        for line in self._lines.values():
+            line.check()
+        named = {(line.line, block.hash) for line in self._lines.values() for block in line.blocks}
+        owned = {(owner, block.hash) for block in self.index for owner in block.owners}
+        if named != owned:
+            raise InvariantBroken(f"{self!r}: tables and owners differ by {named ^ owned}")
+        self.pool.check(self._holders())
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _holders(self) -> dict[Allocation, tuple[int, int]]:
+        holders = self.index.holders()
+        for line in self._lines.values():
+            if line.slab is not None and line.slab_allocation is not None:
+                holders[line.slab_allocation] = (1, line.slab.nbytes)
+            if line.tail is not None and line.tail_allocation is not None:
+                holders[line.tail_allocation] = (1, line.tail.nbytes)
+        for spare in self._spares:
+            holders[spare.allocation] = (1, spare.slab.nbytes)
+        return holders
+
+    @contextmanager
+    def _guarded(self, run: Sequence[Block]) -> Iterator[None]:
+        """Nothing evicts these blocks meanwhile."""
+        guard = self.new_line()
+        guard.busy = True
+        for block in run:
+            self.index.retain(guard.line, block)
+            guard.blocks.append(block)
+        try:
+            yield
+        finally:
+            for block in guard.blocks:
+                self.index.disown(guard.line, block)
+            del self._lines[guard.line]
+
+    def _adopt(self, line: AgentBlocks, run: Sequence[Block], token_ids: Sequence[int]) -> None:
+        """Cut the line to what it shares with `token_ids`, and let its table name the run."""
+        own = common_prefix(line.token_ids, token_ids)
+        if len(run) * BLOCK_TOKENS > own:
+            own -= own % BLOCK_TOKENS
+        self.truncate(line, own)
+        for block in run[len(line.blocks) :]:
+            self.index.retain(line.line, block)
+            line.blocks.append(block)
+        line.token_ids = list(token_ids[: line.num_tokens])
+
+    def _take_slab(self, capacity_tokens: int) -> _Spare:
+        fitting = [
+            spare
+            for spare in self._spares
+            if capacity_tokens <= spare.slab.capacity_tokens <= capacity_tokens * 5 // 4
+        ]
+        if fitting:
+            spare = min(fitting, key=lambda spare: spare.slab.capacity_tokens)
+            self._spares.remove(spare)
+            self.pool.reuse(spare.allocation, Kind.SLAB)
+            return spare
+        nbytes = self.generator.slab_bytes(capacity_tokens)
+        self.make_room(nbytes)
+        allocation = self.pool.allocate(Kind.SLAB, nbytes)
+        try:
+            return _Spare(self.generator.new_slab(capacity_tokens), allocation)
+        except BaseException:
+            self.pool.release(allocation)
+            raise
+
+    def _free_slab(self, line: AgentBlocks) -> None:
+        if line.slab is not None:
+            slab, allocation = _slab_of(line)
+            line.slab = line.slab_allocation = None
+            self._keep_spare(slab, allocation)
+
+    def _keep_spare(self, slab: Slab, allocation: Allocation) -> None:
+        self.generator.trim(slab, 0)
+        self.pool.reuse(allocation, Kind.SPARE)
+        self._spares.append(_Spare(slab, allocation))
+        while len(self._spares) > MAX_SPARES:
+            self.pool.release(self._spares.pop(0).allocation)
+
+    def _restore_block(self, slab: Slab, block: Block) -> None:
+        if block.payload is not None:
+            self.generator.reconstruct(slab, [block.payload])
+            return
+        source = self._slab_with(block)
+        start = block.depth * BLOCK_TOKENS
+        self.generator.copy_span(source, slab, start, start + BLOCK_TOKENS)
+
+    def _slab_with(self, block: Block) -> Slab:
+        return _slab_of(self._lines[next(iter(block.slabs))])[0]
+
+    def _hashes_behind(self, line: AgentBlocks, token_ids: Sequence[int]) -> Iterator[BlockHash]:
+        parent = line.blocks[-1].hash if line.blocks else self._root
+        return chain_hashes(parent, token_ids[len(line.blocks) * BLOCK_TOKENS :])
+
+    def _empty_slab(
+        self, slab: Slab, allocation: Allocation, spans: Sequence[tuple[int, int]]
+    ) -> list[Payload]:
+        """The spans' payloads; the slab becomes a spare where there is room for both."""
+        num_tokens = sum(stop - start for start, stop in spans)
+        if num_tokens * self._token_bytes <= self.pool.free_bytes:
+            payloads = [self.generator.extract(slab, start, stop) for start, stop in spans]
+            self._keep_spare(slab, allocation)
+            return payloads
+        self.pool.release(allocation)
+        return self.generator.dismantle(slab, spans)
+
+    def _truncate_hot(self, line: AgentBlocks, num_tokens: int) -> None:
+        slab, _ = _slab_of(line)
+        self._drop_tail(line)
+        while len(line.blocks) > whole_blocks(num_tokens):
+            self._leave(line, line.blocks[-1])
+        if num_tokens < slab.num_tokens:
+            self.generator.trim(slab, num_tokens)
+        del line.token_ids[num_tokens:]
+
+    def _leave(self, line: AgentBlocks, block: Block) -> None:
+        """The line drops its last block; owners who rely on this slab get a copy first."""
+        if _lives_only_in(block, line) and len(block.owners) > 1:
+            self._save_for_others(line, block)
+        line.blocks.remove(block)
+        self.index.disown(line.line, block)
+
+    def _save_for_others(self, line: AgentBlocks, block: Block) -> None:
+        start = block.depth * BLOCK_TOKENS
+        try:
+            with _busy(line):
+                self.make_room(self._token_bytes * BLOCK_TOKENS)
+        except PoolExhausted:
+            self._lose(block, but=line)
+            return
+        if len(block.owners) > 1:
+            slab, _ = _slab_of(line)
+            payload = self.generator.extract(slab, start, start + BLOCK_TOKENS)
+            self.index.attach_payload(block, payload)
+
+    def _truncate_warm(self, line: AgentBlocks, num_tokens: int) -> None:
+        kept_ids = line.token_ids[:num_tokens]
+        tail = self._copy_tail(line, num_tokens)
+        self._cut_table(line, whole_blocks(num_tokens))
+        if tail is not None:
+            self._set_tail(line, tail)
+            line.token_ids = kept_ids
+
+    def _lose(self, block: Block, but: AgentBlocks | None = None) -> None:
+        """The block's KV is given up: every owner's table ends before it."""
+        for owner in list(block.owners):
+            line = self._lines[owner]
+            if line is not but:
+                self._cut_table(line, block.depth)
+        self.counters.evicted_blocks += 1
+
+    def _cut_table(self, line: AgentBlocks, depth: int) -> None:
+        """The table ends before the block at `depth`, unless the slab holds that one."""
+        self._drop_tail(line)
+        depth = max(depth, whole_blocks(line.num_in_slab))
+        for block in line.blocks[depth:]:
+            self.index.disown(line.line, block)
+        del line.blocks[depth:]
+        del line.token_ids[max(len(line.blocks) * BLOCK_TOKENS, line.num_in_slab) :]
+
+    def _copy_tail(self, line: AgentBlocks, num_tokens: int) -> Payload | None:
+        """A copy of what lies between the last whole block and `num_tokens`.
+
+        None when there is nothing, or no room for it: fewer than 256 tokens will be computed again.
+        """
+        start = whole_blocks(num_tokens) * BLOCK_TOKENS
+        if start == num_tokens:
+            return None
+        try:
+            with _busy(line):
+                self.make_room(self._token_bytes * (num_tokens - start))
+        except PoolExhausted:
+            return None
+        return self._read(line, start, num_tokens)
+
+    def _read(self, line: AgentBlocks, start: int, stop: int) -> Payload:
+        """A copy of [start, stop), which lies within one block and begins with it."""
+        if line.slab is not None:
+            return self.generator.extract(line.slab, start, stop)
+        if whole_blocks(start) < len(line.blocks):
+            block = line.blocks[whole_blocks(start)]
+            if block.payload is None:
+                return self.generator.extract(self._slab_with(block), start, stop)
+            return self.generator.cut(block.payload, stop - start)
+        if line.tail is None:
+            raise InvariantBroken(f"line {line.line} has no KV at {start}")
+        return self.generator.cut(line.tail, stop - start)
+
+    def _set_tail(self, line: AgentBlocks, payload: Payload) -> None:
+        line.tail_allocation = self.pool.allocate(Kind.TAIL, payload.nbytes)
+        line.tail = payload
+
+    def _release_tail(self, line: AgentBlocks) -> None:
+        if line.tail_allocation is not None:
+            self.pool.release(line.tail_allocation)
+            line.tail = line.tail_allocation = None
+
+    def _drop_tail(self, line: AgentBlocks) -> None:
+        self._release_tail(line)
+        del line.token_ids[line.num_tokens :]
+
+    def _drop_spares(self, needed_bytes: int) -> None:
+        while self._spares and self.pool.free_bytes < needed_bytes:
+            self.pool.release(self._spares.pop(0).allocation)
+
+    def _drop_redundant(self, needed_bytes: int) -> None:
+        for block in self.index:
+            if self.pool.free_bytes >= needed_bytes:
+                return
+            if block.slabs and block.payload is not None:
+                self.index.drop_payload(block)
+
+    def _demote_resting(self, needed_bytes: int) -> None:
+        for line in demotion_order(self._lines.values()):
+            if self.pool.free_bytes >= needed_bytes:
+                return
+            self.demote(line)
+            self._drop_spares(needed_bytes)
+
+    def _evict(self, needed_bytes: int) -> None:
+        missing = needed_bytes - self.pool.free_bytes
+        for victim in choose_victims(self._lines, self.index, missing):
+            if isinstance(victim, BlockVictim):
+                self._lose(victim.block)
+            else:
+                self._drop_tail(victim.line)
+
+
+def _lives_only_in(block: Block, line: AgentBlocks) -> bool:
+    """Whether the line's slab is the only place of the block's KV."""
+    return block.payload is None and block.slabs == {line.line}
+
+
+@contextmanager
+def _busy(line: AgentBlocks) -> Iterator[None]:
+    """Nothing demotes or evicts this line meanwhile."""
+    was_busy, line.busy = line.busy, True
+    try:
+        yield
+    finally:
+        line.busy = was_busy
+
+
+def _slab_of(line: AgentBlocks) -> tuple[Slab, Allocation]:
+    if line.slab is None or line.slab_allocation is None:
+        raise InvariantBroken(f"line {line.line} has no slab")
+    return line.slab, line.slab_allocation

@@ -1,0 +1,236 @@
+"""Slabs and payloads: a line's KV as MLX arrays, and copies of it as host bytes.
+
+Reconstruct (payloads to slab) and extract (slab to payloads) are inverses, bit for bit. A slab's
+arrays never leave it: a payload is a copy, because a live view of a slab makes MLX's next in-place
+write copy the whole slab, and a borrowed buffer would see later writes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import KVCache
+from numpy.typing import NDArray
+
+from keepwarm.core.errors import InvariantBroken
+from keepwarm.core.layout import CacheLayout, LayerLayout
+
+RawArray = NDArray[np.uint16] | NDArray[np.uint32]
+
+_MX_DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+_RAW_DTYPES = {"float32": np.uint32, "float16": np.uint16, "bfloat16": np.uint16}
+_MX_RAW_DTYPES = {"float32": mx.uint32, "float16": mx.uint16, "bfloat16": mx.uint16}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KVPayload:
+    """KV of a run of tokens as raw bits: one array of (heads, tokens, dim) for each K and each V.
+
+    `arrays` holds the keys and the values of layer 0, then of layer 1, and so on. They are separate
+    allocations so that a slab can become payloads layer by layer.
+    """
+
+    num_tokens: int
+    arrays: tuple[RawArray, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays)
+
+
+class LayerCache(KVCache):
+    """mlx-lm's KVCache for one layer, with its full capacity allocated up front."""
+
+    keys: mx.array
+    values: mx.array
+    offset: int
+
+    def __init__(self, layer: LayerLayout, num_tokens: int, dtype: mx.Dtype) -> None:
+        # KVCache's own __init__ would only set these three.
+        self.offset = 0
+        self.keys = mx.zeros((1, layer.num_kv_heads, num_tokens, layer.key_dim), dtype)
+        self.values = mx.zeros((1, layer.num_kv_heads, num_tokens, layer.value_dim), dtype)
+
+    def append(self, keys: mx.array, values: mx.array) -> None:
+        """Write (1, heads, tokens, dim) behind what is held, in place as nobody else holds it."""
+        start, stop = self.offset, self.offset + keys.shape[2]
+        self.keys[..., start:stop, :] = keys
+        self.values[..., start:stop, :] = values
+        self.offset = stop
+
+    def held(self) -> tuple[mx.array, mx.array]:
+        """Keys and values of the tokens held: views, to be used up before the next write."""
+        return self.keys[..., : self.offset, :], self.values[..., : self.offset, :]
+
+    def release(self) -> None:
+        """Free the arrays; the cache must not be used again."""
+        del self.keys, self.values
+
+
+class RowSlab:
+    """One line's KV, a LayerCache for each layer.
+
+    `padded_tokens` is what was allocated, at least `capacity_tokens`. Whoever holds the slab may
+    write it; nobody may keep its arrays.
+    """
+
+    def __init__(self, layout: CacheLayout, capacity_tokens: int, padded_tokens: int) -> None:
+        self.capacity_tokens = capacity_tokens
+        self.padded_tokens = padded_tokens
+        dtype = _MX_DTYPES[layout.dtype]
+        self.layers = [LayerCache(layer, padded_tokens, dtype) for layer in layout.layers]
+        self._nbytes = layout.slab_bytes(padded_tokens)
+        mx.eval(self.arrays())
+
+    def __repr__(self) -> str:
+        return f"RowSlab({self.num_tokens} of {self.capacity_tokens} tokens)"
+
+    @property
+    def num_tokens(self) -> int:
+        return self.layers[0].offset
+
+    @property
+    def nbytes(self) -> int:
+        return self._nbytes
+
+    def set_num_tokens(self, num_tokens: int) -> None:
+        for cache in self.layers:
+            cache.offset = num_tokens
+
+    def arrays(self) -> list[mx.array]:
+        """Keys and values in a payload's order. Drop the list before the next write."""
+        return [array for cache in self.layers for array in (cache.keys, cache.values)]
+
+
+class KVCopies(Protocol):
+    """Moves KV between slabs and host memory. Two ways, one contract: the same bits."""
+
+    def read(self, array: mx.array, start: int, stop: int) -> RawArray:
+        """A copy of the positions [start, stop) of (1, heads, tokens, dim)."""
+        ...
+
+    def write(self, array: mx.array, start: int, pieces: Sequence[RawArray]) -> mx.array:
+        """The array with the pieces in place from `start` on; nobody else may hold it."""
+        ...
+
+
+class HostCopies:
+    """Reads and writes the arrays' own memory, where the host sees it (CPU; unified memory).
+
+    No MLX operation: one copy at the speed of memory. The raw view is dropped before it returns.
+    """
+
+    def __init__(self, layout: CacheLayout) -> None:
+        self._dtype = _RAW_DTYPES[layout.dtype]
+
+    def read(self, array: mx.array, start: int, stop: int) -> RawArray:
+        return self._raw(array)[:, start:stop].copy()
+
+    def write(self, array: mx.array, start: int, pieces: Sequence[RawArray]) -> mx.array:
+        raw = self._raw(array)
+        for piece in pieces:
+            stop = start + piece.shape[1]
+            raw[:, start:stop] = piece
+            start = stop
+        return array
+
+    def _raw(self, array: mx.array) -> RawArray:
+        _, heads, tokens, dim = array.shape
+        # MLX arrays speak the buffer protocol, which typeshed cannot know.
+        flat = np.frombuffer(cast("bytes", array), dtype=self._dtype)
+        return flat.reshape(heads, tokens, dim)
+
+
+class DeviceCopies:
+    """The same through MLX operations, for devices whose memory the host does not share."""
+
+    def __init__(self, layout: CacheLayout) -> None:
+        self._dtype = _MX_DTYPES[layout.dtype]
+        self._raw_dtype = _MX_RAW_DTYPES[layout.dtype]
+
+    def read(self, array: mx.array, start: int, stop: int) -> RawArray:
+        part = mx.contiguous(array[0, :, start:stop]).view(self._raw_dtype)
+        return np.array(part)
+
+    def write(self, array: mx.array, start: int, pieces: Sequence[RawArray]) -> mx.array:
+        for piece in pieces:
+            stop = start + piece.shape[1]
+            array[0, :, start:stop] = mx.array(piece).view(self._dtype)
+            start = stop
+        mx.eval(array)
+        return array
+
+
+def copies_for(layout: CacheLayout, device: mx.Device) -> KVCopies:
+    """The host's own copies on the CPU and on Metal, whose memory is one; else the device's."""
+    if device == mx.cpu or mx.metal.is_available():
+        return HostCopies(layout)
+    return DeviceCopies(layout)
+
+
+class SlabArrays:
+    """Reconstruct, extract and the other moves between slabs and payloads."""
+
+    def __init__(self, layout: CacheLayout, copies: KVCopies) -> None:
+        self._layout = layout
+        self._copies = copies
+
+    def extract(self, slab: RowSlab, start: int, stop: int) -> KVPayload:
+        if not 0 <= start <= stop <= slab.num_tokens:
+            raise InvariantBroken(f"[{start}, {stop}) is not within {slab!r}")
+        read = self._copies.read
+        return KVPayload(stop - start, tuple(read(a, start, stop) for a in slab.arrays()))
+
+    def reconstruct(self, slab: RowSlab, payloads: Sequence[KVPayload]) -> None:
+        start = slab.num_tokens
+        end = start + sum(payload.num_tokens for payload in payloads)
+        if end > slab.capacity_tokens:
+            raise InvariantBroken(f"{end} tokens overflow {slab!r}")
+        for index, cache in enumerate(slab.layers):
+            keys = [payload.arrays[2 * index] for payload in payloads]
+            values = [payload.arrays[2 * index + 1] for payload in payloads]
+            cache.keys = self._copies.write(cache.keys, start, keys)
+            cache.values = self._copies.write(cache.values, start, values)
+        slab.set_num_tokens(end)
+
+    def copy_span(self, source: RowSlab, target: RowSlab, start: int, stop: int) -> None:
+        if target.num_tokens != start:
+            raise InvariantBroken(f"a span from {start} does not follow {target!r}")
+        # By way of a copy: a view of the source would be live while MLX may write to it.
+        self.reconstruct(target, [self.extract(source, start, stop)])
+
+    def dismantle(self, slab: RowSlab, spans: Sequence[tuple[int, int]]) -> list[KVPayload]:
+        """Extract the spans and free the slab, one layer at a time."""
+        num_tokens = slab.num_tokens
+        if any(not 0 <= start <= stop <= num_tokens for start, stop in spans):
+            raise InvariantBroken(f"{spans} are not within {slab!r}")
+        parts: list[list[RawArray]] = [[] for _ in spans]
+        read = self._copies.read
+        for cache in slab.layers:
+            for part, (start, stop) in zip(parts, spans, strict=True):
+                part += [read(cache.keys, start, stop), read(cache.values, start, stop)]
+            cache.release()
+        slab.set_num_tokens(0)
+        lengths = (stop - start for start, stop in spans)
+        return [KVPayload(n, tuple(part)) for n, part in zip(lengths, parts, strict=True)]
+
+    def grow(self, slab: RowSlab, larger: RowSlab) -> None:
+        """Move the KV into a larger, empty slab, one layer at a time."""
+        num_tokens = slab.num_tokens
+        for cache, target in zip(slab.layers, larger.layers, strict=True):
+            keys = self._copies.read(cache.keys, 0, num_tokens)
+            values = self._copies.read(cache.values, 0, num_tokens)
+            cache.release()
+            target.keys = self._copies.write(target.keys, 0, [keys])
+            target.values = self._copies.write(target.values, 0, [values])
+        slab.set_num_tokens(0)
+        larger.set_num_tokens(num_tokens)
+
+
+def cut(payload: KVPayload, num_tokens: int) -> KVPayload:
+    """A copy of the first tokens of a payload."""
+    if num_tokens > payload.num_tokens:
+        raise InvariantBroken(f"{num_tokens} of {payload.num_tokens} tokens were asked for")
+    return KVPayload(num_tokens, tuple(array[:, :num_tokens].copy() for array in payload.arrays))

@@ -1,0 +1,92 @@
+"""Canonical shapes: the same bits whatever the chunks, the batch and the history, on the CPU.
+
+A matrix product's last bits depend on its shape: MKL computes 1 to 3 rows in another way than 4 or
+more, and splits sums over keys by their number. So rows and query rows are padded to a multiple of
+4 and keys to a multiple of 512 with a mask. Measured in docs/adr/0001-blas-on-the-cpu.md.
+"""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from keepwarm.mlx_backend.arrays import LayerCache
+from keepwarm.mlx_backend.seam import OwnAttention
+
+ROW_MULTIPLE = 4
+KEY_MULTIPLE = 512
+
+
+def round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+class CanonicalChunk:
+    """One layer of a prefill: `num_tokens` real rows, the rest padding that nobody may see.
+
+    Padding rows are computed and dropped; they are never written to the slab. The mask is made
+    once for all layers.
+    """
+
+    def __init__(self, cache: LayerCache, num_tokens: int, mask: mx.array) -> None:
+        self._cache = cache
+        self._num_tokens = num_tokens
+        self._mask = mask
+        self.offset = cache.offset
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        cache = self._cache
+        cache.append(keys[..., : self._num_tokens, :], values[..., : self._num_tokens, :])
+        num_keys = self._mask.shape[-1]
+        return cache.keys[..., :num_keys, :], cache.values[..., :num_keys, :]
+
+    def make_mask(self, *_: object, **__: object) -> mx.array:
+        return self._mask
+
+
+class CanonicalRows(OwnAttention):
+    """One layer of a decode step; rows beyond the caches are padding."""
+
+    def __init__(
+        self, caches: Sequence[LayerCache], offset: mx.array, masks: Sequence[mx.array]
+    ) -> None:
+        self._caches = caches
+        self._masks = masks
+        self.offset = offset
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        for row, cache in enumerate(self._caches):
+            cache.append(keys[row : row + 1], values[row : row + 1])
+        return keys, values
+
+    def attend(self, queries: mx.array, scale: float) -> mx.array:
+        outputs = [
+            _attend(queries[row : row + 1], cache, mask, scale)
+            for row, (cache, mask) in enumerate(zip(self._caches, self._masks, strict=True))
+        ]
+        padding = queries.shape[0] - len(outputs)
+        return mx.concatenate([*outputs, *[outputs[0]] * padding])
+
+
+def _attend(query: mx.array, cache: LayerCache, mask: mx.array, scale: float) -> mx.array:
+    """The attention of one query row, computed as four equal ones."""
+    num_keys = mask.shape[-1]
+    rows = mx.repeat(query, ROW_MULTIPLE, axis=2)
+    output = mx.fast.scaled_dot_product_attention(
+        rows, cache.keys[..., :num_keys, :], cache.values[..., :num_keys, :], scale=scale, mask=mask
+    )
+    return output[..., :1, :]
+
+
+def chunk_mask(start: int, num_tokens: int) -> mx.array:
+    """(padded rows, padded keys): a row sees all up to itself, a padding row all that is real."""
+    num_rows = round_up(num_tokens, ROW_MULTIPLE)
+    last_seen = mx.minimum(mx.arange(num_rows), num_tokens - 1) + start
+    num_keys = round_up(start + num_tokens, KEY_MULTIPLE)
+    return mx.arange(num_keys)[None] <= last_seen[:, None]
+
+
+def row_mask(position: int) -> mx.array:
+    """(4, padded keys) for a row whose new token is at `position`."""
+    num_keys = round_up(position + 1, KEY_MULTIPLE)
+    seen = mx.arange(num_keys) <= position
+    return mx.broadcast_to(seen[None], (ROW_MULTIPLE, num_keys))

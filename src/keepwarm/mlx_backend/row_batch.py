@@ -1,0 +1,173 @@
+"""RowBatchGenerator: every row owns its contiguous KV, and joining a batch copies nothing.
+
+Decode runs the model once for all rows; only attention loops over them (`seam.py`). A single row
+takes mlx-lm's own path, so one agent costs what bare mlx-lm costs.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import mlx.core as mx
+from mlx import nn
+
+from keepwarm.core.errors import InvariantBroken
+from keepwarm.core.layout import CacheLayout
+from keepwarm.core.ports import Payload, RowId, RowInput, Slab
+from keepwarm.mlx_backend import canonical
+from keepwarm.mlx_backend.arrays import KVPayload, LayerCache, RowSlab, SlabArrays, copies_for, cut
+from keepwarm.mlx_backend.sampling import sample
+from keepwarm.mlx_backend.seam import RowsLayer, open_seam
+
+Sampler = Callable[[mx.array, Sequence[RowInput]], mx.array]
+
+
+class RowBatchGenerator:
+    """Implements `BatchGenerator` on an mlx-lm model whose layers all have a plain KVCache.
+
+    `deterministic` computes in canonical shapes: bit-identical whatever the chunks, the batch and
+    the history on the CPU with a BLAS that keeps its word (docs/adr/0001-blas-on-the-cpu.md);
+    elsewhere the shapes are as canonical but the device's kernels promise nothing. `sampler` takes
+    logits (rows, vocabulary) and the rows' inputs. Must be used on the thread that made the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: CacheLayout,
+        *,
+        deterministic: bool = False,
+        sampler: Sampler = sample,
+    ) -> None:
+        open_seam(model)
+        self._model = model
+        self._layout = layout
+        self._deterministic = deterministic
+        self._sampler = sampler
+        self._arrays = SlabArrays(layout, copies_for(layout, mx.default_device()))
+        self._rows: dict[RowId, RowSlab] = {}
+
+    def __repr__(self) -> str:
+        return f"RowBatchGenerator({len(self._rows)} rows)"
+
+    # -- slabs -----------------------------------------------------------------------------------
+
+    def slab_bytes(self, capacity_tokens: int) -> int:
+        return self._layout.slab_bytes(self._padded(capacity_tokens))
+
+    def new_slab(self, capacity_tokens: int) -> Slab:
+        return RowSlab(self._layout, capacity_tokens, self._padded(capacity_tokens))
+
+    def grow_slab(self, slab: Slab, capacity_tokens: int) -> Slab:
+        larger = RowSlab(self._layout, capacity_tokens, self._padded(capacity_tokens))
+        self._arrays.grow(self._outside(slab), larger)
+        return larger
+
+    def trim(self, slab: Slab, num_tokens: int) -> None:
+        outside = self._outside(slab)
+        if num_tokens > outside.num_tokens:
+            raise InvariantBroken(f"{outside!r} cannot be trimmed to {num_tokens} tokens")
+        outside.set_num_tokens(num_tokens)
+
+    def extract(self, slab: Slab, start: int, stop: int) -> Payload:
+        return self._arrays.extract(_own(slab), start, stop)
+
+    def dismantle(self, slab: Slab, spans: Sequence[tuple[int, int]]) -> list[Payload]:
+        return list(self._arrays.dismantle(self._outside(slab), spans))
+
+    def reconstruct(self, slab: Slab, payloads: Sequence[Payload]) -> None:
+        own = [_own_payload(payload) for payload in payloads]
+        self._arrays.reconstruct(self._outside(slab), own)
+
+    def copy_span(self, source: Slab, target: Slab, start: int, stop: int) -> None:
+        self._arrays.copy_span(_own(source), self._outside(target), start, stop)
+
+    def cut(self, payload: Payload, num_tokens: int) -> Payload:
+        return cut(_own_payload(payload), num_tokens)
+
+    # -- rows ------------------------------------------------------------------------------------
+
+    def open_row(self, row: RowId, slab: Slab) -> None:
+        if row in self._rows:
+            raise InvariantBroken(f"row {row} is open already")
+        self._rows[row] = self._outside(slab)
+
+    def close_row(self, row: RowId) -> Slab:
+        return self._rows.pop(row)
+
+    def prefill(self, row: RowId, token_ids: Sequence[int]) -> None:
+        slab = self._with_room(row, len(token_ids))
+        if self._deterministic:
+            self._prefill_canonical(slab, token_ids)
+        else:
+            self._run([token_ids], slab.layers)
+        mx.eval(slab.arrays())
+
+    def decode(self, inputs: Sequence[RowInput]) -> list[int]:
+        slabs = [self._with_room(item.row, 1) for item in inputs]
+        tokens = self._sampler(self._logits(inputs, slabs), inputs)
+        mx.eval(tokens, [slab.arrays() for slab in slabs])
+        return cast("list[int]", tokens.tolist())
+
+    def _logits(self, inputs: Sequence[RowInput], slabs: Sequence[RowSlab]) -> mx.array:
+        """(rows, vocabulary): what follows the fed tokens, whose KV is appended to the slabs."""
+        ids = [item.token_id for item in inputs]
+        if self._deterministic:
+            return self._logits_canonical(ids, slabs)
+        if len(slabs) == 1:
+            return self._run([ids], slabs[0].layers)[:, -1]
+        offset = mx.array([slab.num_tokens for slab in slabs])
+        layers = [RowsLayer(caches, offset) for caches in _by_layer(slabs)]
+        return self._run([[token_id] for token_id in ids], layers)[:, -1]
+
+    def _prefill_canonical(self, slab: RowSlab, token_ids: Sequence[int]) -> None:
+        num_tokens = len(token_ids)
+        padding = -num_tokens % canonical.ROW_MULTIPLE
+        mask = canonical.chunk_mask(slab.num_tokens, num_tokens)
+        layers = [canonical.CanonicalChunk(cache, num_tokens, mask) for cache in slab.layers]
+        self._run([[*token_ids, *[0] * padding]], layers)
+
+    def _logits_canonical(self, ids: Sequence[int], slabs: Sequence[RowSlab]) -> mx.array:
+        padding = [0] * (-len(slabs) % canonical.ROW_MULTIPLE)
+        offset = mx.array([*(slab.num_tokens for slab in slabs), *padding])
+        masks = [canonical.row_mask(slab.num_tokens) for slab in slabs]
+        layers = [canonical.CanonicalRows(caches, offset, masks) for caches in _by_layer(slabs)]
+        logits = self._run([[token_id] for token_id in (*ids, *padding)], layers)
+        return logits[: len(slabs), -1]
+
+    def _run(self, token_ids: Sequence[Sequence[int]], layers: Sequence[Any]) -> mx.array:
+        """The model over (rows, tokens); lazy, as all of MLX is until it is evaluated."""
+        return cast("mx.array", self._model(mx.array(cast("list[Any]", token_ids)), cache=layers))
+
+    def _padded(self, capacity_tokens: int) -> int:
+        if self._deterministic:
+            return canonical.round_up(capacity_tokens, canonical.KEY_MULTIPLE)
+        return capacity_tokens
+
+    def _with_room(self, row: RowId, num_tokens: int) -> RowSlab:
+        slab = self._rows[row]
+        if slab.num_tokens + num_tokens > slab.capacity_tokens:
+            raise InvariantBroken(f"{num_tokens} more tokens overflow {slab!r}")
+        return slab
+
+    def _outside(self, slab: Slab) -> RowSlab:
+        own = _own(slab)
+        if any(own is inside for inside in self._rows.values()):
+            raise InvariantBroken(f"{own!r} was touched while its row is open")
+        return own
+
+
+def _by_layer(slabs: Sequence[RowSlab]) -> list[tuple[LayerCache, ...]]:
+    """For each layer, the caches of all rows."""
+    return list(zip(*(slab.layers for slab in slabs), strict=True))
+
+
+def _own(slab: Slab) -> RowSlab:
+    if not isinstance(slab, RowSlab):
+        raise InvariantBroken(f"{slab!r} is no slab of this generator")
+    return slab
+
+
+def _own_payload(payload: Payload) -> KVPayload:
+    if not isinstance(payload, KVPayload):
+        raise InvariantBroken(f"{payload!r} is no payload of this generator")
+    return payload

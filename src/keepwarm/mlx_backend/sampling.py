@@ -1,0 +1,73 @@
+"""Choosing the next tokens of a batch: each row by its own settings and its own draw.
+
+A row's draw depends on its seed and on the ordinal of the token alone (Gumbel-max with a key for
+each token), so it is the same whatever else is in the batch and after any preemption.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import mlx.core as mx
+from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
+
+from keepwarm.core.ports import RowInput, Sampling
+
+_MASK = (1 << 64) - 1
+
+
+def sample(logits: mx.array, inputs: Sequence[RowInput]) -> mx.array:
+    """The next token of each row of `logits` (rows, vocabulary); one call where rows agree.
+
+    Filters are mlx-lm's, in its order: top_p, min_p, top_k on log-probabilities, then temperature.
+    """
+    groups = _groups(inputs)
+    if len(groups) == 1:
+        (settings,) = groups
+        return _sample_alike(logits, settings, inputs)
+    tokens: list[mx.array] = [logits] * len(inputs)
+    for settings, rows in groups.items():
+        chosen = _sample_alike(logits[mx.array(rows)], settings, [inputs[row] for row in rows])
+        for position, row in enumerate(rows):
+            tokens[row] = chosen[position : position + 1]
+    return mx.concatenate(tokens)
+
+
+def _groups(inputs: Sequence[RowInput]) -> dict[Sampling, list[int]]:
+    """The rows by settings, the seed left out."""
+    groups: dict[Sampling, list[int]] = {}
+    for row, item in enumerate(inputs):
+        groups.setdefault(replace(item.sampling, seed=0), []).append(row)
+    return groups
+
+
+def _sample_alike(logits: mx.array, settings: Sampling, inputs: Sequence[RowInput]) -> mx.array:
+    if settings.temperature == 0.0:
+        return mx.argmax(logits, axis=-1)
+    scores = _filtered(logits.astype(mx.float32), settings) * (1.0 / settings.temperature)
+    noise = mx.stack([_noise(item, logits.shape[-1]) for item in inputs])
+    return mx.argmax(scores + noise, axis=-1)
+
+
+def _filtered(logits: mx.array, settings: Sampling) -> mx.array:
+    """Log-probabilities with what the settings rule out at minus infinity."""
+    scores = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    if 0.0 < settings.top_p < 1.0:
+        scores = apply_top_p(scores, settings.top_p)
+    if settings.min_p > 0.0:
+        scores = apply_min_p(scores, settings.min_p)
+    if 0 < settings.top_k < logits.shape[-1]:
+        scores = apply_top_k(scores, settings.top_k)
+    return scores
+
+
+def _noise(item: RowInput, vocab_size: int) -> mx.array:
+    key = mx.random.key(_mix(item.sampling.seed ^ _mix(item.draw)))
+    return mx.random.gumbel((vocab_size,), key=key)
+
+
+def _mix(value: int) -> int:
+    """splitmix64's finaliser (Steele, Lea and Flood, 2014): neighbours become unrelated."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)

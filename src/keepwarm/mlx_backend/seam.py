@@ -1,0 +1,79 @@
+"""The seam in mlx-lm's models through which every row of a batch attends to its own slab.
+
+mlx-lm's models call `scaled_dot_product_attention` of their own module with the layer's cache. A
+cache that knows how to attend by itself is asked to; every other goes on to mlx-lm as before.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+
+from keepwarm.mlx_backend.arrays import LayerCache
+
+_NAME = "scaled_dot_product_attention"
+_MARK = "_keepwarm_original"
+
+
+class OwnAttention:
+    """A layer's cache for one step that attends by itself: the base of all that use the seam.
+
+    It is what mlx-lm's models see of a cache: `offset`, `update_and_fetch` and `make_mask`.
+    """
+
+    offset: mx.array
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        raise NotImplementedError
+
+    def attend(self, queries: mx.array, scale: float) -> mx.array:
+        raise NotImplementedError
+
+    def make_mask(self, *_: object, **__: object) -> None:
+        """No mask: a row attends to what its slab holds."""
+
+
+class RowsLayer(OwnAttention):
+    """One layer of a decode step: one token for each row, and a LayerCache for each row."""
+
+    def __init__(self, caches: Sequence[LayerCache], offset: mx.array) -> None:
+        self._caches = caches
+        self.offset = offset
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        for row, cache in enumerate(self._caches):
+            cache.append(keys[row : row + 1], values[row : row + 1])
+        return keys, values
+
+    def attend(self, queries: mx.array, scale: float) -> mx.array:
+        return mx.concatenate(
+            [
+                mx.fast.scaled_dot_product_attention(
+                    queries[row : row + 1], *cache.held(), scale=scale
+                )
+                for row, cache in enumerate(self._caches)
+            ]
+        )
+
+
+def open_seam(model: nn.Module) -> None:
+    """Let the model's attention ask caches that attend by themselves. Once for each module."""
+    for name in {type(module).__module__ for _, module in model.named_modules()}:
+        module = sys.modules[name]
+        original = getattr(module, _NAME, None)
+        if original is not None and not hasattr(original, _MARK):
+            setattr(module, _NAME, _asking(original))
+
+
+def _asking(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    def attention(
+        queries: mx.array, keys: Any, values: Any, cache: Any, scale: float, **more: Any
+    ) -> mx.array:
+        if isinstance(cache, OwnAttention):
+            return cache.attend(queries, scale)
+        return original(queries, keys, values, cache=cache, scale=scale, **more)
+
+    setattr(attention, _MARK, original)
+    return attention
