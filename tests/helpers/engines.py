@@ -1,0 +1,200 @@
+"""Engines on the fake generator, and what the tests ask of them again and again."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from keepwarm import BlockPool, BlockPoolBatchEngine
+from keepwarm.core.events import Completed, Delta, Event, Failed
+from keepwarm.core.layout import BLOCK_TOKENS
+from keepwarm.core.policies import EngineConfig
+from keepwarm.core.ports import LoadedModel
+from keepwarm.engine.tiers import Tiers
+from keepwarm.testing.clock import FakeClock
+from keepwarm.testing.generator import (
+    FAKE_LAYOUT,
+    FakeBatchGenerator,
+    FakePayload,
+    FakeSlab,
+    kv_of,
+)
+from keepwarm.testing.tokenizer import FakeTokenizer
+
+TOKENIZER = FakeTokenizer()
+BLOCK_BYTES = FAKE_LAYOUT.block_bytes
+PLENTY = 4096 * BLOCK_BYTES
+
+
+class FakeFactory:
+    """Makes generators and keeps them all; only the first is told to fail."""
+
+    def __init__(self, *, script: Sequence[int] | None = None, fail_at: Sequence[int] = ()) -> None:
+        self.made: list[FakeBatchGenerator] = []
+        self._script = script
+        self._fail_at = fail_at
+
+    def __call__(self, *, deterministic: bool) -> FakeBatchGenerator:
+        fail_at = () if self.made else self._fail_at
+        generator = FakeBatchGenerator(
+            script=self._script, fail_at=fail_at, deterministic=deterministic
+        )
+        self.made.append(generator)
+        return generator
+
+    @property
+    def num_prefilled(self) -> int:
+        return sum(length for made in self.made for _, length in made.prefilled)
+
+
+def fake_engine(
+    *,
+    num_blocks: int | None = None,
+    max_context_tokens: int = 100_000,
+    tokenizer: FakeTokenizer = TOKENIZER,
+    factory: FakeFactory | None = None,
+    **config: Any,
+) -> BlockPoolBatchEngine:
+    """An engine on a fake generator with a budget of `num_blocks` blocks."""
+    loaded = LoadedModel(
+        name="fake",
+        fingerprint="fake",
+        layout=FAKE_LAYOUT,
+        max_context_tokens=max_context_tokens,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer=tokenizer,
+        batch_gen_factory=factory or FakeFactory(),
+    )
+    budget_bytes = PLENTY if num_blocks is None else num_blocks * BLOCK_BYTES
+    return BlockPoolBatchEngine(
+        loaded,
+        pool=BlockPool(budget_bytes),
+        config=EngineConfig(**config),
+        clock=FakeClock(),
+    )
+
+
+def scripted(*token_ids: int, **more: Any) -> BlockPoolBatchEngine:
+    """An engine whose every reply is these ids."""
+    return fake_engine(factory=FakeFactory(script=token_ids), **more)
+
+
+def generator_of(engine: BlockPoolBatchEngine) -> FakeBatchGenerator:
+    generator = engine.tiers.generator
+    assert isinstance(generator, FakeBatchGenerator)
+    return generator
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def ids(num_tokens: int, salt: int = 0) -> list[int]:
+    """Prompt ids that look like nothing else; another salt, other ids from the first on."""
+    return [(7 + salt + position * (3 + salt)) % 256 for position in range(num_tokens)]
+
+
+def step(engine: BlockPoolBatchEngine, times: int = 1) -> list[Event]:
+    """So many steps, each checked."""
+    events: list[Event] = []
+    for _ in range(times):
+        events += engine.step()
+        engine.check()
+        check_values(engine.tiers)
+    return events
+
+
+def drain(engine: BlockPoolBatchEngine, *, max_steps: int = 20_000) -> list[Event]:
+    """All events until nothing is left to do."""
+    events: list[Event] = []
+    for _ in range(max_steps):
+        if not engine.has_work:
+            return events
+        events += step(engine)
+    raise AssertionError(f"{engine!r} still has work after {max_steps} steps")
+
+
+def ending_of(events: Sequence[Event], request_id: str) -> Completed | Failed:
+    """The one event that ended the request."""
+    endings = [
+        event
+        for event in events
+        if isinstance(event, Completed | Failed) and event.request_id == request_id
+    ]
+    assert len(endings) == 1, endings
+    return endings[0]
+
+
+def completed(events: Sequence[Event], request_id: str) -> Completed:
+    ending = ending_of(events, request_id)
+    assert isinstance(ending, Completed), ending
+    return ending
+
+
+def failed(events: Sequence[Event], request_id: str) -> Failed:
+    ending = ending_of(events, request_id)
+    assert isinstance(ending, Failed), ending
+    return ending
+
+
+def run(engine: BlockPoolBatchEngine, **request: Any) -> Completed:
+    """Submit, and step until everything is done."""
+    request_id = engine.submit(**request)
+    return completed(drain(engine), request_id)
+
+
+def deltas_of(events: Sequence[Event], request_id: str) -> list[Delta]:
+    return [e for e in events if isinstance(e, Delta) and e.request_id == request_id]
+
+
+def text_of(events: Sequence[Event], request_id: str) -> str:
+    return "".join(delta.text for delta in deltas_of(events, request_id))
+
+
+def fresh_reply(prompt_ids: Sequence[int], **request: Any) -> tuple[int, ...]:
+    """What an engine with nothing in it and all the memory in the world replies."""
+    return run(fake_engine(), token_ids=list(prompt_ids), **request).token_ids
+
+
+def kv_values(token_ids: Sequence[int]) -> list[int]:
+    """The fake KV that these ids must have."""
+    values: list[int] = []
+    previous = 0
+    for token_id in token_ids:
+        previous = kv_of(previous, token_id)
+        values.append(previous)
+    return values
+
+
+def check_values(tiers: Tiers) -> None:
+    """Whatever a line claims to hold, in slab, blocks and tail, is the KV of its ids."""
+    for line in tiers._lines.values():
+        expected = kv_values(line.token_ids)
+        if line.slab is not None:
+            assert isinstance(line.slab, FakeSlab)
+            assert line.slab.values == expected[: line.slab.num_tokens]
+        for block in line.blocks:
+            start = block.depth * BLOCK_TOKENS
+            if block.payload is not None:
+                assert isinstance(block.payload, FakePayload)
+                assert list(block.payload.values) == expected[start : start + BLOCK_TOKENS]
+        if line.tail is not None:
+            assert isinstance(line.tail, FakePayload)
+            assert list(line.tail.values) == expected[len(line.blocks) * BLOCK_TOKENS :]
+
+
+def main_blocks(engine: BlockPoolBatchEngine, agent_id: str) -> Any:
+    """The block table of the agent's main line."""
+    return engine._book.get(agent_id).main.blocks
+
+
+def prompt_of(engine: BlockPoolBatchEngine, request_id: str) -> list[int]:
+    """The prompt's ids of a request that has not ended."""
+    sequence = engine._active[request_id].sequence
+    return sequence.token_ids[: sequence.num_prompt_tokens]
+
+
+def phase_of(engine: BlockPoolBatchEngine, request_id: str) -> str:
+    return engine._active[request_id].sequence.phase.value
