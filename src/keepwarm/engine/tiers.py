@@ -137,11 +137,13 @@ class Tiers:
     ) -> None:
         """As make_hot, but where nobody will leave, give up even the blocks to be restored.
 
-        Raises PoolExhausted when pinned lines leave too little.
+        The line's own pin yields: a prefill is better than no answer. Raises PoolExhausted when
+        other pinned lines leave too little.
         """
         if line.slab is not None:
             self.demote(line)
-        self.make_room(self.generator.slab_bytes(capacity_tokens))
+        with _unpinned(line):
+            self.make_room(self.generator.slab_bytes(capacity_tokens))
         self.make_hot(line, token_ids, capacity_tokens)
 
     def reserve(self, line: AgentBlocks, capacity_tokens: int) -> None:
@@ -381,7 +383,8 @@ class Tiers:
             self._leave(line, line.blocks[-1])
         if num_tokens < slab.num_tokens:
             self.generator.trim(slab, num_tokens)
-        del line.token_ids[num_tokens:]
+        # A line that is being restored has nothing of the block that was cut.
+        del line.token_ids[line.num_tokens :]
 
     def _leave(self, line: AgentBlocks, block: Block) -> None:
         """The line drops its last block; owners who rely on this slab get a copy first."""
@@ -509,6 +512,16 @@ def _busy(line: AgentBlocks) -> Iterator[None]:
         yield
     finally:
         line.busy = was_busy
+
+
+@contextmanager
+def _unpinned(line: AgentBlocks) -> Iterator[None]:
+    """The line may be evicted meanwhile."""
+    was_pinned, line.pinned = line.pinned, False
+    try:
+        yield
+    finally:
+        line.pinned = was_pinned
 
 
 def _slab_of(line: AgentBlocks) -> tuple[Slab, Allocation]:
