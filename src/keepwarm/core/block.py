@@ -40,7 +40,7 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     limit = min(len(a), len(b))
     for start in range(0, limit, BLOCK_TOKENS):
         stop = min(start + BLOCK_TOKENS, limit)
-        if a[start:stop] != b[start:stop]:
+        if tuple(a[start:stop]) != tuple(b[start:stop]):  # a list never equals a tuple
             return next(i for i in range(start, stop) if a[i] != b[i])
     return limit
 
