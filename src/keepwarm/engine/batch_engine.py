@@ -325,7 +325,7 @@ class BlockPoolBatchEngine:
         needed = self._slab_bytes(num_prompt_tokens + 1)
         if needed > budget:
             raise NeverFits(needed_bytes=needed, budget_bytes=budget)
-        num_blocks = budget // self._slab_bytes(BLOCK_TOKENS)
+        num_blocks = budget // self._loaded.layout.block_bytes
         while self._slab_bytes(num_blocks * BLOCK_TOKENS) > budget:
             num_blocks -= 1
         room = min(context, num_blocks * BLOCK_TOKENS) - num_prompt_tokens
