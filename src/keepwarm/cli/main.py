@@ -4,6 +4,7 @@ import sys
 
 import typer
 
+from keepwarm.cli.demo import demo
 from keepwarm.cli.doctor import doctor
 from keepwarm.core.errors import KeepwarmError
 
@@ -20,6 +21,7 @@ def _subcommands() -> None:
     """Keeps `keepwarm doctor` a subcommand even while it is the only one."""
 
 
+app.command()(demo)
 app.command()(doctor)
 
 
