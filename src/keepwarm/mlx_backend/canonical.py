@@ -68,13 +68,20 @@ class CanonicalRows(OwnAttention):
 
 
 def _attend(query: mx.array, cache: LayerCache, mask: mx.array, scale: float) -> mx.array:
-    """The attention of one query row, computed as four equal ones."""
+    """The attention of one token (1, heads, 1, dim).
+
+    The query heads of one KV head are the rows of one product, padded to a multiple of 4. A row's
+    bits are the same as in a chunk, where the rows of a product are a head's tokens.
+    """
     num_keys = mask.shape[-1]
-    rows = mx.repeat(query, ROW_MULTIPLE, axis=2)
+    num_heads, num_kv_heads = query.shape[1], cache.keys.shape[1]
+    num_rows = num_heads // num_kv_heads
+    rows = query.reshape(1, num_kv_heads, num_rows, -1)
+    rows = mx.pad(rows, [(0, 0), (0, 0), (0, -num_rows % ROW_MULTIPLE), (0, 0)])
     output = mx.fast.scaled_dot_product_attention(
         rows, cache.keys[..., :num_keys, :], cache.values[..., :num_keys, :], scale=scale, mask=mask
     )
-    return output[..., :1, :]
+    return output[..., :num_rows, :].reshape(1, num_heads, 1, -1)
 
 
 def chunk_mask(start: int, num_tokens: int) -> mx.array:
@@ -86,7 +93,6 @@ def chunk_mask(start: int, num_tokens: int) -> mx.array:
 
 
 def row_mask(position: int) -> mx.array:
-    """(4, padded keys) for a row whose new token is at `position`."""
+    """(1, padded keys) for a row whose new token is at `position`."""
     num_keys = round_up(position + 1, KEY_MULTIPLE)
-    seen = mx.arange(num_keys) <= position
-    return mx.broadcast_to(seen[None], (ROW_MULTIPLE, num_keys))
+    return mx.arange(num_keys)[None] <= position
