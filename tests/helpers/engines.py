@@ -25,17 +25,27 @@ PLENTY = 4096 * BLOCK_BYTES
 
 
 class FakeFactory:
-    """Makes generators and keeps them all; only the first is told to fail."""
+    """Makes generators and keeps them all; `fail_at` says of one after another when they fail."""
 
-    def __init__(self, *, script: Sequence[int] | None = None, fail_at: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        *,
+        script: Sequence[int] | None = None,
+        fail_at: Sequence[Sequence[int]] = (),
+        vocab_size: int = 256,
+    ) -> None:
         self.made: list[FakeBatchGenerator] = []
         self._script = script
         self._fail_at = fail_at
+        self._vocab_size = vocab_size
 
     def __call__(self, *, deterministic: bool) -> FakeBatchGenerator:
-        fail_at = () if self.made else self._fail_at
+        number = len(self.made)
         generator = FakeBatchGenerator(
-            script=self._script, fail_at=fail_at, deterministic=deterministic
+            vocab_size=self._vocab_size,
+            script=self._script,
+            fail_at=self._fail_at[number] if number < len(self._fail_at) else (),
+            deterministic=deterministic,
         )
         self.made.append(generator)
         return generator
@@ -153,9 +163,16 @@ def text_of(events: Sequence[Event], request_id: str) -> str:
     return "".join(delta.text for delta in deltas_of(events, request_id))
 
 
-def fresh_reply(prompt_ids: Sequence[int], **request: Any) -> tuple[int, ...]:
+def fresh_reply(
+    prompt_ids: Sequence[int], *, vocab_size: int = 256, **request: Any
+) -> tuple[int, ...]:
     """What an engine with nothing in it and all the memory in the world replies."""
-    return run(fake_engine(), token_ids=list(prompt_ids), **request).token_ids
+    engine = fake_engine(factory=FakeFactory(vocab_size=vocab_size))
+    request_id = engine.submit(token_ids=list(prompt_ids), **request)
+    events: list[Event] = []
+    while engine.has_work:
+        events += engine.step()
+    return completed(events, request_id).token_ids
 
 
 def kv_values(token_ids: Sequence[int]) -> list[int]:
