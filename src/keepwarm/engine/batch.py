@@ -94,10 +94,14 @@ class Batch:
         self.waiting.append(sequence)
 
     def leave(self, sequence: TokenSequence) -> None:
-        """The sequence ends, wherever it is; its line keeps what was computed."""
+        """The sequence ends, wherever it is; its line keeps what was computed.
+
+        A sequence that a failure has put out already may still have sampled its last token in the
+        same step.
+        """
         if sequence in self.waiting:
             self.waiting.remove(sequence)
-        else:
+        elif sequence in self.running:
             self._close_row(sequence)
             self.running.remove(sequence)
         sequence.phase = Phase.FINISHED

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 
 from keepwarm.core.agent import AgentBlocks
 from keepwarm.core.block import (
@@ -25,9 +26,7 @@ from keepwarm.core.policies import BlockVictim, choose_victims, demotion_order
 from keepwarm.core.pool import Allocation, BlockPool, Kind
 from keepwarm.core.ports import BatchGenerator, Payload, Slab
 from keepwarm.core.prefix_index import PrefixIndex
-
-MAX_SPARES = 2
-"""Slabs kept to be reused: fresh memory is several times slower to write than recycled."""
+from keepwarm.engine.slabs import PaidSlab, SlabShelf
 
 
 @dataclass(slots=True)
@@ -38,12 +37,6 @@ class TierCounters:
     evicted_blocks: int = 0
     restored_blocks: int = 0
     slab_growths: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Spare:
-    slab: Slab
-    allocation: Allocation
 
 
 class Tiers:
@@ -62,7 +55,7 @@ class Tiers:
         self._root = root
         self._token_bytes = token_bytes
         self._lines: dict[LineId, AgentBlocks] = {}
-        self._spares: list[_Spare] = []
+        self._shelf = SlabShelf(pool)
         self._next_line = 0
         self._now = 0
 
@@ -109,11 +102,6 @@ class Tiers:
         return child
 
     # -- into the slab ---------------------------------------------------------------------------
-
-    def longest_match(self, line: AgentBlocks, token_ids: Sequence[int]) -> int:
-        """How many leading ids have KV somewhere: in this line, or in anybody's blocks."""
-        run = self.index.longest_run(chain_hashes(self._root, token_ids))
-        return max(common_prefix(line.token_ids, token_ids), len(run) * BLOCK_TOKENS)
 
     def make_hot(self, line: AgentBlocks, token_ids: Sequence[int], capacity_tokens: int) -> None:
         """Give the line a slab, keep what `token_ids` continues, and name the blocks to restore.
@@ -166,11 +154,9 @@ class Tiers:
         before = slab.num_tokens
         max_tokens = max_bytes / self._token_bytes
         while line.num_to_restore and slab.num_tokens - before < max_tokens:
-            depth = whole_blocks(slab.num_tokens)
-            if depth < len(line.blocks):
-                self._restore_block(slab, line.blocks[depth])
-                line.blocks[depth].slabs.add(line.line)
-                self.counters.restored_blocks += 1
+            if whole_blocks(slab.num_tokens) < len(line.blocks):
+                num_left = max_tokens - (slab.num_tokens - before)
+                self._restore_blocks(line, slab, num_left)
             elif line.tail is not None:
                 self.generator.reconstruct(slab, [line.tail])
                 self._release_tail(line)
@@ -258,7 +244,7 @@ class Tiers:
         """Free bytes until so many are free. Raises PoolExhausted when that cannot be."""
         if self.pool.free_bytes >= needed_bytes:
             return
-        for free_some in (self._drop_spares, self._drop_redundant, self._demote_resting):
+        for free_some in (self._shelf.drop, self._drop_redundant, self._demote_resting):
             free_some(needed_bytes)
             if self.pool.free_bytes >= needed_bytes:
                 return
@@ -286,7 +272,7 @@ class Tiers:
                 holders[line.slab_allocation] = (1, line.slab.nbytes)
             if line.tail is not None and line.tail_allocation is not None:
                 holders[line.tail_allocation] = (1, line.tail.nbytes)
-        for spare in self._spares:
+        for spare in self._shelf:
             holders[spare.allocation] = (1, spare.slab.nbytes)
         return holders
 
@@ -316,25 +302,12 @@ class Tiers:
             line.blocks.append(block)
         line.token_ids = list(token_ids[: line.num_tokens])
 
-    def _take_slab(self, capacity_tokens: int) -> _Spare:
-        fitting = [
-            spare
-            for spare in self._spares
-            if capacity_tokens <= spare.slab.capacity_tokens <= capacity_tokens * 5 // 4
-        ]
-        if fitting:
-            spare = min(fitting, key=lambda spare: spare.slab.capacity_tokens)
-            self._spares.remove(spare)
-            self.pool.reuse(spare.allocation, Kind.SLAB)
+    def _take_slab(self, capacity_tokens: int) -> PaidSlab:
+        spare = self._shelf.take_spare(capacity_tokens)
+        if spare is not None:
             return spare
-        nbytes = self.generator.slab_bytes(capacity_tokens)
-        self.make_room(nbytes)
-        allocation = self.pool.allocate(Kind.SLAB, nbytes)
-        try:
-            return _Spare(self.generator.new_slab(capacity_tokens), allocation)
-        except BaseException:
-            self.pool.release(allocation)
-            raise
+        self.make_room(self.generator.slab_bytes(capacity_tokens))
+        return self._shelf.new(self.generator, capacity_tokens)
 
     def _free_slab(self, line: AgentBlocks) -> None:
         if line.slab is not None:
@@ -344,18 +317,24 @@ class Tiers:
 
     def _keep_spare(self, slab: Slab, allocation: Allocation) -> None:
         self.generator.trim(slab, 0)
-        self.pool.reuse(allocation, Kind.SPARE)
-        self._spares.append(_Spare(slab, allocation))
-        while len(self._spares) > MAX_SPARES:
-            self.pool.release(self._spares.pop(0).allocation)
+        self._shelf.keep(slab, allocation)
 
-    def _restore_block(self, slab: Slab, block: Block) -> None:
-        if block.payload is not None:
-            self.generator.reconstruct(slab, [block.payload])
-            return
-        source = self._slab_with(block)
-        start = block.depth * BLOCK_TOKENS
-        self.generator.copy_span(source, slab, start, start + BLOCK_TOKENS)
+    def _restore_blocks(self, line: AgentBlocks, slab: Slab, max_tokens: float) -> None:
+        """The next blocks: all that have payloads in one go, or one out of another line's slab."""
+        depth = whole_blocks(slab.num_tokens)
+        num_blocks = max(1, int(min(max_tokens, line.num_to_restore) // BLOCK_TOKENS))
+        wanted = line.blocks[depth : depth + num_blocks]
+        copied = list(takewhile(lambda block: block.payload is not None, wanted))
+        if copied:
+            self.generator.reconstruct(slab, [b.payload for b in copied if b.payload is not None])
+        else:
+            copied = wanted[:1]
+            start = depth * BLOCK_TOKENS
+            source = self._slab_with(copied[0])
+            self.generator.copy_span(source, slab, start, start + BLOCK_TOKENS)
+        for block in copied:
+            block.slabs.add(line.line)
+        self.counters.restored_blocks += len(copied)
 
     def _slab_with(self, block: Block) -> Slab:
         return _slab_of(self._lines[next(iter(block.slabs))])[0]
@@ -472,10 +451,6 @@ class Tiers:
         self._release_tail(line)
         del line.token_ids[line.num_tokens :]
 
-    def _drop_spares(self, needed_bytes: int) -> None:
-        while self._spares and self.pool.free_bytes < needed_bytes:
-            self.pool.release(self._spares.pop(0).allocation)
-
     def _drop_redundant(self, needed_bytes: int) -> None:
         for block in self.index:
             if self.pool.free_bytes >= needed_bytes:
@@ -488,7 +463,7 @@ class Tiers:
             if self.pool.free_bytes >= needed_bytes:
                 return
             self.demote(line)
-            self._drop_spares(needed_bytes)
+            self._shelf.drop(needed_bytes)
 
     def _evict(self, needed_bytes: int) -> None:
         missing = needed_bytes - self.pool.free_bytes
