@@ -1,0 +1,141 @@
+"""A generator that raises: who fails, with what, and that service goes on."""
+
+import pytest
+
+from engines import (
+    FakeFactory,
+    assistant,
+    completed,
+    drain,
+    failed,
+    fake_engine,
+    fresh_reply,
+    generator_of,
+    ids,
+    run,
+    step,
+    text_of,
+    user,
+)
+from keepwarm import BlockPoolBatchEngine
+from keepwarm.core.errors import GeneratorFailed
+from keepwarm.core.events import Event, FinishReason
+from keepwarm.testing.generator import GeneratorFault
+
+
+def failing(*ordinals: int, **config: int) -> BlockPoolBatchEngine:
+    return fake_engine(factory=FakeFactory(fail_at=[ordinals]), **config)
+
+
+def fail_next_call(engine: BlockPoolBatchEngine) -> None:
+    generator = generator_of(engine)
+    generator._fail_at.add(generator.num_calls + 1)
+
+
+def test_a_failed_prefill_is_said_with_its_cause() -> None:
+    engine = failing(1)
+    request_id = engine.submit(agent_id="ada", token_ids=ids(300), max_tokens=5)
+    error = failed(drain(engine), request_id).error
+    assert isinstance(error, GeneratorFailed)
+    assert isinstance(error.cause, GeneratorFault)
+
+
+def test_a_failed_decode_says_what_had_been_sent() -> None:
+    engine = failing(4)
+    request_id = engine.submit(messages=[user("Hello")], max_tokens=50)
+    events = drain(engine)
+    assert failed(events, request_id).text == text_of(events, request_id)
+
+
+@pytest.mark.parametrize("ordinal", range(1, 9))
+def test_all_that_run_fail_and_all_that_wait_are_served(ordinal: int) -> None:
+    engine = failing(ordinal, max_rows=2, idle_prefill_tokens=256)
+    requests = [engine.submit(token_ids=ids(300, salt), max_tokens=4) for salt in range(4)]
+    events = drain(engine)
+    assert [failed(events, request_id) for request_id in requests[:2]]
+    for salt in (2, 3):
+        alone = fresh_reply(ids(300, salt), max_tokens=4)
+        assert completed(events, requests[salt]).token_ids == alone
+    assert engine.batch.counters.generator_failures == 1
+
+
+def test_the_generator_is_made_anew() -> None:
+    factory = FakeFactory(fail_at=[[1], [1]])
+    engine = fake_engine(factory=factory)
+    for _ in range(2):
+        request_id = engine.submit(token_ids=ids(9), max_tokens=1)
+        failed(drain(engine), request_id)
+    run(engine, token_ids=ids(9), max_tokens=1)
+    assert len(factory.made) == 3
+
+
+@pytest.mark.parametrize("hot", [True, False])
+def test_the_conversation_is_as_before_and_can_be_continued(hot: bool) -> None:
+    engine = fake_engine()
+    first = run(engine, agent_id="ada", messages=[user("Hello")], max_tokens=9)
+    before = engine.agent("ada")
+    if not hot:
+        engine.demote("ada")
+    request_id = engine.submit(agent_id="ada", append=[user("And?")], max_tokens=9)
+    fail_next_call(engine)
+    failed(drain(engine), request_id)
+    after = engine.agent("ada")
+    assert (after.num_tokens, after.num_turns, after.in_use) == (before.num_tokens, 1, False)
+    again = run(engine, agent_id="ada", append=[user("And?")], max_tokens=9)
+    messages = [user("Hello"), assistant(first.text), user("And?")]
+    witness = fake_engine()
+    run(witness, agent_id="ada", messages=[user("Hello")], max_tokens=9)
+    assert (
+        again.token_ids == run(witness, agent_id="ada", messages=messages, max_tokens=9).token_ids
+    )
+
+
+def test_rows_that_were_not_in_the_call_keep_their_cache() -> None:
+    engine = fake_engine(idle_prefill_tokens=256)
+    engine.submit(agent_id="ada", token_ids=ids(256), max_tokens=500)
+    step(engine, 4)
+    engine.submit(agent_id="bob", token_ids=ids(800, 1), max_tokens=5)
+    generator = generator_of(engine)
+    # The next decode works and the prefill beside it fails.
+    generator._fail_at.add(generator.num_calls + 2)
+    drain(engine)
+    assert engine.agent("ada").held_tokens > 256
+    assert engine.agent("bob").held_tokens == 0
+
+
+def last_token_beside_a_failing_prefill(
+    max_tokens: int,
+) -> tuple[BlockPoolBatchEngine, tuple[list[Event], str, str]]:
+    engine = fake_engine()
+    decoding = engine.submit(agent_id="ada", token_ids=ids(20), max_tokens=max_tokens)
+    events = step(engine, 2)
+    prefilling = engine.submit(agent_id="bob", token_ids=ids(800, 1), max_tokens=5)
+    generator = generator_of(engine)
+    generator._fail_at.add(generator.num_calls + 2)
+    events += step(engine)
+    return engine, (events + drain(engine), decoding, prefilling)
+
+
+def test_a_reply_that_ends_in_the_step_of_a_failure_is_whole() -> None:
+    _, (events, decoding, prefilling) = last_token_beside_a_failing_prefill(2)
+    done = completed(events, decoding)
+    assert done.finish_reason is FinishReason.LENGTH
+    assert done.token_ids == fresh_reply(ids(20), max_tokens=2)
+    failed(events, prefilling)
+
+
+def test_a_reply_that_does_not_end_in_that_step_fails_after_its_last_delta() -> None:
+    engine, (events, decoding, _) = last_token_beside_a_failing_prefill(9)
+    assert failed(events, decoding).text == text_of(events, decoding)
+    assert run(engine, agent_id="ada", token_ids=ids(20), max_tokens=9).token_ids == fresh_reply(
+        ids(20), max_tokens=9
+    )
+
+
+def test_blocks_that_others_computed_survive_a_failure() -> None:
+    engine = fake_engine()
+    run(engine, agent_id="ada", token_ids=ids(600), max_tokens=1)
+    request_id = engine.submit(agent_id="bob", token_ids=[*ids(600), 1, 2], max_tokens=1)
+    fail_next_call(engine)
+    failed(drain(engine), request_id)
+    assert run(engine, agent_id="bob", token_ids=ids(600), max_tokens=1).usage.cached_tokens == 512
