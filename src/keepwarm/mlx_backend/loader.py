@@ -25,6 +25,7 @@ from keepwarm.mlx_backend.fingerprint import DigestCache, KVIdentity
 from keepwarm.mlx_backend.gguf import EMBEDDED_NAME, embedded_model
 from keepwarm.mlx_backend.metal import raise_metal_limits
 from keepwarm.mlx_backend.model_folder import ModelFolder
+from keepwarm.mlx_backend.probe import check_seam
 from keepwarm.mlx_backend.row_batch import RowBatchGenerator
 from keepwarm.mlx_backend.tokenizer import HFTokenizer
 
@@ -112,6 +113,7 @@ def _load(
     tokenizer = _load_tokenizer(folder)
     weights = _load_weights(folder, dtype)
     probe = _probe(folder, weights)
+    check_seam(weights.model, probe.layout, str(folder.path))
     return LoadedModel(
         name=name,
         fingerprint=_fingerprint(folder, weights, probe, home),

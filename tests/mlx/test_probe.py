@@ -1,0 +1,38 @@
+"""The two-row probe accepts models whose attention goes through the seam, and no others."""
+
+import sys
+from collections.abc import Iterator
+
+import mlx.core as mx
+import pytest
+
+from keepwarm.core.errors import UnsupportedModel
+from keepwarm.core.ports import LoadedModel
+from keepwarm.mlx_backend import seam
+from keepwarm.mlx_backend.probe import check_seam
+
+
+@pytest.fixture
+def attention_module(smollm2: LoadedModel) -> Iterator[object]:
+    module = sys.modules[type(smollm2.model).__module__]
+    kept = module.scaled_dot_product_attention
+    yield module
+    module.scaled_dot_product_attention = kept
+
+
+def test_smollm2_fits(smollm2: LoadedModel) -> None:
+    check_seam(smollm2.model, smollm2.layout, "smollm2")
+
+
+def test_attention_that_passes_the_seam_by_is_found(
+    smollm2: LoadedModel, attention_module: object
+) -> None:
+    original = getattr(attention_module.scaled_dot_product_attention, seam._MARK)
+
+    def past_the_seam(q: mx.array, k: mx.array, v: mx.array, cache: object, **more: object):  # noqa: ANN202
+        return original(q, k, v, cache=None, **more)
+
+    setattr(past_the_seam, seam._MARK, original)
+    attention_module.scaled_dot_product_attention = past_the_seam
+    with pytest.raises(UnsupportedModel, match="two rows in a batch differ"):
+        check_seam(smollm2.model, smollm2.layout, "smollm2")
