@@ -1,4 +1,4 @@
-"""Hanging up in every phase: it ends within a step, frees its place, and keeps what was computed."""
+"""Hanging up in every phase: it ends within a step, frees its row, and keeps what was computed."""
 
 import pytest
 

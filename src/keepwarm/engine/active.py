@@ -98,7 +98,7 @@ class ActiveRequest:
         start = sequence.submitted_s
         first = sequence.first_token_s
         return Timing(
-            queued_s=(sequence.admitted_s or now_s) - start,
+            queued_s=(now_s if sequence.admitted_s is None else sequence.admitted_s) - start,
             first_token_s=None if first is None else first - start,
             total_s=now_s - start,
             num_preemptions=sequence.num_preemptions,

@@ -27,10 +27,10 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """Where the main line stood when a turn had ended."""
+    """Where the main line stood when a turn had ended; None where messages were not given."""
 
     num_tokens: int
-    num_messages: int | None
+    messages: tuple[Message, ...] | None
 
 
 @dataclass(slots=True, eq=False)
@@ -168,9 +168,12 @@ class AgentBook:
         agent = self._agents.get(agent_id) if agent_id is not None else None
         if agent is None or agent.main is not line:
             return
-        agent.turns = [turn for turn in agent.turns if turn.num_tokens <= num_kept]
-        num_messages = None if messages is None else len(messages)
-        agent.turns.append(Turn(line.transcript.num_tokens, num_messages))
+        agent.turns = [
+            Turn(min(turn.num_tokens, num_kept), turn.messages)
+            for turn in agent.turns
+            if turn.num_tokens <= num_kept or _begins_with(messages, turn.messages)
+        ]
+        agent.turns.append(Turn(line.transcript.num_tokens, messages))
 
     def view(self, agent: Agent) -> AgentView:
         blocks = agent.main.blocks
@@ -195,6 +198,16 @@ class AgentBook:
 
 def _last_used(line: Line) -> int:
     return line.blocks.last_used
+
+
+def _begins_with(messages: tuple[Message, ...] | None, earlier: tuple[Message, ...] | None) -> bool:
+    """Whether a turn is still a part of the conversation.
+
+    It is, with fewer of its tokens, where the template has stripped the turn's thinking.
+    """
+    return (
+        messages is not None and earlier is not None and messages[: len(earlier)] == tuple(earlier)
+    )
 
 
 def _continues(line: Line, prompt: Prompt, *, named: bool) -> bool:

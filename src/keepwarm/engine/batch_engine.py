@@ -225,12 +225,12 @@ class BlockPoolBatchEngine:
             raise InvalidRequest("new_id", "a fork needs a name")
         if new_id in self._book:
             raise AgentExists(new_id)
-        num_tokens, num_messages = self._position(parent, at_turn)
+        num_tokens, messages = self._position(parent, at_turn)
         main = parent.main
         child = Line(
             self.tiers.fork(main.blocks, _held(main, num_tokens)),
             truncate(main.transcript, num_tokens),
-            None if main.messages is None else main.messages[:num_messages],
+            messages,
         )
         turns = [turn for turn in parent.turns if turn.num_tokens <= num_tokens]
         self._book.add(Agent(new_id, child, turns=turns))
@@ -238,10 +238,10 @@ class BlockPoolBatchEngine:
     def rollback(self, agent_id: str, *, turn: int) -> None:
         """Forget everything after `turn` turns. Raises UnknownAgent, AgentBusy, InvalidRequest."""
         agent = self._idle_agent(agent_id, "roll it back")
-        num_tokens, num_messages = self._position(agent, turn)
+        num_tokens, messages = self._position(agent, turn)
         main = agent.main
         main.transcript = truncate(main.transcript, num_tokens)
-        main.messages = None if main.messages is None else main.messages[:num_messages]
+        main.messages = messages
         del agent.turns[turn:]
         self.tiers.truncate(main.blocks, _held(main, num_tokens))
 
@@ -399,16 +399,16 @@ class BlockPoolBatchEngine:
             raise AgentBusy(agent_id, action)
         return agent
 
-    def _position(self, agent: Agent, turn: int | None) -> tuple[int, int | None]:
+    def _position(self, agent: Agent, turn: int | None) -> tuple[int, tuple[Message, ...] | None]:
         """Tokens and messages after so many turns."""
         if turn is None:
-            return agent.main.transcript.num_tokens, None
+            return agent.main.transcript.num_tokens, agent.main.messages
         if not 0 <= turn <= len(agent.turns):
             raise InvalidRequest("turn", f"{turn} is not from 0 to {len(agent.turns)}")
         if turn == 0:
-            return 0, 0
+            return 0, ()
         end = agent.turns[turn - 1]
-        return end.num_tokens, end.num_messages
+        return end.num_tokens, end.messages
 
 
 def _held(line: Line, num_tokens: int) -> int:
