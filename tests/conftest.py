@@ -1,7 +1,34 @@
 """Shared by all tests."""
 
+import os
+from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from keepwarm.core.ports import LoadedModel
 
 if find_spec("mlx") is not None:
     # Sorted imports put `mlx` before `keepwarm`; the CPU has to be prepared before either.
     import keepwarm.mlx_backend  # noqa: F401
+
+
+@pytest.fixture(scope="session")
+def keepwarm_home() -> Iterator[Path]:
+    """One home for all runs, so that the embedded model is converted once per checkout."""
+    home = Path(__file__).parents[1] / ".cache" / "keepwarm-test-home"
+    before = os.environ.get("KEEPWARM_HOME")
+    os.environ["KEEPWARM_HOME"] = str(home)
+    yield home
+    if before is None:
+        del os.environ["KEEPWARM_HOME"]
+    else:
+        os.environ["KEEPWARM_HOME"] = before
+
+
+@pytest.fixture(scope="session")
+def smollm2(keepwarm_home: Path) -> LoadedModel:
+    from keepwarm import load_model
+
+    return load_model("smollm2", home=keepwarm_home)

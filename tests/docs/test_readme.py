@@ -1,0 +1,48 @@
+"""What the documentation names exists, and the README's example runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+import typer
+
+from keepwarm.cli.main import app
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+
+
+def _links(page: Path) -> list[str]:
+    return re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    broken = [link for link in _links(page) if not (page.parent / link).exists()]
+    assert not broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_that_is_named_exists(page: Path) -> None:
+    commands = set(typer.main.get_command(app).commands)
+    named = set(re.findall(r"`keepwarm ([a-z]+)", page.read_text()))
+    assert named <= commands
+
+
+def test_every_file_that_the_architecture_names_exists() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    present = {path.name for path in (ROOT / "src").rglob("*.py")}
+    assert set(re.findall(r"\b([a-z_]+\.py)\b", text)) <= present
+
+
+@pytest.mark.usefixtures("keepwarm_home")
+def test_the_readme_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("mlx.core")
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    scope: dict[str, object] = {}
+    exec(compile(example, "README.md", "exec"), scope)  # noqa: S102 - it is our own page
+    assert "Completed(request_id='req-1', agent_id='ada'" in capsys.readouterr().out
+    engine = scope["engine"]
+    while engine.has_work:
+        events = engine.step()
+    assert events[-1].cache.tier == "hot"
