@@ -6,14 +6,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from engines import BLOCK_BYTES, check_values
 from keepwarm.core.agent import AgentBlocks
-from keepwarm.core.block import common_prefix, root_hash
+from keepwarm.core.block import chain_hashes, common_prefix, root_hash
 from keepwarm.core.errors import PoolExhausted
-from keepwarm.core.layout import capacity_for
+from keepwarm.core.layout import BLOCK_TOKENS, capacity_for
 from keepwarm.core.pool import BlockPool
 from keepwarm.core.ports import RowId
 from keepwarm.engine.tiers import Tiers
 from keepwarm.testing.generator import FAKE_LAYOUT, FakeBatchGenerator
 
+ROOT = root_hash(fingerprint="fake")
 ROW = RowId(1)
 NUM_LINES = 5
 
@@ -36,7 +37,7 @@ class TiersMachine(RuleBasedStateMachine):
         self.tiers = Tiers(
             BlockPool(num_blocks * BLOCK_BYTES),
             FakeBatchGenerator(),
-            root=root_hash(fingerprint="fake"),
+            root=ROOT,
             token_bytes=FAKE_LAYOUT.token_bytes,
         )
         self.lines = [self.tiers.new_line() for _ in range(NUM_LINES)]
@@ -60,7 +61,7 @@ class TiersMachine(RuleBasedStateMachine):
         if line.busy:
             return False
         before = list(line.token_ids)
-        num_known = self.tiers.longest_match(line, prompt)
+        num_known = self._longest_match(line, prompt)
         try:
             self.tiers.make_hot(line, prompt, capacity_for(len(prompt) + spare))
         except PoolExhausted:
@@ -73,6 +74,11 @@ class TiersMachine(RuleBasedStateMachine):
         assert line.busy
         self.wanted[line] = prompt
         return True
+
+    def _longest_match(self, line: AgentBlocks, prompt: list[int]) -> int:
+        """How many leading ids have KV somewhere: in this line, or in anybody's blocks."""
+        run = self.tiers.index.longest_run(chain_hashes(ROOT, prompt))
+        return max(common_prefix(line.token_ids, prompt), len(run) * BLOCK_TOKENS)
 
     @rule(index=indices, prompt=prompts)
     def start_at_any_cost(self, index: int, prompt: list[int]) -> None:

@@ -29,7 +29,7 @@ class EngineConfig:
     idle_prefill_tokens: int = 2 * BLOCK_TOKENS
     max_step_stretch: float = 2.5
     reserve_reply_tokens: int = 2 * BLOCK_TOKENS
-    restore_bytes_per_step: int = 256 << 20
+    restore_bytes_per_step: int = 128 << 20
     max_side_lines: int = 4
     max_anonymous_lines: int = 64
 

@@ -4,6 +4,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from keepwarm.core.block import common_prefix, root_hash
 from keepwarm.core.errors import (
@@ -314,7 +315,9 @@ class BlockPoolBatchEngine:
             pieces = self._tokenizer.render(conversation)
         else:
             pieces = self._tokenizer.split(valid_text(source.text or ""))
-        return lambda known: continue_line(known, pieces, self._tokenizer.encode)
+        # Every line of the agent is asked, and most spans of the prompt are new to most of them.
+        encode = cache(self._tokenizer.encode)
+        return lambda known: continue_line(known, pieces, encode)
 
     def _fit(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
         """How long the reply may be: as asked for, within the context and the memory budget."""
