@@ -56,9 +56,16 @@ class LayerCache(KVCache):
     def append(self, keys: mx.array, values: mx.array) -> None:
         """Write (1, heads, tokens, dim) behind what is held, in place as nobody else holds it."""
         start, stop = self.offset, self.offset + keys.shape[2]
+        if stop - start == self.keys.shape[2]:
+            # MLX does not write a slice that covers all: it takes the new array, strides and all.
+            keys, values = mx.contiguous(keys), mx.contiguous(values)
         self.keys[..., start:stop, :] = keys
         self.values[..., start:stop, :] = values
         self.offset = stop
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        self.append(keys, values)
+        return self.held()
 
     def held(self) -> tuple[mx.array, mx.array]:
         """Keys and values of the tokens held: views, to be used up before the next write."""
@@ -79,6 +86,7 @@ class RowSlab:
     def __init__(self, layout: CacheLayout, capacity_tokens: int, padded_tokens: int) -> None:
         self.capacity_tokens = capacity_tokens
         self.padded_tokens = padded_tokens
+        self.is_gone = False
         dtype = _MX_DTYPES[layout.dtype]
         self.layers = [LayerCache(layer, padded_tokens, dtype) for layer in layout.layers]
         self._nbytes = layout.slab_bytes(padded_tokens)
@@ -212,7 +220,7 @@ class SlabArrays:
             for part, (start, stop) in zip(parts, spans, strict=True):
                 part += [read(cache.keys, start, stop), read(cache.values, start, stop)]
             cache.release()
-        slab.set_num_tokens(0)
+        slab.is_gone = True
         lengths = (stop - start for start, stop in spans)
         return [KVPayload(n, tuple(part)) for n, part in zip(lengths, parts, strict=True)]
 
@@ -225,7 +233,7 @@ class SlabArrays:
             cache.release()
             target.keys = self._copies.write(target.keys, 0, [keys])
             target.values = self._copies.write(target.values, 0, [values])
-        slab.set_num_tokens(0)
+        slab.is_gone = True
         larger.set_num_tokens(num_tokens)
 
 

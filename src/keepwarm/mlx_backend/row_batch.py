@@ -92,7 +92,9 @@ class RowBatchGenerator:
         self._rows[row] = self._outside(slab)
 
     def close_row(self, row: RowId) -> Slab:
-        return self._rows.pop(row)
+        slab = self._row(row)
+        del self._rows[row]
+        return slab
 
     def prefill(self, row: RowId, token_ids: Sequence[int]) -> None:
         slab = self._with_room(row, len(token_ids))
@@ -144,9 +146,15 @@ class RowBatchGenerator:
         return capacity_tokens
 
     def _with_room(self, row: RowId, num_tokens: int) -> RowSlab:
-        slab = self._rows[row]
+        slab = self._row(row)
         if slab.num_tokens + num_tokens > slab.capacity_tokens:
             raise InvariantBroken(f"{num_tokens} more tokens overflow {slab!r}")
+        return slab
+
+    def _row(self, row: RowId) -> RowSlab:
+        slab = self._rows.get(row)
+        if slab is None:
+            raise InvariantBroken(f"row {row} is not open")
         return slab
 
     def _outside(self, slab: Slab) -> RowSlab:
@@ -162,8 +170,8 @@ def _by_layer(slabs: Sequence[RowSlab]) -> list[tuple[LayerCache, ...]]:
 
 
 def _own(slab: Slab) -> RowSlab:
-    if not isinstance(slab, RowSlab):
-        raise InvariantBroken(f"{slab!r} is no slab of this generator")
+    if not isinstance(slab, RowSlab) or slab.is_gone:
+        raise InvariantBroken(f"{slab!r} is not a live slab of this generator")
     return slab
 
 

@@ -146,12 +146,13 @@ class FakeBatchGenerator:
         self._rows[row] = outside
 
     def close_row(self, row: RowId) -> Slab:
-        slab = self._rows.pop(row)
+        slab = self._row(row)
+        del self._rows[row]
         slab.row = None
         return slab
 
     def prefill(self, row: RowId, token_ids: Sequence[int]) -> None:
-        slab = self._rows[row]
+        slab = self._row(row)
         self._feed(slab, token_ids[: len(token_ids) // 2])
         self._count_call()
         self._feed(slab, token_ids[len(token_ids) // 2 :])
@@ -160,10 +161,10 @@ class FakeBatchGenerator:
     def decode(self, inputs: Sequence[RowInput]) -> list[int]:
         half = len(inputs) // 2
         for item in inputs[:half]:
-            self._feed(self._rows[item.row], [item.token_id])
+            self._feed(self._row(item.row), [item.token_id])
         self._count_call()
         for item in inputs[half:]:
-            self._feed(self._rows[item.row], [item.token_id])
+            self._feed(self._row(item.row), [item.token_id])
         self.batch_sizes.append(len(inputs))
         return [self._sample(item) for item in inputs]
 
@@ -192,6 +193,12 @@ class FakeBatchGenerator:
         self.num_calls += 1
         if self.num_calls in self._fail_at:
             raise GeneratorFault(f"call {self.num_calls} was told to fail")
+
+    def _row(self, row: RowId) -> FakeSlab:
+        slab = self._rows.get(row)
+        if slab is None:
+            raise InvariantBroken(f"row {row} is not open")
+        return slab
 
     def _outside(self, slab: Slab) -> FakeSlab:
         fake = self._fake(slab)
