@@ -4,6 +4,7 @@ import sys
 
 import typer
 
+from keepwarm.cli.bench import bench
 from keepwarm.cli.demo import demo
 from keepwarm.cli.doctor import doctor
 from keepwarm.core.errors import KeepwarmError
@@ -23,6 +24,7 @@ def _subcommands() -> None:
 
 app.command()(demo)
 app.command()(doctor)
+app.add_typer(bench)
 
 
 def main() -> None:

@@ -1,0 +1,283 @@
+"""EXP-005: whatever way the KV came about, the computation is the same.
+
+Normal form: the reference's tokens are fed through each path, and logits and KV must stay within
+bounds of bare mlx-lm's. Free-running: the reply is the same up to the first tie. Strict form: in
+canonical shapes every path gives the bits of the engine's own cold run. The canaries are damages
+that the same comparison must notice.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from functools import cache, partial
+from typing import cast
+
+import mlx.core as mx
+from mlx import nn
+
+from keepwarm.bench.canaries import CANARIES, Canary
+from keepwarm.bench.compare import (
+    FLOAT32_BOUNDS,
+    Bounds,
+    Difference,
+    bounds_from,
+    difference,
+    why_not_identical,
+)
+from keepwarm.bench.lab import Case, PathNotTaken, Setting
+from keepwarm.bench.paths import PATHS, Path, cold
+from keepwarm.bench.plan import Plan
+from keepwarm.bench.prompts import prompt_ids
+from keepwarm.bench.recording import Recording
+from keepwarm.bench.reference import PREFILL_TOKENS, run_reference
+from keepwarm.bench.report import OnProgress, no_progress
+from keepwarm.bench.round_trip import round_trip_problem
+from keepwarm.core.ports import LoadedModel
+from keepwarm.mlx_backend import CPU_SETUP
+
+MAX_TIE_SHARE = 0.001
+
+
+class Form(StrEnum):
+    """What a path's recording is compared with."""
+
+    NORMAL = "normal"
+    FREE = "free-running"
+    STRICT = "strict"
+    ROUND_TRIP = "round trip"
+    CANARY = "canary"
+
+
+@dataclass(frozen=True, slots=True)
+class PathResult:
+    """One reply by one path. `problem` says why it failed; a canary fails when it passes."""
+
+    form: Form
+    path: str
+    num_prompt_tokens: int
+    problem: str | None
+    num_steps: int = 0
+    max_logits: float = 0.0
+    max_kv: float = 0.0
+    num_ties: int = 0
+
+    @property
+    def passed(self) -> bool:
+        return self.problem is None
+
+
+@dataclass(frozen=True, slots=True)
+class Exp005Result:
+    """`strict_note` says why the strict form was left out, where equal bits cannot be promised."""
+
+    bounds: Bounds
+    results: tuple[PathResult, ...]
+    strict_note: str
+
+    @property
+    def num_steps(self) -> int:
+        return sum(result.num_steps for result in self._forced_and_free)
+
+    @property
+    def num_ties(self) -> int:
+        return sum(result.num_ties for result in self._forced_and_free)
+
+    @property
+    def passed(self) -> bool:
+        few_ties = self.num_ties <= MAX_TIE_SHARE * self.num_steps
+        return few_ties and all(result.passed for result in self.results)
+
+    @property
+    def _forced_and_free(self) -> list[PathResult]:
+        return [r for r in self.results if r.form in (Form.NORMAL, Form.FREE)]
+
+
+def run_exp005(
+    loaded: LoadedModel, plan: Plan, on_progress: OnProgress = no_progress
+) -> Exp005Result:
+    on_progress("bare mlx-lm", 0, 1)
+    note = strict_note()
+    experiment = Experiment(loaded, plan, has_strict=not note)
+    jobs = list(experiment.jobs())
+    results: list[PathResult] = []
+    for number, job in enumerate(jobs):
+        on_progress(job.label, number, len(jobs))
+        results += job.run()
+    on_progress("done", len(jobs), len(jobs))
+    return Exp005Result(experiment.bounds, tuple(results), note)
+
+
+def strict_note() -> str:
+    """Why equal bits cannot be promised here; empty where they are."""
+    if mx.default_device() != mx.cpu:
+        return "not promised on a GPU: its kernels may sum in another order"
+    if CPU_SETUP.needed and not CPU_SETUP.reproducible:
+        return "not promised with this BLAS: equal products may differ in their last bits"
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A part of the experiment, for the progress bar."""
+
+    label: str
+    run: Callable[[], list[PathResult]]
+
+
+class Experiment:
+    """Owns the references and the cold runs; each is computed once for each prompt length."""
+
+    def __init__(self, loaded: LoadedModel, plan: Plan, *, has_strict: bool) -> None:
+        self._loaded = loaded
+        self._plan = plan
+        self._has_strict = has_strict
+        self._normal = Setting(loaded, deterministic=False, seed=plan.seed)
+        self._strict = Setting(loaded, deterministic=True, seed=plan.seed)
+        self._reference = cache(self._make_reference)
+        self._cold_bits = cache(self._make_cold_bits)
+        self._ordinary_cold = cache(self._make_ordinary_cold)
+        self._ordinary_bits_differ = False
+        self.bounds = self._find_bounds()
+
+    def jobs(self) -> Iterator[Job]:
+        for path in PATHS:
+            for group in self._plan.groups(path):
+                where = f"{path.name}, {', '.join(map(str, dict.fromkeys(group)))} tokens"
+                yield Job(f"normal: {where}", partial(self._run_normal, path, group))
+                if self._has_strict:
+                    yield Job(f"strict: {where}", partial(self._run_strict, path, group))
+            if self._plan.groups(path):
+                yield Job(f"free-running: {path.name}", partial(self._run_free, path))
+        for length in self._plan.all_lengths:
+            yield Job(f"round trip, {length} tokens", partial(self._run_round_trip, length))
+        for canary in CANARIES:
+            yield Job(f"canary: {canary.name}", partial(self._run_canary, canary))
+        if self._has_strict:
+            yield Job("canary: ordinary shapes", self._strict_canary)
+
+    # -- forms -----------------------------------------------------------------------------------
+
+    def _run_normal(self, path: Path, lengths: Sequence[int]) -> list[PathResult]:
+        recordings = _take(path, self._normal, [self._forced(length) for length in lengths])
+        if isinstance(recordings, PathNotTaken):
+            return [_not_taken(Form.NORMAL, path, lengths, recordings)]
+        results: list[PathResult] = []
+        for length, recording in zip(lengths, recordings, strict=True):
+            results.append(self._compared(Form.NORMAL, path.name, length, recording))
+            self._note_ordinary_bits(length, recording)
+        return results
+
+    def _run_free(self, path: Path) -> list[PathResult]:
+        lengths = self._plan.groups(path)[0]
+        recordings = _take(path, self._normal, [self._free(length) for length in lengths])
+        if isinstance(recordings, PathNotTaken):
+            return [_not_taken(Form.FREE, path, lengths, recordings)]
+        return [self._compared(Form.FREE, path.name, lengths[0], recordings[0])]
+
+    def _run_strict(self, path: Path, lengths: Sequence[int]) -> list[PathResult]:
+        recordings = _take(path, self._strict, [self._free(length) for length in lengths])
+        if isinstance(recordings, PathNotTaken):
+            return [_not_taken(Form.STRICT, path, lengths, recordings)]
+        results: list[PathResult] = []
+        for length, recording in zip(lengths, recordings, strict=True):
+            problem = why_not_identical(self._cold_bits(length), recording)
+            num_steps = len(recording.tokens)
+            results.append(PathResult(Form.STRICT, path.name, length, problem, num_steps))
+        return results
+
+    def _run_round_trip(self, length: int) -> list[PathResult]:
+        problem = round_trip_problem(self._normal, self._reference(length).kv)
+        return [PathResult(Form.ROUND_TRIP, "extract and reconstruct", length, problem)]
+
+    def _run_canary(self, canary: Canary) -> list[PathResult]:
+        length = self._plan.canary_length
+        recording = canary.run(self._normal, self._forced(length))
+        result = self._compared(Form.CANARY, canary.name, length, recording)
+        problem = None if result.problem else "the damage was not noticed"
+        return [replace(result, problem=problem)]
+
+    def _strict_canary(self) -> list[PathResult]:
+        """In ordinary shapes some path must have other bits than the cold run in the same mode."""
+        problem = None if self._ordinary_bits_differ else "ordinary shapes passed the strict form"
+        return [PathResult(Form.CANARY, "ordinary shapes", self._plan.canary_length, problem)]
+
+    def _note_ordinary_bits(self, length: int, recording: Recording) -> None:
+        if self._has_strict and not self._ordinary_bits_differ:
+            problem = why_not_identical(self._ordinary_cold(length), recording)
+            self._ordinary_bits_differ = problem is not None
+
+    # -- comparing -------------------------------------------------------------------------------
+
+    def _compared(self, form: Form, path: str, length: int, recording: Recording) -> PathResult:
+        found = self._difference(length, recording)
+        within = found.is_within(self.bounds)
+        return PathResult(
+            form,
+            path,
+            length,
+            problem=None if within else f"beyond the bounds; {found.num_flips} tokens flipped",
+            num_steps=found.num_steps,
+            max_logits=found.max_logits,
+            max_kv=found.max_kv,
+            num_ties=found.num_ties,
+        )
+
+    def _difference(self, length: int, recording: Recording) -> Difference:
+        return difference(
+            self._reference(length),
+            recording,
+            dtype=self._loaded.layout.dtype,
+            bounds=self.bounds,
+            forbidden=self._loaded.tokenizer.eos_token_ids,
+        )
+
+    def _find_bounds(self) -> Bounds:
+        if self._loaded.layout.dtype == "float32":
+            return FLOAT32_BOUNDS
+        length = max(self._plan.all_lengths)
+        chunked = [self._run_bare(length, prefill_tokens) for prefill_tokens in (512, 256)]
+        return bounds_from([self._reference(length), *chunked], self._loaded.layout.dtype)
+
+    # -- runs to compare with --------------------------------------------------------------------
+
+    def _make_reference(self, length: int) -> Recording:
+        return self._run_bare(length, PREFILL_TOKENS)
+
+    def _run_bare(self, length: int, prefill_tokens: int) -> Recording:
+        is_first = prefill_tokens == PREFILL_TOKENS
+        return run_reference(
+            cast("nn.Module", self._loaded.model),
+            self._prompt(length),
+            self._plan.num_tokens(length),
+            forbidden=self._loaded.tokenizer.eos_token_ids,
+            script=None if is_first else self._reference(length).tokens,
+            prefill_tokens=prefill_tokens,
+        )
+
+    def _make_cold_bits(self, length: int) -> Recording:
+        return cold(self._strict, self._free(length))
+
+    def _make_ordinary_cold(self, length: int) -> Recording:
+        return cold(self._normal, self._forced(length))
+
+    def _forced(self, length: int) -> Case:
+        return replace(self._free(length), script=self._reference(length).tokens)
+
+    def _free(self, length: int) -> Case:
+        return Case(self._prompt(length), self._plan.num_tokens(length))
+
+    def _prompt(self, length: int) -> tuple[int, ...]:
+        return prompt_ids(self._loaded.tokenizer, length, seed=self._plan.seed)
+
+
+def _take(
+    path: Path, setting: Setting, cases: Sequence[Case]
+) -> Sequence[Recording] | PathNotTaken:
+    try:
+        return path.run(setting, cases)
+    except PathNotTaken as error:
+        return error
+
+
+def _not_taken(form: Form, path: Path, lengths: Sequence[int], error: PathNotTaken) -> PathResult:
+    return PathResult(form, path.name, lengths[0], f"the path was not taken: {error}")
