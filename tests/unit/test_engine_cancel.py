@@ -3,6 +3,7 @@
 import pytest
 
 from engines import (
+    TOKENIZER,
     completed,
     deltas_of,
     drain,
@@ -10,6 +11,7 @@ from engines import (
     ids,
     main_blocks,
     phase_of,
+    prompt_of,
     run,
     scripted,
     step,
@@ -156,3 +158,36 @@ def test_a_preempted_request_in_any_phase(num_steps: int) -> None:
     if young in engine._active:
         cancelled(engine, young, events)
     completed(events + drain(engine), oldest)
+
+
+def test_before_its_first_token_the_conversation_stays_as_it_was() -> None:
+    engine = fake_engine(idle_prefill_tokens=100)
+    run(engine, agent_id="ada", messages=[user("Hello")], max_tokens=5)
+    before = engine.agent("ada")
+    request_id = engine.submit(agent_id="ada", append=[user("x" * 400)], max_tokens=5)
+    events = step(engine, 2)
+    assert phase_of(engine, request_id) == Phase.PREFILLING
+    cancelled(engine, request_id, events)
+    after = engine.agent("ada")
+    assert (after.num_tokens, after.num_turns) == (before.num_tokens, 1)
+    again = engine.submit(agent_id="ada", append=[user("And?")], max_tokens=1)
+    assert len(prompt_of(engine, again)) < before.num_tokens + 30
+    drain(engine)
+
+
+@pytest.mark.parametrize("action", ["fork", "rollback"])
+def test_what_another_continuation_left_behind_is_not_the_conversations(action: str) -> None:
+    engine = fake_engine(idle_prefill_tokens=100)
+    run(engine, agent_id="ada", messages=[user("x" * 300 + "y" * 100)], max_tokens=5)
+    request_id = engine.submit(agent_id="ada", messages=[user("x" * 300 + "z" * 400)])
+    events = step(engine, 3)
+    cancelled(engine, request_id, events)
+    if action == "fork":
+        engine.fork("ada", "bob")
+    else:
+        engine.rollback("ada", turn=1)
+    engine.check()
+    view = engine.agent("bob" if action == "fork" else "ada")
+    num_shared = len(TOKENIZER.encode("user\n")) + 2 + 300
+    assert view.num_tokens > num_shared + 100
+    assert view.held_tokens <= num_shared

@@ -271,3 +271,10 @@ def test_the_generator_is_asked_for_canonical_shapes_and_their_blocks_have_other
         run(engine, agent_id="ada", token_ids=ids(300), max_tokens=1)
     names = [main_blocks(engine, "ada").blocks[0].hash for engine in (plain, canonical)]
     assert names[0] != names[1]
+
+
+def test_what_came_after_a_stop_string_is_not_held() -> None:
+    engine = scripted(*SPELLED, *b"STOP")
+    run(engine, agent_id="ada", messages=HELLO, stop="STOP", max_tokens=50)
+    view = engine.agent("ada")
+    assert view.held_tokens == view.num_tokens

@@ -28,9 +28,12 @@ SHARED = ids(512, 9)
 
 
 class TestSharing:
-    def test_equal_prefixes_are_computed_once_even_in_the_same_moment(self) -> None:
+    @pytest.mark.parametrize(("chunk", "idle"), [(256, 512), (100, 250), (1, 50)])
+    def test_equal_prefixes_are_computed_once_even_in_the_same_moment(
+        self, chunk: int, idle: int
+    ) -> None:
         factory = FakeFactory()
-        engine = fake_engine(factory=factory)
+        engine = fake_engine(factory=factory, prefill_chunk_tokens=chunk, idle_prefill_tokens=idle)
         requests = [
             engine.submit(agent_id=f"a{n}", token_ids=[*SHARED, *ids(20, n)], max_tokens=3)
             for n in range(6)
