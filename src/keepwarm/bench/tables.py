@@ -32,11 +32,14 @@ def exp005_table(result: Exp005Result) -> Table:
 
 
 def problems(result: Exp005Result) -> list[str]:
-    return [
+    failed = [
         f"{item.form.value}, {item.path}, {item.num_prompt_tokens} tokens: {item.problem}"
         for item in result.results
         if item.problem is not None
     ]
+    if not result.ties_passed:
+        failed.append(f"{result.num_ties} ties in {result.num_steps:,} steps are too many")
+    return failed
 
 
 def exp006_table(result: Exp006Result) -> Table:

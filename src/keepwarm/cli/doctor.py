@@ -45,9 +45,15 @@ class Finding:
 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    selftest: Annotated[
+        bool, typer.Option("--selftest", help="Also run the experiments here (minutes).")
+    ] = False,
+    model: Annotated[str, typer.Option(help="The self-test's model.")] = "smollm2",
 ) -> None:
     """Say what this machine offers, what is wrong with it, and what to do."""
     findings = examine(keepwarm_home())
+    if selftest:
+        findings += self_tested(model)
     if as_json:
         sys.stdout.write(json.dumps([asdict(finding) for finding in findings], indent=2) + "\n")
     else:
@@ -65,6 +71,33 @@ def examine(home: Path) -> list[Finding]:
         _home(home),
         _embedded_model(home),
     ]
+
+
+def self_tested(model: str) -> list[Finding]:
+    """EXP-005 and EXP-006, short, on this device. Raises ModelLoadError."""
+    from keepwarm import load_model
+    from keepwarm.bench.report import progress_bar
+    from keepwarm.bench.selftest import run_selftest
+
+    loaded = load_model(model)
+    with progress_bar("self-test", Console(stderr=True)) as tell:
+        result = run_selftest(loaded, tell)
+    return [
+        _self_test("same computation", result.computation_passed, result.computation_detail),
+        _self_test("reconstruction", result.reconstruction_passed, result.reconstruction_detail),
+    ]
+
+
+def _self_test(name: str, passed: bool, detail: str) -> Finding:
+    if passed:
+        return Finding(name, Status.OK, detail)
+    return Finding(
+        name,
+        Status.ERROR,
+        detail,
+        "Do not rely on resumed agents here; report this with the output of `keepwarm bench "
+        "output --json FILE`",
+    )
 
 
 def _versions() -> Finding:
