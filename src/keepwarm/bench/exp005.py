@@ -12,7 +12,6 @@ from enum import StrEnum
 from functools import cache, partial
 from typing import cast
 
-import mlx.core as mx
 from mlx import nn
 
 from keepwarm.bench.canaries import CANARIES, Canary
@@ -33,7 +32,7 @@ from keepwarm.bench.reference import PREFILL_TOKENS, run_reference
 from keepwarm.bench.report import OnProgress, no_progress
 from keepwarm.bench.round_trip import round_trip_problem
 from keepwarm.core.ports import LoadedModel
-from keepwarm.mlx_backend import CPU_SETUP
+from keepwarm.mlx_backend.canonical import why_not_promised
 
 MAX_TIE_SHARE = 0.001
 
@@ -99,7 +98,7 @@ def run_exp005(
     loaded: LoadedModel, plan: Plan, on_progress: OnProgress = no_progress
 ) -> Exp005Result:
     on_progress("bare mlx-lm", 0, 1)
-    note = strict_note()
+    note = why_not_promised()
     experiment = Experiment(loaded, plan, has_strict=not note)
     jobs = list(experiment.jobs())
     results: list[PathResult] = []
@@ -108,15 +107,6 @@ def run_exp005(
         results += job.run()
     on_progress("done", len(jobs), len(jobs))
     return Exp005Result(experiment.bounds, tuple(results), note)
-
-
-def strict_note() -> str:
-    """Why equal bits cannot be promised here; empty where they are."""
-    if mx.default_device() != mx.cpu:
-        return "not promised on a GPU: its kernels may sum in another order"
-    if CPU_SETUP.needed and not CPU_SETUP.reproducible:
-        return "not promised with this BLAS: equal products may differ in their last bits"
-    return ""
 
 
 @dataclass(frozen=True, slots=True)

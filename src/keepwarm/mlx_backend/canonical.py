@@ -9,11 +9,21 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+from keepwarm.mlx_backend import CPU_SETUP
 from keepwarm.mlx_backend.arrays import LayerCache
 from keepwarm.mlx_backend.seam import OwnAttention
 
 ROW_MULTIPLE = 4
 KEY_MULTIPLE = 512
+
+
+def why_not_promised() -> str:
+    """Why equal bits cannot be promised on this device; empty where they are."""
+    if mx.default_device() != mx.cpu:
+        return "not promised on a GPU: its kernels may sum in another order"
+    if CPU_SETUP.needed and not CPU_SETUP.reproducible:
+        return "not promised with this BLAS: equal products may differ in their last bits"
+    return ""
 
 
 def round_up(number: int, multiple: int) -> int:

@@ -4,6 +4,7 @@ Decode runs the model once for all rows; only attention loops over them (`seam.p
 takes mlx-lm's own path, so one agent costs what bare mlx-lm costs.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -26,8 +27,9 @@ class RowBatchGenerator:
 
     `deterministic` computes in canonical shapes: bit-identical whatever the chunks, the batch and
     the history on the CPU with a BLAS that keeps its word (docs/adr/0001-blas-on-the-cpu.md);
-    elsewhere the shapes are as canonical but the device's kernels promise nothing. `sampler` takes
-    logits (rows, vocabulary) and the rows' inputs. Must be used on the thread that made the model.
+    elsewhere the shapes are as canonical, and a warning says that equal bits are not promised.
+    `sampler` takes logits (rows, vocabulary) and the rows' inputs. Must be used on the thread that
+    made the model.
     """
 
     def __init__(
@@ -38,6 +40,8 @@ class RowBatchGenerator:
         deterministic: bool = False,
         sampler: Sampler = sample,
     ) -> None:
+        if deterministic and (reason := canonical.why_not_promised()):
+            warnings.warn(f"deterministic: equal bits are {reason}", stacklevel=2)
         open_seam(model)
         self._model = model
         self._layout = layout
