@@ -10,7 +10,7 @@ from typing import TypeGuard
 from keepwarm.core.errors import InvalidRequest
 from keepwarm.core.ports import Message, Sampling
 
-AGENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@/+-]{0,127}")
+AGENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+-]{0,127}")
 MAX_SEED = (1 << 64) - 1
 _ENTROPY = random.SystemRandom()
 
@@ -38,13 +38,13 @@ class PromptSource:
 
 
 def valid_agent_id(agent_id: object) -> str | None:
-    """A name is 1 to 128 letters, digits and . _ : @ / + - and begins with a letter or digit."""
+    """A name is 1 to 128 letters, digits and . _ : @ + - and begins with a letter or digit."""
     if agent_id is None:
         return None
     if not isinstance(agent_id, str) or not AGENT_ID.fullmatch(agent_id):
         raise InvalidRequest(
             "agent_id",
-            f"{agent_id!r} is no agent's name: use 1 to 128 letters, digits and . _ : @ / + -, "
+            f"{agent_id!r} is no agent's name: use 1 to 128 letters, digits and . _ : @ + -, "
             "beginning with a letter or digit",
         )
     return agent_id
@@ -58,7 +58,9 @@ def valid_max_tokens(max_tokens: object) -> int | None:
     return max_tokens
 
 
-def valid_token_ids(token_ids: Sequence[int], vocab_size: int) -> list[int]:
+def valid_token_ids(token_ids: object, vocab_size: int) -> list[int]:
+    if not isinstance(token_ids, Sequence) or isinstance(token_ids, str | bytes):
+        raise InvalidRequest("token_ids", f"must be a list of ids, not {token_ids!r}")
     ids = list(token_ids)
     if not ids:
         raise InvalidRequest("token_ids", "is empty; there must be at least one id")

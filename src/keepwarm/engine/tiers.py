@@ -191,15 +191,19 @@ class Tiers:
     # -- out of the slab -------------------------------------------------------------------------
 
     def park(self, line: AgentBlocks) -> None:
-        """The line rests; it keeps its slab until memory is short."""
+        """The line rests; it keeps its slab until memory is short.
+
+        One that was not wholly restored has its blocks still and goes back to them.
+        """
         if line.num_to_restore:
-            self.restore(line)
+            self.demote(line)
         line.busy = False
         self.touch(line)
 
     def demote(self, line: AgentBlocks) -> None:
         """Turn a resting line's slab into blocks and a tail; what exists already is not copied."""
         slab, allocation = _slab_of(line)
+        num_in_slab = slab.num_tokens
         homeless = [block for block in line.blocks if _lives_only_in(block, line)]
         spans = [(b.depth * BLOCK_TOKENS, (b.depth + 1) * BLOCK_TOKENS) for b in homeless]
         tail_start = len(line.blocks) * BLOCK_TOKENS
@@ -209,7 +213,7 @@ class Tiers:
         line.slab = line.slab_allocation = None
         for block, payload in zip(homeless, payloads, strict=False):
             self.index.attach_payload(block, payload)
-        for block in line.blocks:
+        for block in line.blocks[: whole_blocks(num_in_slab)]:
             self.index.leave_slab(line.line, block)
         if len(payloads) > len(homeless):
             self._set_tail(line, payloads[-1])
