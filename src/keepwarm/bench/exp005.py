@@ -75,11 +75,11 @@ class Exp005Result:
 
     @property
     def num_steps(self) -> int:
-        return sum(result.num_steps for result in self._forced_and_free)
+        return sum(r.num_steps for r in self.results if r.form is Form.NORMAL)
 
     @property
     def num_ties(self) -> int:
-        return sum(result.num_ties for result in self._forced_and_free)
+        return sum(r.num_ties for r in self.results if r.form is Form.NORMAL)
 
     @property
     def ties_passed(self) -> bool:
@@ -88,10 +88,6 @@ class Exp005Result:
     @property
     def passed(self) -> bool:
         return self.ties_passed and all(result.passed for result in self.results)
-
-    @property
-    def _forced_and_free(self) -> list[PathResult]:
-        return [r for r in self.results if r.form in (Form.NORMAL, Form.FREE)]
 
 
 def run_exp005(
@@ -134,13 +130,12 @@ class Experiment:
 
     def jobs(self) -> Iterator[Job]:
         for path in PATHS:
-            for group in self._plan.groups(path):
+            for number, group in enumerate(self._plan.groups(path)):
                 where = f"{path.name}, {', '.join(map(str, dict.fromkeys(group)))} tokens"
-                yield Job(f"normal: {where}", partial(self._run_normal, path, group))
+                run = self._run_normal if number else self._run_free
+                yield Job(f"normal: {where}", partial(run, path, group))
                 if self._has_strict:
                     yield Job(f"strict: {where}", partial(self._run_strict, path, group))
-            if self._plan.groups(path):
-                yield Job(f"free-running: {path.name}", partial(self._run_free, path))
         for length in self._plan.all_lengths:
             yield Job(f"round trip, {length} tokens", partial(self._run_round_trip, length))
         for canary in CANARIES:
@@ -160,12 +155,23 @@ class Experiment:
             self._note_ordinary_bits(length, recording)
         return results
 
-    def _run_free(self, path: Path) -> list[PathResult]:
-        lengths = self._plan.groups(path)[0]
+    def _run_free(self, path: Path, lengths: Sequence[int]) -> list[PathResult]:
+        """A free reply that is the reference's own counts as fed with it: same ids, same steps."""
         recordings = _take(path, self._normal, [self._free(length) for length in lengths])
         if isinstance(recordings, PathNotTaken):
             return [_not_taken(Form.FREE, path, lengths, recordings)]
-        return [self._compared(Form.FREE, path.name, lengths[0], recordings[0])]
+        free = [
+            self._compared(Form.FREE, path.name, length, recording)
+            for length, recording in zip(lengths, recordings, strict=True)
+        ]
+        if any(
+            recording.tokens != self._reference(length).tokens
+            for length, recording in zip(lengths, recordings, strict=True)
+        ):
+            return free + self._run_normal(path, lengths)
+        for length, recording in zip(lengths, recordings, strict=True):
+            self._note_ordinary_bits(length, recording)
+        return free + [replace(result, form=Form.NORMAL) for result in free]
 
     def _run_strict(self, path: Path, lengths: Sequence[int]) -> list[PathResult]:
         recordings = _take(path, self._strict, [self._free(length) for length in lengths])
