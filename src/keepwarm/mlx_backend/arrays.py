@@ -5,8 +5,13 @@ arrays never leave it: a payload is a copy, because a live view of a slab makes 
 write copy the whole slab, and a borrowed buffer would see later writes.
 """
 
+import functools
+import os
+import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Protocol, cast
 
 import mlx.core as mx
@@ -21,6 +26,7 @@ RawArray = NDArray[np.uint16] | NDArray[np.uint32]
 
 _MX_DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 _RAW_DTYPES = {"float32": np.uint32, "float16": np.uint16, "bfloat16": np.uint16}
+_PARALLEL_BYTES = 8 << 20
 _MX_RAW_DTYPES = {"float32": mx.uint32, "float16": mx.uint16, "bfloat16": mx.uint16}
 
 
@@ -40,14 +46,31 @@ class KVPayload:
         return sum(array.nbytes for array in self.arrays)
 
 
+EARLY_START_LAYERS = 2
+
+
+def starts_early(index: int) -> bool:
+    """Whether the layers so far are set going while Python still builds the graph of the others.
+
+    Building SmolLM2's graph takes a tenth of a decode step. A GPU's command buffers are left alone.
+    """
+    return mx.default_device() == mx.cpu and index % EARLY_START_LAYERS == 0
+
+
 class LayerCache(KVCache):
-    """mlx-lm's KVCache for one layer, with its full capacity allocated up front."""
+    """mlx-lm's KVCache for one layer, with its full capacity allocated up front.
+
+    `starts_early`: evaluation of all up to this layer begins when the layer is reached.
+    """
 
     keys: mx.array
     values: mx.array
     offset: int
 
-    def __init__(self, layer: LayerLayout, num_tokens: int, dtype: mx.Dtype) -> None:
+    def __init__(
+        self, layer: LayerLayout, num_tokens: int, dtype: mx.Dtype, *, starts_early: bool
+    ) -> None:
+        self.starts_early = starts_early
         # KVCache's own __init__ would only set these three.
         self.offset = 0
         self.keys = mx.zeros((1, layer.num_kv_heads, num_tokens, layer.key_dim), dtype)
@@ -65,6 +88,8 @@ class LayerCache(KVCache):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.append(keys, values)
+        if self.starts_early:
+            mx.async_eval(self.keys, self.values)
         return self.held()
 
     def held(self) -> tuple[mx.array, mx.array]:
@@ -88,7 +113,10 @@ class RowSlab:
         self.padded_tokens = padded_tokens
         self.is_gone = False
         dtype = _MX_DTYPES[layout.dtype]
-        self.layers = [LayerCache(layer, padded_tokens, dtype) for layer in layout.layers]
+        self.layers = [
+            LayerCache(layer, padded_tokens, dtype, starts_early=starts_early(index))
+            for index, layer in enumerate(layout.layers)
+        ]
         self._nbytes = layout.slab_bytes(padded_tokens)
         mx.eval(self.arrays())
 
@@ -107,6 +135,10 @@ class RowSlab:
         for cache in self.layers:
             cache.offset = num_tokens
 
+    def set_arrays(self, arrays: Sequence[mx.array]) -> None:
+        for index, cache in enumerate(self.layers):
+            cache.keys, cache.values = arrays[2 * index : 2 * index + 2]
+
     def arrays(self) -> list[mx.array]:
         """Keys and values in a payload's order. Drop the list before the next write."""
         return [array for cache in self.layers for array in (cache.keys, cache.values)]
@@ -119,15 +151,33 @@ class KVCopies(Protocol):
         """A copy of the positions [start, stop) of (1, heads, tokens, dim)."""
         ...
 
-    def write(self, array: mx.array, start: int, pieces: Sequence[RawArray]) -> mx.array:
-        """The array with the pieces in place from `start` on; nobody else may hold it."""
+    def write(
+        self, arrays: Sequence[mx.array], start: int, pieces: Sequence[Sequence[RawArray]]
+    ) -> list[mx.array]:
+        """Each array with its pieces in place from `start` on; nobody else may hold the arrays."""
         ...
+
+
+def _write_column(raw: RawArray, start: int, pieces: Sequence[RawArray]) -> None:
+    for piece in pieces:
+        stop = start + piece.shape[1]
+        raw[:, start:stop] = piece
+        start = stop
+
+
+@functools.cache
+def _copiers() -> ThreadPoolExecutor:
+    """Threads that copy between two steps, while the engine's thread waits for them."""
+    num_threads = min(len(os.sched_getaffinity(0)) if sys.platform == "linux" else 4, 4)
+    return ThreadPoolExecutor(num_threads, thread_name_prefix="keepwarm-copy")
 
 
 class HostCopies:
     """Reads and writes the arrays' own memory, where the host sees it (CPU; unified memory).
 
-    No MLX operation: one copy at the speed of memory. The raw view is dropped before it returns.
+    No MLX operation: one copy at the speed of memory. A raw view is dropped before it returns.
+    Pieces are too small for memcpy's stores past the cache, so one thread would reach two thirds of
+    the speed of one long copy; much is copied by several (docs/adr/0002-row-owned-batches.md).
     """
 
     def __init__(self, layout: CacheLayout) -> None:
@@ -136,13 +186,16 @@ class HostCopies:
     def read(self, array: mx.array, start: int, stop: int) -> RawArray:
         return self._raw(array)[:, start:stop].copy()
 
-    def write(self, array: mx.array, start: int, pieces: Sequence[RawArray]) -> mx.array:
-        raw = self._raw(array)
-        for piece in pieces:
-            stop = start + piece.shape[1]
-            raw[:, start:stop] = piece
-            start = stop
-        return array
+    def write(
+        self, arrays: Sequence[mx.array], start: int, pieces: Sequence[Sequence[RawArray]]
+    ) -> list[mx.array]:
+        raws = [self._raw(array) for array in arrays]
+        if sum(piece.nbytes for column in pieces for piece in column) < _PARALLEL_BYTES:
+            for raw, column in zip(raws, pieces, strict=True):
+                _write_column(raw, start, column)
+        else:
+            list(_copiers().map(_write_column, raws, repeat(start), pieces))
+        return list(arrays)
 
     def _raw(self, array: mx.array) -> RawArray:
         _, heads, tokens, dim = array.shape
@@ -162,13 +215,18 @@ class DeviceCopies:
         part = mx.contiguous(array[0, :, start:stop]).view(self._raw_dtype)
         return np.array(part)
 
-    def write(self, array: mx.array, start: int, pieces: Sequence[RawArray]) -> mx.array:
-        for piece in pieces:
-            stop = start + piece.shape[1]
-            array[0, :, start:stop] = mx.array(piece).view(self._dtype)
-            start = stop
-        mx.eval(array)
-        return array
+    def write(
+        self, arrays: Sequence[mx.array], start: int, pieces: Sequence[Sequence[RawArray]]
+    ) -> list[mx.array]:
+        written = list(arrays)
+        for array, column in zip(written, pieces, strict=True):
+            position = start
+            for piece in column:
+                stop = position + piece.shape[1]
+                array[0, :, position:stop] = mx.array(piece).view(self._dtype)
+                position = stop
+        mx.eval(written)
+        return written
 
 
 def copies_for(layout: CacheLayout, device: mx.Device) -> KVCopies:
@@ -196,11 +254,8 @@ class SlabArrays:
         end = start + sum(payload.num_tokens for payload in payloads)
         if end > slab.capacity_tokens:
             raise InvariantBroken(f"{end} tokens overflow {slab!r}")
-        for index, cache in enumerate(slab.layers):
-            keys = [payload.arrays[2 * index] for payload in payloads]
-            values = [payload.arrays[2 * index + 1] for payload in payloads]
-            cache.keys = self._copies.write(cache.keys, start, keys)
-            cache.values = self._copies.write(cache.values, start, values)
+        columns = list(zip(*(payload.arrays for payload in payloads), strict=True))
+        slab.set_arrays(self._copies.write(slab.arrays(), start, columns))
         slab.set_num_tokens(end)
 
     def copy_span(self, source: RowSlab, target: RowSlab, start: int, stop: int) -> None:
@@ -231,8 +286,9 @@ class SlabArrays:
             keys = self._copies.read(cache.keys, 0, num_tokens)
             values = self._copies.read(cache.values, 0, num_tokens)
             cache.release()
-            target.keys = self._copies.write(target.keys, 0, [keys])
-            target.values = self._copies.write(target.values, 0, [values])
+            target.keys, target.values = self._copies.write(
+                [target.keys, target.values], 0, [[keys], [values]]
+            )
         slab.is_gone = True
         larger.set_num_tokens(num_tokens)
 

@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from keepwarm.mlx_backend import CPU_SETUP
 from keepwarm.mlx_backend.arrays import LayerCache
-from keepwarm.mlx_backend.seam import OwnAttention
+from keepwarm.mlx_backend.seam import OwnAttention, append_rows
 
 ROW_MULTIPLE = 4
 KEY_MULTIPLE = 512
@@ -64,8 +64,7 @@ class CanonicalRows(OwnAttention):
         self.offset = offset
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        for row, cache in enumerate(self._caches):
-            cache.append(keys[row : row + 1], values[row : row + 1])
+        append_rows(self._caches, keys, values)
         return keys, values
 
     def attend(self, queries: mx.array, scale: float) -> mx.array:

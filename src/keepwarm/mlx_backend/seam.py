@@ -43,20 +43,35 @@ class RowsLayer(OwnAttention):
         self.offset = offset
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        for row, cache in enumerate(self._caches):
-            cache.append(keys[row : row + 1], values[row : row + 1])
+        append_rows(self._caches, keys, values)
         return keys, values
 
     def attend(self, queries: mx.array, scale: float) -> mx.array:
-        _, num_heads, _, dim = queries.shape
-        outputs: list[mx.array] = []
-        for row, cache in enumerate(self._caches):
-            keys, values = cache.held()
-            # The query heads of one KV head as the rows of one product: 1.2 times faster.
-            merged = queries[row].reshape(1, keys.shape[1], -1, dim)
-            output = mx.fast.scaled_dot_product_attention(merged, keys, values, scale=scale)
-            outputs.append(output.reshape(1, num_heads, 1, -1))
-        return mx.concatenate(outputs)
+        num_rows, num_heads, _, dim = queries.shape
+        num_kv_heads = self._caches[0].keys.shape[1]
+        # The query heads of one KV head are the rows of one product: 1.2 times faster.
+        merged = (queries * scale).reshape(num_rows, num_kv_heads, -1, dim)
+        rows = zip(mx.split(merged, num_rows), self._caches, strict=True)
+        outputs = mx.concatenate([_attention(query, *cache.held()) for query, cache in rows])
+        return outputs.reshape(num_rows, num_heads, 1, -1)
+
+
+def append_rows(caches: Sequence[LayerCache], keys: mx.array, values: mx.array) -> None:
+    """Each row's new token (rows, heads, 1, dim) into its own slab; further rows are padding."""
+    num_rows = keys.shape[0]
+    rows = zip(caches, mx.split(keys, num_rows), mx.split(values, num_rows), strict=False)
+    for cache, key, value in rows:
+        cache.append(key, value)
+
+
+def _attention(query: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+    """Of scaled queries, without a mask."""
+    if mx.default_device() != mx.cpu:
+        return mx.fast.scaled_dot_product_attention(query, keys, values, scale=1.0)
+    # What mx.fast does on the CPU, less what it does for masks and grouped heads: with many short
+    # rows, the number of operations is what a step costs.
+    scores = mx.softmax(query @ keys.swapaxes(-1, -2), axis=-1, precise=True)
+    return scores @ values
 
 
 def open_seam(model: nn.Module) -> None:
