@@ -52,7 +52,8 @@ EARLY_START_LAYERS = 2
 def starts_early(index: int) -> bool:
     """Whether the layers so far are set going while Python still builds the graph of the others.
 
-    Building SmolLM2's graph takes a tenth of a decode step. A GPU's command buffers are left alone.
+    Building SmolLM2's graph takes a tenth of a decode step. With many rows (seam.py) it does not pay:
+    Python and MKL's threads then want the same cores. A GPU's command buffers are left alone.
     """
     return mx.default_device() == mx.cpu and index % EARLY_START_LAYERS == 0
 
@@ -73,13 +74,14 @@ class LayerCache(KVCache):
         self.starts_early = starts_early
         # KVCache's own __init__ would only set these three.
         self.offset = 0
+        self._num_allocated = num_tokens
         self.keys = mx.zeros((1, layer.num_kv_heads, num_tokens, layer.key_dim), dtype)
         self.values = mx.zeros((1, layer.num_kv_heads, num_tokens, layer.value_dim), dtype)
 
     def append(self, keys: mx.array, values: mx.array) -> None:
         """Write (1, heads, tokens, dim) behind what is held, in place as nobody else holds it."""
         start, stop = self.offset, self.offset + keys.shape[2]
-        if stop - start == self.keys.shape[2]:
+        if stop - start == self._num_allocated:
             # MLX does not write a slice that covers all: it takes the new array, strides and all.
             keys, values = mx.contiguous(keys), mx.contiguous(values)
         self.keys[..., start:stop, :] = keys
