@@ -27,7 +27,7 @@ class EngineConfig:
     max_waiting: int = 1024
     prefill_chunk_tokens: int = BLOCK_TOKENS
     idle_prefill_tokens: int = 2 * BLOCK_TOKENS
-    max_step_stretch: float = 3.0
+    max_step_stretch: float = 2.5
     reserve_reply_tokens: int = 2 * BLOCK_TOKENS
     restore_bytes_per_step: int = 128 << 20
     max_side_lines: int = 4

@@ -275,7 +275,13 @@ class Batch:
             sequence = self._next_to_prefill()
             if sequence is None:
                 break
-            budget -= self._prefill_chunk(sequence, min(budget, self._config.prefill_chunk_tokens))
+            num_tokens = self._prefill_chunk(
+                sequence, min(budget, self._config.prefill_chunk_tokens)
+            )
+            budget -= num_tokens
+            # A model call costs a decode step however few its tokens: none for a remainder.
+            if beside_decode and num_tokens and budget < self._config.prefill_chunk_tokens:
+                break
         if beside_decode:
             self._throttle.observe(
                 num_tokens=limit - budget, prefill_s=self._clock() - started, decode_s=decode_s
