@@ -54,6 +54,18 @@ def test_prefill_beside_decode_is_a_part_of_what_it_is_alone() -> None:
     assert engine.batch.counters.prefilled_tokens - before < engine.config.idle_prefill_tokens
 
 
+def test_beside_decode_the_model_is_not_called_twice_for_one_small_budget() -> None:
+    engine = fake_engine()
+    engine.submit(token_ids=ids(10), max_tokens=2000)
+    step(engine, 3)
+    long = engine.submit(token_ids=ids(4000, 1), max_tokens=1)
+    while phase_of(engine, long) != Phase.DECODING:
+        before = len(generator_of(engine).prefilled)
+        step(engine)
+        calls = generator_of(engine).prefilled[before:]
+        assert all(num_tokens == 256 for _, num_tokens in calls[:-1]) or len(calls) == 1
+
+
 def test_prefills_take_turns() -> None:
     engine = fake_engine(idle_prefill_tokens=256)
     requests = [engine.submit(token_ids=ids(1500, salt), max_tokens=1) for salt in range(3)]
