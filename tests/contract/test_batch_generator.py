@@ -122,6 +122,16 @@ def test_a_new_slab_is_empty_and_as_large_as_was_said(
     assert slab.nbytes == generator.slab_bytes(capacity)
 
 
+def test_a_new_slab_is_prepared_in_parts(generator: BatchGenerator) -> None:
+    slab = generator.new_slab(512)
+    assert not slab.is_ready
+    num_parts = 0
+    while not slab.is_ready:
+        generator.prepare(slab, slab.nbytes / 2)
+        num_parts += 1
+    assert num_parts == 2
+
+
 @pytest.fixture
 def long_slab(generator: BatchGenerator) -> Slab:
     return filled(generator, 600)

@@ -7,7 +7,9 @@ import pytest
 from engines import completed, drain, fake_engine, generator_of, ids, phase_of, step
 from keepwarm import BlockPoolBatchEngine
 from keepwarm.core.events import Completed, Progress
+from keepwarm.core.layout import BLOCK_TOKENS
 from keepwarm.core.sequence import Phase
+from keepwarm.testing.generator import FAKE_LAYOUT
 
 
 def admission_order_of(engine: BlockPoolBatchEngine) -> list[str]:
@@ -139,6 +141,39 @@ def test_a_large_request_is_not_starved_by_small_ones() -> None:
         step(engine, 2)
     order = admission_order_of(engine)
     assert large not in order or order.index(large) < 5
+
+
+def test_a_large_new_slab_is_prepared_over_several_steps_beside_decode() -> None:
+    engine = fake_engine(fresh_bytes_per_step=FAKE_LAYOUT.block_bytes)
+    engine.submit(token_ids=ids(10), max_tokens=100)
+    step(engine)
+    request = engine.submit(token_ids=ids(5 * BLOCK_TOKENS - 200, salt=1), max_tokens=100)
+    for _ in range(4):
+        step(engine)
+        assert phase_of(engine, request) == Phase.RESTORING
+    step(engine)
+    assert phase_of(engine, request) == Phase.PREFILLING
+    assert generator_of(engine).batch_sizes == [1] * 5
+
+
+def test_rows_of_equal_length_grow_in_different_steps() -> None:
+    engine = fake_engine(reserve_reply_tokens=0)
+    for salt in range(4):
+        engine.submit(token_ids=ids(200, salt), max_tokens=200)
+    most = 0
+    while engine.has_work:
+        before = engine.snapshot().tiers.slab_growths
+        step(engine)
+        most = max(most, engine.snapshot().tiers.slab_growths - before)
+    assert engine.snapshot().tiers.slab_growths == 4
+    assert most == 1
+
+
+def test_a_slab_does_not_grow_for_tokens_that_cannot_come() -> None:
+    engine = fake_engine(reserve_reply_tokens=0)
+    engine.submit(token_ids=ids(200), max_tokens=56)
+    drain(engine)
+    assert engine.snapshot().tiers.slab_growths == 0
 
 
 def test_nothing_to_do_is_no_work() -> None:

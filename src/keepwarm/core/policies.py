@@ -20,7 +20,8 @@ class EngineConfig:
     idle_prefill_tokens: prefill per step when nobody decodes. max_step_stretch: how many times
     longer a decode step may become through prefill beside it. reserve_reply_tokens: the part of the
     reply for which memory is reserved at admission. restore_bytes_per_step: copied into slabs per
-    step while others decode. max_side_lines: per agent. max_anonymous_lines: kept in all.
+    step while others decode. fresh_bytes_per_step: of a new slab's memory touched per step while
+    others decode. max_side_lines: per agent. max_anonymous_lines: kept in all.
     """
 
     max_rows: int = 16
@@ -30,11 +31,18 @@ class EngineConfig:
     max_step_stretch: float = 2.5
     reserve_reply_tokens: int = 2 * BLOCK_TOKENS
     restore_bytes_per_step: int = 128 << 20
+    fresh_bytes_per_step: int = 16 << 20
     max_side_lines: int = 4
     max_anonymous_lines: int = 64
 
     def __post_init__(self) -> None:
-        positive = ("max_rows", "max_waiting", "idle_prefill_tokens", "restore_bytes_per_step")
+        positive = (
+            "max_rows",
+            "max_waiting",
+            "idle_prefill_tokens",
+            "restore_bytes_per_step",
+            "fresh_bytes_per_step",
+        )
         for key in positive:
             if getattr(self, key) < 1:
                 raise ConfigError(key, f"must be at least 1, not {getattr(self, key)}")

@@ -57,6 +57,11 @@ class Slab(Protocol):
     @property
     def nbytes(self) -> int: ...
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether all of its memory has been touched; the first touch is slow."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class RowInput:
@@ -82,7 +87,14 @@ class BatchGenerator(Protocol):
         ...
 
     def new_slab(self, capacity_tokens: int) -> Slab:
-        """An empty slab. `capacity_tokens` is a multiple of the block."""
+        """An empty slab. `capacity_tokens` is a multiple of the block.
+
+        Its memory is touched by `prepare`, or all at once when it is used before that.
+        """
+        ...
+
+    def prepare(self, slab: Slab, max_bytes: float) -> None:
+        """Touch the next `max_bytes` of a new slab's memory, or somewhat more."""
         ...
 
     def grow_slab(self, slab: Slab, capacity_tokens: int) -> Slab:

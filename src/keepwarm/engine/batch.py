@@ -5,8 +5,10 @@ prefills under a budget, so that nobody's reply stalls while somebody else's con
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 
 from keepwarm.core.agent import Tier
 from keepwarm.core.block import BlockHash, child_hash
@@ -21,7 +23,7 @@ from keepwarm.core.policies import (
     next_chunk,
     reserve_capacity,
 )
-from keepwarm.core.ports import BatchGenerator, RowId, RowInput
+from keepwarm.core.ports import BatchGenerator, RowId, RowInput, Slab
 from keepwarm.core.sequence import Phase, TokenSequence
 from keepwarm.engine.tiers import Tiers
 
@@ -158,7 +160,7 @@ class Batch:
             sequence.tier = _tier_of_reuse(sequence, had_slab=had_slab)
             sequence.admitted_s = self._clock()
         sequence.phase = Phase.RESTORING
-        if not blocks.num_to_restore:
+        if not blocks.num_to_restore and self._slab_of(sequence).is_ready:
             self._start_row(sequence)
         return True
 
@@ -183,11 +185,14 @@ class Batch:
         sequence.phase = Phase.PREFILLING if sequence.num_missing else Phase.DECODING
 
     def _open_row(self, sequence: TokenSequence, row: RowId) -> None:
+        self._tiers.generator.open_row(row, self._slab_of(sequence))
+        sequence.row = row
+
+    def _slab_of(self, sequence: TokenSequence) -> Slab:
         slab = sequence.blocks.slab
         if slab is None:
             raise InvariantBroken(f"{sequence.request_id} has no slab for its row")
-        self._tiers.generator.open_row(row, slab)
-        sequence.row = row
+        return slab
 
     def _close_row(self, sequence: TokenSequence) -> None:
         if sequence.row is not None:
@@ -213,29 +218,50 @@ class Batch:
         return self._clock() - started
 
     def _make_room_for_next_tokens(self) -> None:
+        before = self._tiers.counters.slab_growths
         for sequence in self._in_phase(Phase.DECODING):
-            while sequence.phase is Phase.DECODING and _is_full(sequence):
+            while sequence.phase is Phase.DECODING and _num_free(sequence) == 0:
                 self._attempt([sequence], partial(self._grow, sequence))
+        if self._tiers.counters.slab_growths == before:
+            self._grow_one_ahead()
+
+    def _grow_one_ahead(self) -> None:
+        """Rows of equal length would all grow, and copy their slabs, in the same step."""
+        soon_full = [
+            sequence
+            for sequence in self._in_phase(Phase.DECODING)
+            if _num_free(sequence) < min(self._config.max_rows, _num_to_come(sequence))
+        ]
+        if soon_full:
+            sequence = min(soon_full, key=_num_free)
+            with suppress(PoolExhausted):
+                self._attempt([sequence], partial(self._enlarge, sequence))
 
     def _grow(self, sequence: TokenSequence) -> None:
         """A larger slab for the row; where memory is short, a row is preempted."""
-        slab = sequence.blocks.slab
-        row = sequence.row
-        if slab is None or row is None:
-            raise InvariantBroken(f"{sequence.request_id} decodes without a row")
-        num_left = sequence.max_tokens - len(sequence.reply_ids)
-        capacity = grown_capacity(slab.capacity_tokens, len(sequence.token_ids) + num_left)
-        self._close_row(sequence)
         try:
-            self._tiers.reserve(sequence.blocks, capacity)
+            self._enlarge(sequence)
         except PoolExhausted as error:
             victim = choose_preempted(self.running)
             if victim is None:
                 self._break(sequence, error)
-                return
-            self._preempt(victim)
-        if sequence.phase is Phase.DECODING:
+            else:
+                self._preempt(victim)
+
+    def _enlarge(self, sequence: TokenSequence) -> None:
+        """Raises PoolExhausted, leaving the row as it was."""
+        row = sequence.row
+        if row is None:
+            raise InvariantBroken(f"{sequence.request_id} decodes without a row")
+        max_tokens = len(sequence.token_ids) + _num_to_come(sequence)
+        capacity = grown_capacity(self._slab_of(sequence).capacity_tokens, max_tokens)
+        self._close_row(sequence)
+        try:
+            self._tiers.reserve(sequence.blocks, capacity)
+        except PoolExhausted:
             self._open_row(sequence, row)
+            raise
+        self._open_row(sequence, row)
 
     def _preempt(self, sequence: TokenSequence) -> None:
         """The row's memory goes to an older one; it waits, and goes on where it was."""
@@ -252,18 +278,21 @@ class Batch:
     def _restore(self) -> None:
         restoring = self._in_phase(Phase.RESTORING)
         beside_decode = bool(self._in_phase(Phase.DECODING))
-        max_bytes = self._config.restore_bytes_per_step if beside_decode else float("inf")
         for sequence in restoring:
             started = self._clock()
-            if not self._attempt([sequence], partial(self._copy_in, sequence, max_bytes)):
+            if not self._attempt([sequence], partial(self._copy_in, sequence, beside_decode)):
                 return
             sequence.restored_s += self._clock() - started
 
-    def _copy_in(self, sequence: TokenSequence, max_bytes: float) -> None:
-        self._tiers.restore(sequence.blocks, max_bytes)
-        if not sequence.blocks.num_to_restore:
+    def _copy_in(self, sequence: TokenSequence, beside_decode: bool) -> None:
+        blocks, config = sequence.blocks, self._config
+        if not self._tiers.prepare(blocks, config.fresh_bytes_per_step if beside_decode else inf):
+            return
+        if blocks.num_to_restore:
+            self._tiers.restore(blocks, config.restore_bytes_per_step if beside_decode else inf)
+            self._outcomes.append(Advanced(sequence))
+        if not blocks.num_to_restore:
             self._start_row(sequence)
-        self._outcomes.append(Advanced(sequence))
 
     def _prefill(self, decode_s: float) -> None:
         """Chunks in turn, one for each sequence, until the step's budget is used up."""
@@ -386,9 +415,15 @@ def _input_of(sequence: TokenSequence) -> RowInput:
     )
 
 
-def _is_full(sequence: TokenSequence) -> bool:
+def _num_free(sequence: TokenSequence) -> int:
+    """How many more tokens the slab has room for."""
     slab = sequence.blocks.slab
-    return slab is not None and slab.num_tokens >= slab.capacity_tokens
+    return slab.capacity_tokens - slab.num_tokens if slab is not None else 0
+
+
+def _num_to_come(sequence: TokenSequence) -> int:
+    """How many tokens the reply may still get."""
+    return sequence.max_tokens - len(sequence.reply_ids)
 
 
 def _tier_of_reuse(sequence: TokenSequence, *, had_slab: bool) -> Tier:

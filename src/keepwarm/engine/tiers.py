@@ -145,6 +145,13 @@ class Tiers:
         line.slab = self.generator.grow_slab(slab, capacity_tokens)
         self.counters.slab_growths += 1
 
+    def prepare(self, line: AgentBlocks, max_bytes: float = math.inf) -> bool:
+        """Touch the next part of the slab's memory. Returns whether all of it is ready."""
+        slab, _ = _slab_of(line)
+        if not slab.is_ready:
+            self.generator.prepare(slab, max_bytes)
+        return slab.is_ready
+
     def restore(self, line: AgentBlocks, max_bytes: float = math.inf) -> int:
         """Copy the next blocks, and at last the tail, into the slab; at least one of them.
 

@@ -6,6 +6,7 @@ write copy the whole slab, and a borrowed buffer would see later writes.
 """
 
 import functools
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -121,7 +122,7 @@ class RowSlab:
             for index, layer in enumerate(layout.layers)
         ]
         self._nbytes = layout.slab_bytes(padded_tokens)
-        mx.eval(self.arrays())
+        self._num_ready_layers = 0
 
     def __repr__(self) -> str:
         return f"RowSlab({self.num_tokens} of {self.capacity_tokens} tokens)"
@@ -133,6 +134,18 @@ class RowSlab:
     @property
     def nbytes(self) -> int:
         return self._nbytes
+
+    @property
+    def is_ready(self) -> bool:
+        return self._num_ready_layers == len(self.layers)
+
+    def prepare(self, max_bytes: float) -> None:
+        """Let MLX make the arrays of the next layers; at least of one."""
+        layer_bytes = self._nbytes / len(self.layers)
+        num_layers = max(1, int(min(max_bytes, self._nbytes) / layer_bytes))
+        start = self._num_ready_layers
+        mx.eval([(cache.keys, cache.values) for cache in self.layers[start : start + num_layers]])
+        self._num_ready_layers = min(start + num_layers, len(self.layers))
 
     def set_num_tokens(self, num_tokens: int) -> None:
         for cache in self.layers:
@@ -257,6 +270,7 @@ class SlabArrays:
         end = start + sum(payload.num_tokens for payload in payloads)
         if end > slab.capacity_tokens:
             raise InvariantBroken(f"{end} tokens overflow {slab!r}")
+        slab.prepare(math.inf)
         columns = list(zip(*(payload.arrays for payload in payloads), strict=True))
         slab.set_arrays(self._copies.write(slab.arrays(), start, columns))
         slab.set_num_tokens(end)
@@ -294,6 +308,7 @@ class SlabArrays:
             )
         slab.is_gone = True
         larger.set_num_tokens(num_tokens)
+        larger.prepare(math.inf)
 
 
 def cut(payload: KVPayload, num_tokens: int) -> KVPayload:

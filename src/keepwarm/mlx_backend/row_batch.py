@@ -4,6 +4,7 @@ Decode runs the model once for all rows; only attention loops over them (`seam.p
 takes mlx-lm's own path, so one agent costs what bare mlx-lm costs.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -61,6 +62,9 @@ class RowBatchGenerator:
     def new_slab(self, capacity_tokens: int) -> Slab:
         return RowSlab(self._layout, capacity_tokens, self._padded(capacity_tokens))
 
+    def prepare(self, slab: Slab, max_bytes: float) -> None:
+        self._outside(slab).prepare(max_bytes)
+
     def grow_slab(self, slab: Slab, capacity_tokens: int) -> Slab:
         larger = RowSlab(self._layout, capacity_tokens, self._padded(capacity_tokens))
         self._arrays.grow(self._outside(slab), larger)
@@ -93,7 +97,9 @@ class RowBatchGenerator:
     def open_row(self, row: RowId, slab: Slab) -> None:
         if row in self._rows:
             raise InvariantBroken(f"row {row} is open already")
-        self._rows[row] = self._outside(slab)
+        outside = self._outside(slab)
+        outside.prepare(math.inf)
+        self._rows[row] = outside
 
     def close_row(self, row: RowId) -> Slab:
         slab = self._row(row)

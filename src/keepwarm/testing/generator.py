@@ -44,6 +44,7 @@ class FakeSlab:
     values: list[int] = field(default_factory=list)
     row: RowId | None = None
     is_gone: bool = False
+    num_ready_tokens: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -52,6 +53,10 @@ class FakeSlab:
     @property
     def nbytes(self) -> int:
         return self.capacity_tokens * self.token_bytes
+
+    @property
+    def is_ready(self) -> bool:
+        return self.num_ready_tokens >= self.capacity_tokens
 
 
 class GeneratorFault(RuntimeError):
@@ -92,13 +97,20 @@ class FakeBatchGenerator:
     def new_slab(self, capacity_tokens: int) -> Slab:
         return FakeSlab(capacity_tokens, self._layout.token_bytes)
 
+    def prepare(self, slab: Slab, max_bytes: float) -> None:
+        outside = self._outside(slab)
+        num_tokens = max(min(max_bytes / outside.token_bytes, outside.capacity_tokens), 1)
+        outside.num_ready_tokens += int(num_tokens)
+
     def grow_slab(self, slab: Slab, capacity_tokens: int) -> Slab:
         old = self._outside(slab)
         if capacity_tokens < old.capacity_tokens:
             raise InvariantBroken("a slab was grown to less than it had")
         self.num_copied_tokens += old.num_tokens
         old.is_gone = True
-        return FakeSlab(capacity_tokens, old.token_bytes, old.values)
+        return FakeSlab(
+            capacity_tokens, old.token_bytes, old.values, num_ready_tokens=capacity_tokens
+        )
 
     def trim(self, slab: Slab, num_tokens: int) -> None:
         outside = self._outside(slab)
