@@ -7,13 +7,15 @@ if TYPE_CHECKING:
     from keepwarm.core.pool import BlockPool
     from keepwarm.engine.batch_engine import BlockPoolBatchEngine
     from keepwarm.mlx_backend.loader import load_model
+    from keepwarm.store.agent_cache_store import AgentCacheStore
 
 __version__ = "0.1.0"
 
-__all__ = ["BlockPool", "BlockPoolBatchEngine", "__version__", "load_model"]
+__all__ = ["AgentCacheStore", "BlockPool", "BlockPoolBatchEngine", "__version__", "load_model"]
 
 # Loaded on first use, so that importing `keepwarm` needs no MLX.
 _HOMES = {
+    "AgentCacheStore": "keepwarm.store.agent_cache_store",
     "BlockPool": "keepwarm.core.pool",
     "BlockPoolBatchEngine": "keepwarm.engine.batch_engine",
     "load_model": "keepwarm.mlx_backend.loader",

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from keepwarm import BlockPool, BlockPoolBatchEngine
+from keepwarm.core.agent_store import AgentStore
 from keepwarm.core.events import Completed, Delta, Event, Failed
 from keepwarm.core.layout import BLOCK_TOKENS
 from keepwarm.core.policies import EngineConfig
@@ -61,12 +62,14 @@ def fake_engine(
     max_context_tokens: int = 100_000,
     tokenizer: FakeTokenizer = TOKENIZER,
     factory: FakeFactory | None = None,
+    store: AgentStore | None = None,
+    fingerprint: str = "fake",
     **config: Any,
 ) -> BlockPoolBatchEngine:
     """An engine on a fake generator with a budget of `num_blocks` blocks."""
     loaded = LoadedModel(
         name="fake",
-        fingerprint="fake",
+        fingerprint=fingerprint,
         layout=FAKE_LAYOUT,
         max_context_tokens=max_context_tokens,
         vocab_size=tokenizer.vocab_size,
@@ -77,7 +80,9 @@ def fake_engine(
     return BlockPoolBatchEngine(
         loaded,
         pool=BlockPool(budget_bytes),
-        config=EngineConfig(**config),
+        store=store,
+        # The fake computes faster than any disk reads.
+        config=EngineConfig(**{"always_restore": True, **config}),
         clock=FakeClock(),
     )
 

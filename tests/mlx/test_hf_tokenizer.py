@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from hf_tokenizers import sentencepiece_tokenizer, smollm2_tokenizer
 from keepwarm.core.errors import InvalidRequest
 from keepwarm.core.ports import Piece
-from keepwarm.engine.chat import EMPTY, continue_line, with_reply
+from keepwarm.core.transcript import EMPTY
+from keepwarm.engine.chat import continue_line, with_reply
 from keepwarm.engine.output import Reply, ReplyText
 from keepwarm.mlx_backend.detokenizer import bytes_of_token
 from keepwarm.mlx_backend.tokenizer import HFTokenizer, Shield

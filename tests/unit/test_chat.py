@@ -8,11 +8,10 @@ from hypothesis import strategies as st
 
 from keepwarm.core.errors import InvalidRequest
 from keepwarm.core.ports import Message, Piece
+from keepwarm.core.transcript import EMPTY, Transcript
 from keepwarm.engine.chat import (
-    EMPTY,
     Prompt,
     Reason,
-    Transcript,
     continue_ids,
     continue_line,
     truncate,

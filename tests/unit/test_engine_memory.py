@@ -19,8 +19,8 @@ from engines import (
 )
 from keepwarm import BlockPool
 from keepwarm.core.agent import Tier
-from keepwarm.core.block import root_hash
 from keepwarm.core.errors import PoolExhausted
+from keepwarm.core.stored import KVFamily
 from keepwarm.engine.tiers import Tiers
 from keepwarm.testing.generator import FAKE_LAYOUT, FakeBatchGenerator
 
@@ -140,8 +140,7 @@ class TestPressure:
         tiers = Tiers(
             BlockPool(2 * BLOCK_BYTES + 100),
             FakeBatchGenerator(),
-            root=root_hash(fingerprint="fake"),
-            token_bytes=FAKE_LAYOUT.token_bytes,
+            family=KVFamily("fake", FAKE_LAYOUT),
         )
         line = tiers.new_line()
         tiers.make_hot(line, ids(512), 512)

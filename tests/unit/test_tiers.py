@@ -2,10 +2,10 @@
 
 from engines import BLOCK_BYTES, check_values, ids
 from keepwarm.core.agent import AgentBlocks
-from keepwarm.core.block import root_hash
 from keepwarm.core.layout import capacity_for
 from keepwarm.core.pool import BlockPool
 from keepwarm.core.ports import RowId
+from keepwarm.core.stored import KVFamily
 from keepwarm.engine.tiers import Tiers
 from keepwarm.testing.generator import FAKE_LAYOUT, FakeBatchGenerator
 
@@ -16,8 +16,7 @@ def new_tiers(budget_bytes: int) -> Tiers:
     return Tiers(
         BlockPool(budget_bytes),
         FakeBatchGenerator(),
-        root=root_hash(fingerprint="fake"),
-        token_bytes=FAKE_LAYOUT.token_bytes,
+        family=KVFamily("fake", FAKE_LAYOUT),
     )
 
 

@@ -6,15 +6,16 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from engines import BLOCK_BYTES, check_values
 from keepwarm.core.agent import AgentBlocks
-from keepwarm.core.block import chain_hashes, common_prefix, root_hash
+from keepwarm.core.block import chain_hashes, common_prefix
 from keepwarm.core.errors import PoolExhausted
 from keepwarm.core.layout import BLOCK_TOKENS, capacity_for
 from keepwarm.core.pool import BlockPool
 from keepwarm.core.ports import RowId
+from keepwarm.core.stored import KVFamily
 from keepwarm.engine.tiers import Tiers
 from keepwarm.testing.generator import FAKE_LAYOUT, FakeBatchGenerator
 
-ROOT = root_hash(fingerprint="fake")
+FAMILY = KVFamily("fake", FAKE_LAYOUT)
 ROW = RowId(1)
 NUM_LINES = 5
 
@@ -37,8 +38,7 @@ class TiersMachine(RuleBasedStateMachine):
         self.tiers = Tiers(
             BlockPool(num_blocks * BLOCK_BYTES),
             FakeBatchGenerator(),
-            root=ROOT,
-            token_bytes=FAKE_LAYOUT.token_bytes,
+            family=FAMILY,
         )
         self.lines = [self.tiers.new_line() for _ in range(NUM_LINES)]
         self.wanted: dict[AgentBlocks, list[int]] = {}
@@ -77,7 +77,7 @@ class TiersMachine(RuleBasedStateMachine):
 
     def _longest_match(self, line: AgentBlocks, prompt: list[int]) -> int:
         """How many leading ids have KV somewhere: in this line, or in anybody's blocks."""
-        run = self.tiers.index.longest_run(chain_hashes(ROOT, prompt))
+        run = self.tiers.index.longest_run(chain_hashes(FAMILY.root, prompt))
         return max(common_prefix(line.token_ids, prompt), len(run) * BLOCK_TOKENS)
 
     @rule(index=indices, prompt=prompts)

@@ -1,4 +1,4 @@
-"""Core, engine and fakes work where nothing but Python is installed."""
+"""Core, engine, store and fakes work where nothing but Python is installed."""
 
 import subprocess
 import sys
@@ -17,9 +17,9 @@ sys.meta_path.insert(0, Blocked())
 sys.path.insert(0, sys.argv[1])
 
 import pkgutil
-import keepwarm, keepwarm.core, keepwarm.engine, keepwarm.testing
+import keepwarm, keepwarm.core, keepwarm.engine, keepwarm.store, keepwarm.testing
 
-for package in (keepwarm.core, keepwarm.engine, keepwarm.testing):
+for package in (keepwarm.core, keepwarm.engine, keepwarm.store, keepwarm.testing):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         __import__(module.name)
 

@@ -19,10 +19,10 @@ from keepwarm.bench.recording import raw_kv
 from keepwarm.bench.report import OnProgress, no_progress
 from keepwarm.bench.timing import Percentiles, timed
 from keepwarm.core.agent import AgentBlocks
-from keepwarm.core.block import root_hash
 from keepwarm.core.layout import BLOCK_TOKENS, CacheLayout, LayerLayout
 from keepwarm.core.pool import BlockPool
 from keepwarm.core.ports import GREEDY, RowId, RowInput
+from keepwarm.core.stored import KVFamily
 from keepwarm.engine.tiers import Tiers
 from keepwarm.mlx_backend.arrays import KVPayload, RawArray, RowSlab
 from keepwarm.mlx_backend.row_batch import RowBatchGenerator
@@ -188,8 +188,7 @@ class _Bench:
         self._tiers = Tiers(
             BlockPool(2 * slab_bytes + shape.nbytes),
             self._generator,
-            root=root_hash(fingerprint="exp-006"),
-            token_bytes=shape.layout.token_bytes,
+            family=KVFamily("exp-006", shape.layout),
         )
         self._ids = np.random.default_rng(6).integers(0, 1 << 15, shape.num_tokens).tolist()
         self._line = self._fill()

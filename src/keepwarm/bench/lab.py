@@ -1,5 +1,6 @@
 """An engine on the real model with a recorder in it, and short words for what a path does."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -8,6 +9,7 @@ from mlx import nn
 
 from keepwarm.bench.recording import Recorder, Recording, RecordingGenerator
 from keepwarm.core.agent import Tier
+from keepwarm.core.agent_store import AgentStore
 from keepwarm.core.events import Completed, Event, Failed
 from keepwarm.core.policies import EngineConfig
 from keepwarm.core.pool import BlockPool
@@ -15,6 +17,7 @@ from keepwarm.core.ports import BatchGenerator, LoadedModel
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
 
 ROOMY_BYTES = 4 << 30
+SETTLE_TIMEOUT_S = 60.0
 
 
 class PathNotTaken(Exception):
@@ -58,6 +61,7 @@ class Lab:
         config: EngineConfig | None = None,
         budget_bytes: int = ROOMY_BYTES,
         checked: bool = True,
+        store: AgentStore | None = None,
     ) -> None:
         self._checked = checked
         self.recorder = Recorder(loaded.tokenizer.eos_token_ids)
@@ -74,6 +78,7 @@ class Lab:
         self.engine = BlockPoolBatchEngine(
             loaded,
             pool=BlockPool(budget_bytes),
+            store=store,
             config=config,
             batch_gen_factory=recording_generator,
             deterministic=deterministic,
@@ -127,6 +132,15 @@ class Lab:
         while not all(turn.request_id in self._completed for turn in turns):
             self.step()
 
+    def settle(self) -> None:
+        """Until the store has taken all that was for it."""
+        until = time.monotonic() + SETTLE_TIMEOUT_S
+        while len(self.engine.tiers.saves):
+            require(time.monotonic() < until, f"{self.engine.tiers.saves!r} after a minute")
+            time.sleep(0.001)
+            self.step()
+        self.step()
+
     def has_finished(self, turn: Turn) -> bool:
         return turn.request_id in self._completed
 
@@ -167,12 +181,19 @@ class Setting:
     deterministic: bool
     seed: int = 0
 
-    def lab(self, *, config: EngineConfig | None = None, budget_bytes: int = ROOMY_BYTES) -> Lab:
+    def lab(
+        self,
+        *,
+        config: EngineConfig | None = None,
+        budget_bytes: int = ROOMY_BYTES,
+        store: AgentStore | None = None,
+    ) -> Lab:
         return Lab(
             self.loaded,
             deterministic=self.deterministic,
             config=config,
             budget_bytes=budget_bytes,
+            store=store,
         )
 
     def slab_bytes(self, capacity_tokens: int) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from keepwarm.bench.durable_paths import FirstTurn, killed, parked, restarted
 from keepwarm.bench.lab import Case, Lab, Setting, Turn, require
 from keepwarm.bench.prompts import prompt_ids
 from keepwarm.bench.recording import Recording
@@ -40,25 +41,12 @@ def _alone(run: Callable[[Setting, Case], Recording]) -> Run:
     return lambda setting, cases: [run(setting, case) for case in cases]
 
 
-@dataclass(frozen=True, slots=True)
-class Split:
-    """A prompt's beginning, and what follows it as if it were the first turn's reply."""
-
-    prompt: tuple[int, ...]
-    reply: tuple[int, ...]
-
-    @property
-    def num_held(self) -> int:
-        """How many tokens have KV after the first turn: the reply's last one was never fed."""
-        return len(self.prompt) + len(self.reply) - 1
-
-
-def split_of(setting: Setting, case: Case) -> Split:
-    """Somewhere shortly before the end, by the seed."""
+def split_of(setting: Setting, case: Case) -> FirstTurn:
+    """The prompt cut shortly before its end, by the seed."""
     num_tokens = len(case.prompt)
     num_left = int(np.random.default_rng([setting.seed, num_tokens]).integers(4, 20))
     start = num_tokens - FIRST_REPLY_TOKENS - num_left
-    return Split(case.prompt[:start], case.prompt[start : start + FIRST_REPLY_TOKENS])
+    return FirstTurn(case.prompt[:start], case.prompt[start : start + FIRST_REPLY_TOKENS])
 
 
 def _other_ids(setting: Setting, num_tokens: int) -> tuple[int, ...]:
@@ -139,6 +127,10 @@ def rollback(setting: Setting, case: Case) -> Recording:
     turn = lab.run_case("ada", case)
     lab.require_reuse(turn, Tier.HOT, split_of(setting, case).num_held)
     return lab.recording(turn)
+
+
+def _durably(run: Callable[[Setting, FirstTurn, Case], Recording]) -> Run:
+    return _alone(lambda setting, case: run(setting, split_of(setting, case), case))
 
 
 def chunked(setting: Setting, case: Case) -> Recording:
@@ -268,6 +260,9 @@ PATHS = (
     Path("cold", _alone(cold)),
     Path("hot", _alone(hot)),
     Path("warm", _alone(warm)),
+    Path("parked on disk", _durably(parked)),
+    Path("after a restart", _durably(restarted)),
+    Path("after SIGKILL", _durably(killed), min_tokens=BLOCK_TOKENS + SLACK_TOKENS),
     Path("shared prefix, hot", _alone(shared_hot), min_tokens=BLOCK_TOKENS + 1),
     Path("shared prefix, warm", _alone(shared_warm), min_tokens=BLOCK_TOKENS + 1),
     Path("fork", _alone(fork)),

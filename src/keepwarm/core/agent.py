@@ -12,10 +12,15 @@ from keepwarm.core.ports import Payload, Slab
 
 
 class Tier(StrEnum):
-    """Where a line's KV is: in a slab, in blocks in RAM, or nowhere (it must be prefilled)."""
+    """Where a line's KV is: in a slab, in blocks in RAM, in records on disk, or nowhere.
+
+    What is nowhere must be prefilled. A line itself knows only of slab and RAM: what lies on disk
+    is found there by content.
+    """
 
     HOT = "hot"
     WARM = "warm"
+    COLD = "cold"
     NONE = "none"
 
 
@@ -29,6 +34,7 @@ class AgentBlocks:
     """
 
     line: LineId
+    agent_id: str | None = None
     token_ids: list[int] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
     slab: Slab | None = None

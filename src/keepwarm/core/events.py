@@ -72,7 +72,11 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """The reply, whole; `token_ids` without the stop token."""
+    """The reply, whole; `token_ids` without the stop token.
+
+    `durable`: the turn is on disk. It is not where there is no store, where the request was
+    anonymous, and where the disk refused; then it is tried again.
+    """
 
     request_id: str
     agent_id: str | None
@@ -82,6 +86,7 @@ class Completed:
     usage: Usage
     cache: CacheReport
     timing: Timing
+    durable: bool = False
 
 
 @dataclass(frozen=True, slots=True)

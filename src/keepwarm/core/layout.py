@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 BLOCK_TOKENS = 256
 
+_SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -14,6 +15,16 @@ class LayerLayout:
     num_kv_heads: int
     key_dim: int
     value_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor of a stored run of tokens, in safetensors' words."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +52,19 @@ class CacheLayout:
 
     def slab_bytes(self, capacity_tokens: int) -> int:
         return self.token_bytes * capacity_tokens
+
+    def tensors(self, num_tokens: int) -> tuple[TensorSpec, ...]:
+        """What a payload of so many tokens consists of, in the order of its bytes."""
+        return tuple(
+            TensorSpec(
+                name=f"layers.{index}.{part}",
+                dtype=_SAFETENSORS_DTYPES[self.dtype],
+                shape=(layer.num_kv_heads, num_tokens, dim),
+                nbytes=layer.num_kv_heads * num_tokens * dim * _ITEM_BYTES[self.dtype],
+            )
+            for index, layer in enumerate(self.layers)
+            for part, dim in (("keys", layer.key_dim), ("values", layer.value_dim))
+        )
 
 
 def whole_blocks(num_tokens: int) -> int:

@@ -1,7 +1,7 @@
 """The engine's decisions, as pure functions over values."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from keepwarm.core.agent import AgentBlocks
@@ -21,17 +21,21 @@ class EngineConfig:
     longer a decode step may become through prefill beside it. reserve_reply_tokens: the part of the
     reply for which memory is reserved at admission. restore_bytes_per_step: copied into slabs per
     step while others decode. fresh_bytes_per_step: of a new slab's memory touched per step while
-    others decode. max_side_lines: per agent. max_anonymous_lines: kept in all.
+    others decode. save_bytes_per_step: handed to the store per step. always_restore: from disk,
+    even where computing has been faster lately. max_side_lines: per agent. max_anonymous_lines:
+    kept in all.
     """
 
     max_rows: int = 16
     max_waiting: int = 1024
     prefill_chunk_tokens: int = BLOCK_TOKENS
     idle_prefill_tokens: int = 2 * BLOCK_TOKENS
-    max_step_stretch: float = 2.5
+    max_step_stretch: float = 2.0
     reserve_reply_tokens: int = 2 * BLOCK_TOKENS
     restore_bytes_per_step: int = 128 << 20
     fresh_bytes_per_step: int = 16 << 20
+    save_bytes_per_step: int = 32 << 20
+    always_restore: bool = False
     max_side_lines: int = 4
     max_anonymous_lines: int = 64
 
@@ -42,6 +46,7 @@ class EngineConfig:
             "idle_prefill_tokens",
             "restore_bytes_per_step",
             "fresh_bytes_per_step",
+            "save_bytes_per_step",
         )
         for key in positive:
             if getattr(self, key) < 1:
@@ -95,15 +100,19 @@ Victim = TailVictim | BlockVictim
 
 
 def choose_victims(
-    lines: Mapping[LineId, AgentBlocks], blocks: Iterable[Block], needed_bytes: int
+    lines: Mapping[LineId, AgentBlocks],
+    blocks: Iterable[Block],
+    needed_bytes: int,
+    unsaved: Collection[LineId] = (),
 ) -> list[Victim]:
     """What to forget to free `needed_bytes`: least recently used first, leaf before prefix.
 
     A prefix has all the owners of what follows it, so it was used no earlier; among equals the
     deeper goes first. What a running or pinned line owns, and what a slab holds as well, is left.
+    Lines that have something in memory only (`unsaved`) lose theirs last.
     """
-    aged: list[tuple[int, float, Victim]] = [
-        (line.last_used, -math.inf, TailVictim(line, line.tail.nbytes))
+    aged: list[tuple[bool, int, float, Victim]] = [
+        (line.line in unsaved, line.last_used, -math.inf, TailVictim(line, line.tail.nbytes))
         for line in lines.values()
         if line.evictable and line.tail is not None
     ]
@@ -111,11 +120,13 @@ def choose_victims(
         owners = [lines[owner] for owner in block.owners]
         if block.payload is not None and not block.slabs and all(o.evictable for o in owners):
             age = max(owner.last_used for owner in owners)
-            aged.append((age, -block.depth, BlockVictim(block, block.payload.nbytes)))
-    aged.sort(key=lambda item: item[:2])
+            is_unsaved = any(owner in unsaved for owner in block.owners)
+            nbytes = block.payload.nbytes
+            aged.append((is_unsaved, age, -block.depth, BlockVictim(block, nbytes)))
+    aged.sort(key=lambda item: item[:3])
     victims: list[Victim] = []
     freed = 0
-    for _, _, victim in aged:
+    for *_, victim in aged:
         if freed >= needed_bytes:
             break
         victims.append(victim)
@@ -151,6 +162,36 @@ def next_chunk(row: TokenSequence, limit: int) -> list[int]:
     start = row.blocks.num_tokens
     block_end = start - start % BLOCK_TOKENS + BLOCK_TOKENS
     return row.token_ids[start : min(start + limit, block_end, row.target_tokens)]
+
+
+@dataclass(slots=True)
+class RestoreCost:
+    """Whether bringing tokens from disk beats computing them, by what either has cost lately.
+
+    Each way starts unknown and is then taken for worth trying. What is not chosen becomes cheaper
+    in memory by a tenth each time, so that one slow moment of a disk is not held against it.
+    """
+
+    prefill_token_s: float | None = None
+    restore_token_s: float | None = None
+
+    def observe_prefill(self, num_tokens: int, seconds: float) -> None:
+        self.prefill_token_s = _smoothed(self.prefill_token_s, seconds / num_tokens)
+
+    def observe_restore(self, num_tokens: int, seconds: float) -> None:
+        self.restore_token_s = _smoothed(self.restore_token_s, seconds / num_tokens)
+
+    def is_worth_restoring(self) -> bool:
+        if self.prefill_token_s is None or self.restore_token_s is None:
+            return True
+        if self.restore_token_s <= self.prefill_token_s:
+            return True
+        self.restore_token_s *= 0.9
+        return False
+
+
+def _smoothed(before: float | None, now: float) -> float:
+    return now if before is None else 0.7 * before + 0.3 * now
 
 
 @dataclass(slots=True)

@@ -9,12 +9,16 @@ from keepwarm.core.errors import ConfigError, InvariantBroken, PoolExhausted
 
 
 class Kind(StrEnum):
-    """What an allocation is: a line's slab, a block's own copy, a line's tail, a slab to reuse."""
+    """What an allocation is: a line's slab, a block's own copy, a line's tail, a slab to reuse, a
+    copy on its way to the disk, a buffer for what comes from there.
+    """
 
     SLAB = "slab"
     BLOCK = "block"
     TAIL = "tail"
     SPARE = "spare"
+    SAVING = "saving"
+    READING = "reading"
 
 
 @dataclass(slots=True, eq=False)

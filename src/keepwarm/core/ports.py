@@ -128,8 +128,16 @@ class BatchGenerator(Protocol):
         """
         ...
 
-    def cut(self, payload: Payload, num_tokens: int) -> Payload:
-        """A copy of the first `num_tokens` of a payload."""
+    def cut(self, payload: Payload, start: int, stop: int) -> Payload:
+        """A copy of the positions [start, stop) of a payload."""
+        ...
+
+    def pack(self, payload: Payload) -> tuple[memoryview, ...]:
+        """The payload's own bytes, not a copy: one piece for each of `CacheLayout.tensors`."""
+        ...
+
+    def unpack(self, num_tokens: int, data: memoryview) -> Payload:
+        """The payload whose packed bytes `data` is, end to end. It may keep `data` and not copy."""
         ...
 
     def open_row(self, row: RowId, slab: Slab) -> None:
@@ -182,6 +190,11 @@ class Tokenizer(Protocol):
 
     @property
     def eos_token_ids(self) -> frozenset[int]: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for tokenizers whose ids mean the same tokens."""
+        ...
 
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True

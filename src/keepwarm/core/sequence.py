@@ -1,10 +1,11 @@
 """A request on its way through the engine: what it wants and how far it has come."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from keepwarm.core.agent import AgentBlocks, Tier
-from keepwarm.core.ports import RowId, Sampling
+from keepwarm.core.ports import GREEDY, RowId, Sampling
 
 
 class Phase(StrEnum):
@@ -19,7 +20,10 @@ class Phase(StrEnum):
 
 @dataclass(slots=True, eq=False)
 class TokenSequence:
-    """One request's tokens. All but the last id get KV before the last one is fed to decode."""
+    """One request's tokens. All but the last id get KV before the last one is fed to decode.
+
+    `known_ids` are those that its line had before.
+    """
 
     request_id: str
     agent_id: str | None
@@ -30,12 +34,15 @@ class TokenSequence:
     sampling: Sampling
     priority: int
     blocks: AgentBlocks
+    is_prefetch: bool = False
     phase: Phase = Phase.WAITING
     row: RowId | None = None
     num_passed_over: int = 0
     num_preemptions: int = 0
     cached_tokens: int | None = None
     tier: Tier = Tier.NONE
+    num_fetched: int = 0
+    known_ids: Sequence[int] = ()
     submitted_s: float = 0.0
     admitted_s: float | None = None
     first_token_s: float | None = None
@@ -54,3 +61,23 @@ class TokenSequence:
     def append(self, token_id: int) -> None:
         self.token_ids.append(token_id)
         self.reply_ids.append(token_id)
+
+
+def prefetch_sequence(
+    number: int, blocks: AgentBlocks, token_ids: Sequence[int]
+) -> TokenSequence | None:
+    """What restores a line and computes nothing; None when there is nothing to restore."""
+    if len(token_ids) < 2:
+        return None
+    return TokenSequence(
+        request_id=f"prefetch-{number}",
+        agent_id=blocks.agent_id,
+        arrival=number,
+        token_ids=list(token_ids),
+        num_prompt_tokens=len(token_ids),
+        max_tokens=1,
+        sampling=GREEDY,
+        priority=-100,
+        blocks=blocks,
+        is_prefetch=True,
+    )

@@ -7,7 +7,9 @@ from keepwarm.core.agent import AgentBlocks, Tier
 from keepwarm.core.errors import UnknownAgent
 from keepwarm.core.layout import BLOCK_TOKENS
 from keepwarm.core.ports import Message
-from keepwarm.engine.chat import EMPTY, Prompt, Transcript
+from keepwarm.core.stored import DEFAULT_SETTINGS, AgentSettings, AgentSummary, LineState
+from keepwarm.core.transcript import EMPTY, Transcript, Turn
+from keepwarm.engine.chat import Prompt
 
 MakePrompt = Callable[[Transcript], Prompt]
 
@@ -17,30 +19,31 @@ ANONYMOUS_SLACK_TOKENS = 8
 
 @dataclass(slots=True, eq=False)
 class Line:
-    """One token stream: its text and ids, its messages where they are known, its KV."""
+    """One token stream: its text and ids, its messages where they are known, its KV.
+
+    Number 0 is the agent's main line.
+    """
 
     blocks: AgentBlocks
     transcript: Transcript = EMPTY
     messages: tuple[Message, ...] | None = ()
     in_use: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """Where the main line stood when a turn had ended; None where messages were not given."""
-
-    num_tokens: int
-    messages: tuple[Message, ...] | None
+    number: int = 0
 
 
 @dataclass(slots=True, eq=False)
 class Agent:
-    """A named conversation: a main line, and side lines of requests that ran beside it."""
+    """A named conversation: a main line, and side lines of requests that ran beside it.
+
+    `foreign` are its lines in the ids of other tokenizers, kept as they were committed.
+    """
 
     agent_id: str
     main: Line
     sides: list[Line] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
+    settings: AgentSettings = DEFAULT_SETTINGS
+    foreign: tuple[LineState, ...] = ()
 
     @property
     def lines(self) -> list[Line]:
@@ -55,7 +58,8 @@ class Agent:
 class AgentView:
     """An agent as people see it. `num_tokens` is its context, `held_tokens` what needs no prefill.
 
-    `slab_bytes` is 0 unless it is hot; bytes of shared blocks are the pool's affair.
+    `slab_bytes` is 0 unless it is hot; bytes of shared blocks are the pool's affair. An agent that
+    nobody has asked for since the start is cold, and `held_tokens` is not counted for it.
     """
 
     agent_id: str
@@ -78,18 +82,23 @@ class Choice:
 
 
 class AgentBook:
-    """Owns agents and lines. Blocks belong to the tiers; `new_blocks` and `forget` reach them."""
+    """Owns agents and lines. Blocks belong to the tiers; `new_blocks` and `forget` reach them.
+
+    An agent that is not here is asked of `load` before it counts as unknown.
+    """
 
     def __init__(
         self,
         *,
-        new_blocks: Callable[[], AgentBlocks],
+        new_blocks: Callable[[str | None], AgentBlocks],
         forget: Callable[[AgentBlocks], None],
+        load: Callable[[str], Agent | None],
         max_side_lines: int,
         max_anonymous_lines: int,
     ) -> None:
         self._new_blocks = new_blocks
         self._forget = forget
+        self._load = load
         self._max_side_lines = max_side_lines
         self._max_anonymous_lines = max_anonymous_lines
         self._agents: dict[str, Agent] = {}
@@ -99,22 +108,34 @@ class AgentBook:
         return f"AgentBook({len(self._agents)} agents, {len(self._anonymous)} anonymous lines)"
 
     def __contains__(self, agent_id: str) -> bool:
-        return agent_id in self._agents
+        return self.find(agent_id) is not None
 
     def __iter__(self) -> Iterator[Agent]:
         return iter(self._agents.values())
 
     def get(self, agent_id: str) -> Agent:
         """Raises UnknownAgent."""
-        try:
-            return self._agents[agent_id]
-        except KeyError:
-            raise UnknownAgent(agent_id) from None
+        agent = self.find(agent_id)
+        if agent is None:
+            raise UnknownAgent(agent_id)
+        return agent
+
+    def find(self, agent_id: str) -> Agent | None:
+        agent = self._agents.get(agent_id)
+        if agent is None:
+            agent = self._load(agent_id)
+            if agent is not None:
+                self._agents[agent_id] = agent
+        return agent
+
+    def is_here(self, agent_id: str) -> bool:
+        """Whether it is in memory."""
+        return agent_id in self._agents
 
     def lines_of(self, agent_id: str | None) -> list[Line]:
         if agent_id is None:
             return self._anonymous
-        agent = self._agents.get(agent_id)
+        agent = self.find(agent_id)
         return agent.lines if agent else []
 
     def choose(self, agent_id: str | None, make_prompt: MakePrompt) -> Choice:
@@ -136,22 +157,25 @@ class AgentBook:
 
     def open_line(self, agent_id: str | None) -> Line:
         """A new line: an anonymous one, the agent's main line, or a side line if it has that."""
-        line = Line(self._new_blocks())
+        line = Line(self._new_blocks(agent_id))
         if agent_id is None:
             self._anonymous.append(line)
-        elif agent_id in self._agents:
-            agent = self._agents[agent_id]
+        elif (agent := self.find(agent_id)) is not None:
+            line.number = 1 + max(other.number for other in agent.lines)
             agent.sides.append(line)
         else:
             self._agents[agent_id] = Agent(agent_id, line)
         return line
 
-    def add(self, agent: Agent) -> None:
+    def add(self, agent: Agent) -> Agent:
         self._agents[agent.agent_id] = agent
+        return agent
 
     def remove(self, agent_id: str) -> None:
-        for line in self._agents.pop(agent_id).lines:
+        """Raises UnknownAgent."""
+        for line in self.get(agent_id).lines:
             self._forget(line.blocks)
+        del self._agents[agent_id]
 
     def tidy(self, agent_id: str | None) -> None:
         """Drop the longest idle side or anonymous lines beyond their number."""
@@ -175,13 +199,17 @@ class AgentBook:
         ]
         agent.turns.append(Turn(line.transcript.num_tokens, messages))
 
-    def view(self, agent: Agent) -> AgentView:
+    def view(self, agent: Agent, stored_tokens: Callable[[Sequence[int]], int]) -> AgentView:
+        """`stored_tokens`: how many of a line's first ids the store has the KV of."""
         blocks = agent.main.blocks
+        token_ids = agent.main.transcript.token_ids
+        num_held = blocks.num_tokens
+        num_stored = 0 if num_held >= len(token_ids) - 1 else stored_tokens(token_ids)
         return AgentView(
             agent_id=agent.agent_id,
-            tier=blocks.tier,
-            num_tokens=agent.main.transcript.num_tokens,
-            held_tokens=blocks.num_tokens,
+            tier=Tier.COLD if num_stored > num_held else blocks.tier,
+            num_tokens=len(token_ids),
+            held_tokens=max(num_held, num_stored),
             slab_bytes=blocks.slab.nbytes if blocks.slab else 0,
             num_turns=len(agent.turns),
             num_side_lines=len(agent.sides),
@@ -194,6 +222,21 @@ class AgentBook:
         for line in idle[: max(len(lines) - limit, 0)]:
             lines.remove(line)
             self._forget(line.blocks)
+
+
+def view_of_summary(summary: AgentSummary) -> AgentView:
+    """An agent that is only on disk."""
+    return AgentView(
+        agent_id=summary.agent_id,
+        tier=Tier.COLD,
+        num_tokens=summary.num_tokens,
+        held_tokens=0,
+        slab_bytes=0,
+        num_turns=summary.num_turns,
+        num_side_lines=summary.num_lines - 1,
+        in_use=False,
+        pinned=summary.settings.pinned,
+    )
 
 
 def _last_used(line: Line) -> int:

@@ -17,6 +17,7 @@ from keepwarm.core.layout import BLOCK_TOKENS
 from keepwarm.core.policies import (
     EngineConfig,
     PrefillThrottle,
+    RestoreCost,
     admission_order,
     choose_preempted,
     grown_capacity,
@@ -51,7 +52,14 @@ class Broken:
     error: Exception
 
 
-Outcome = Sampled | Advanced | Broken
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """A prefetch is complete: the line is hot and rests again."""
+
+    sequence: TokenSequence
+
+
+Outcome = Sampled | Advanced | Broken | Restored
 
 
 @dataclass(slots=True)
@@ -78,6 +86,7 @@ class Batch:
         clock: Callable[[], float],
     ) -> None:
         self.counters = BatchCounters()
+        self.restore_cost = RestoreCost()
         self.waiting: list[TokenSequence] = []
         self.running: list[TokenSequence] = []
         self._tiers = tiers
@@ -117,6 +126,16 @@ class Batch:
         self.counters.steps += 1
         return self._outcomes
 
+    @property
+    def only_waits(self) -> bool:
+        """Whether nothing can happen before the store has answered."""
+        if any(sequence.phase is not Phase.RESTORING for sequence in self.running):
+            return False
+        lines = [sequence.blocks.line for sequence in self.running]
+        if not all(self._tiers.fetches.is_waiting(line) for line in lines):
+            return False
+        return bool(lines) or not self.waiting or self._tiers.saves.is_busy
+
     def check(self) -> None:
         """Rows are open exactly where a sequence prefills or decodes, and targets are in reach."""
         for sequence in self.running:
@@ -150,7 +169,7 @@ class Batch:
             if not self._attempt([sequence], partial(self._make_hot, sequence)):
                 return True
         except PoolExhausted as error:
-            if not self.running:
+            if not self._memory_may_come():
                 self._break(sequence, error)
             return False
         self.waiting.remove(sequence)
@@ -160,9 +179,13 @@ class Batch:
             sequence.tier = _tier_of_reuse(sequence, had_slab=had_slab)
             sequence.admitted_s = self._clock()
         sequence.phase = Phase.RESTORING
-        if not blocks.num_to_restore and self._slab_of(sequence).is_ready:
-            self._start_row(sequence)
+        if self._slab_of(sequence).is_ready:
+            self._start_if_restored(sequence)
         return True
+
+    def _memory_may_come(self) -> bool:
+        """Whether somebody will leave, or the disk will have taken what is kept for it."""
+        return bool(self.running) or self._tiers.saves.is_busy
 
     def _make_hot(self, sequence: TokenSequence) -> None:
         target = sequence.token_ids[: sequence.target_tokens]
@@ -171,15 +194,36 @@ class Batch:
             reply_tokens=sequence.max_tokens - len(sequence.reply_ids),
             config=self._config,
         )
+        make_hot, make_hot_at_any_cost = (
+            partial(
+                way,
+                sequence.blocks,
+                target,
+                capacity,
+                known_ids=sequence.known_ids,
+                is_worth_fetching=self._is_worth_restoring,
+            )
+            for way in (self._tiers.make_hot, self._tiers.make_hot_at_any_cost)
+        )
         try:
-            self._tiers.make_hot(sequence.blocks, target, capacity)
+            make_hot()
         except PoolExhausted:
-            if self.running:
+            if self._memory_may_come():
                 raise
-            self._tiers.make_hot_at_any_cost(sequence.blocks, target, capacity)
+            make_hot_at_any_cost()
 
-    def _start_row(self, sequence: TokenSequence) -> None:
-        """All that was stored is in the slab: the row opens."""
+    def _is_worth_restoring(self) -> bool:
+        return self._config.always_restore or self.restore_cost.is_worth_restoring()
+
+    def _start_if_restored(self, sequence: TokenSequence) -> None:
+        """When all that was stored is in the slab, the row opens."""
+        if sequence.blocks.num_to_restore or self._tiers.fetches.is_fetching(sequence.blocks.line):
+            return
+        self._observe_restore(sequence)
+        if sequence.is_prefetch:
+            self.leave(sequence)
+            self._outcomes.append(Restored(sequence))
+            return
         self._next_row += 1
         self._open_row(sequence, RowId(self._next_row))
         sequence.phase = Phase.PREFILLING if sequence.num_missing else Phase.DECODING
@@ -288,11 +332,30 @@ class Batch:
         blocks, config = sequence.blocks, self._config
         if not self._tiers.prepare(blocks, config.fresh_bytes_per_step if beside_decode else inf):
             return
+        max_bytes = config.restore_bytes_per_step if beside_decode else inf
         if blocks.num_to_restore:
-            self._tiers.restore(blocks, config.restore_bytes_per_step if beside_decode else inf)
+            self._tiers.restore(blocks, max_bytes)
             self._outcomes.append(Advanced(sequence))
-        if not blocks.num_to_restore:
-            self._start_row(sequence)
+        elif self._tiers.fetches.is_fetching(blocks.line):
+            self._take_fetched(sequence, max_bytes)
+        self._start_if_restored(sequence)
+
+    def _take_fetched(self, sequence: TokenSequence, max_bytes: float) -> None:
+        num_tokens = self._tiers.take_fetched(sequence.blocks, sequence.token_ids, max_bytes)
+        if not num_tokens:
+            return
+        sequence.num_fetched += num_tokens
+        if not sequence.num_preemptions and sequence.cached_tokens is not None:
+            sequence.cached_tokens += num_tokens
+            sequence.tier = Tier.COLD
+        self._outcomes.append(Advanced(sequence))
+
+    def _observe_restore(self, sequence: TokenSequence) -> None:
+        """Learn what fetching costs where nothing else took the time."""
+        alone = len(self.running) == 1 and not sequence.num_preemptions
+        if alone and sequence.num_fetched and sequence.admitted_s is not None:
+            seconds = self._clock() - sequence.admitted_s
+            self.restore_cost.observe_restore(sequence.num_fetched, seconds)
 
     def _prefill(self, decode_s: float) -> None:
         """Chunks in turn, one for each sequence, until the step's budget is used up."""
@@ -311,10 +374,11 @@ class Batch:
             # A model call costs a decode step however few its tokens: none for a remainder.
             if beside_decode and num_tokens and budget < self._config.prefill_chunk_tokens:
                 break
+        num_tokens, prefill_s = limit - budget, self._clock() - started
         if beside_decode:
-            self._throttle.observe(
-                num_tokens=limit - budget, prefill_s=self._clock() - started, decode_s=decode_s
-            )
+            self._throttle.observe(num_tokens=num_tokens, prefill_s=prefill_s, decode_s=decode_s)
+        elif num_tokens >= BLOCK_TOKENS:
+            self.restore_cost.observe_prefill(num_tokens, prefill_s)
 
     def _prefill_chunk(self, sequence: TokenSequence, limit: int) -> int:
         """Compute one chunk, or find that another row has computed it. Returns tokens computed."""

@@ -3,10 +3,11 @@
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
-from keepwarm.core.block import common_prefix, root_hash
+from keepwarm.core.agent_store import AgentStore, NoStore
+from keepwarm.core.block import common_prefix
 from keepwarm.core.errors import (
     AgentBusy,
     AgentExists,
@@ -15,24 +16,42 @@ from keepwarm.core.errors import (
     NeverFits,
     QueueFull,
 )
-from keepwarm.core.events import Event, FinishReason
+from keepwarm.core.events import Completed, Event, FinishReason
 from keepwarm.core.layout import BLOCK_TOKENS, capacity_for
 from keepwarm.core.policies import EngineConfig
 from keepwarm.core.pool import BlockPool, PoolSnapshot
 from keepwarm.core.ports import BatchGenFactory, LoadedModel, Message
-from keepwarm.core.sequence import TokenSequence
+from keepwarm.core.sequence import TokenSequence, prefetch_sequence
+from keepwarm.core.stored import AgentSettings, Committed, Fetched, KVFamily, Saved, StoreHealth
+from keepwarm.core.transcript import Transcript
 from keepwarm.engine.active import ActiveRequest
-from keepwarm.engine.agents import Agent, AgentBook, AgentView, Choice, Line, history
-from keepwarm.engine.batch import Advanced, Batch, BatchCounters, Sampled
+from keepwarm.engine.agents import (
+    Agent,
+    AgentBook,
+    AgentView,
+    Choice,
+    Line,
+    history,
+    view_of_summary,
+)
+from keepwarm.engine.batch import (
+    Advanced,
+    Batch,
+    BatchCounters,
+    Broken,
+    Outcome,
+    Restored,
+    Sampled,
+)
 from keepwarm.engine.chat import (
     Prompt,
-    Transcript,
     continue_ids,
     continue_line,
     truncate,
     validate_messages,
     with_reply,
 )
+from keepwarm.engine.keeper import AgentKeeper
 from keepwarm.engine.output import ReplyText, validate_stop
 from keepwarm.engine.requests import (
     PromptSource,
@@ -44,6 +63,8 @@ from keepwarm.engine.requests import (
     valid_token_ids,
 )
 from keepwarm.engine.tiers import TierCounters, Tiers
+
+STORE_WAIT_S = 0.05
 
 CANONICAL_LINEAGE = "exact-canonical"
 """Blocks computed in canonical shapes differ in their last bits: they have other hashes."""
@@ -59,6 +80,7 @@ class EngineSnapshot:
     pool: PoolSnapshot
     tiers: TierCounters
     batch: BatchCounters
+    store: StoreHealth
 
 
 class BlockPoolBatchEngine:
@@ -75,6 +97,7 @@ class BlockPoolBatchEngine:
         loaded: LoadedModel,
         *,
         pool: BlockPool,
+        store: AgentStore | None = None,
         config: EngineConfig | None = None,
         batch_gen_factory: BatchGenFactory | None = None,
         deterministic: bool = False,
@@ -86,28 +109,37 @@ class BlockPoolBatchEngine:
         self._clock = clock
         factory = batch_gen_factory or loaded.batch_gen_factory
         lineage = CANONICAL_LINEAGE if deterministic else "exact"
-        root = root_hash(fingerprint=loaded.fingerprint, lineage=lineage)
+        family = KVFamily(loaded.fingerprint, loaded.layout, lineage)
+        self._store = store or NoStore()
         self.tiers = Tiers(
-            pool,
-            factory(deterministic=deterministic),
-            root=root,
-            token_bytes=loaded.layout.token_bytes,
+            pool, factory(deterministic=deterministic), family=family, store=self._store
         )
         self.batch = Batch(
             self.tiers,
             new_generator=lambda: factory(deterministic=deterministic),
-            root=root,
+            root=family.root,
             config=self.config,
             clock=clock,
+        )
+        self._keeper = AgentKeeper(
+            self._store,
+            tokenizer=loaded.tokenizer.fingerprint,
+            root=family.root,
+            new_blocks=self.tiers.new_line,
         )
         self._book = AgentBook(
             new_blocks=self.tiers.new_line,
             forget=self.tiers.forget,
+            load=self._keeper.load,
             max_side_lines=self.config.max_side_lines,
             max_anonymous_lines=self.config.max_anonymous_lines,
         )
         self._active: dict[str, ActiveRequest] = {}
+        self._prefetching: dict[str, Line] = {}
+        self._uncommitted: dict[int, Completed | None] = {}
+        self._durable = True
         self._events: list[Event] = []
+        self._stalled = False
         self._ids = itertools.count(1)
 
     def __repr__(self) -> str:
@@ -168,6 +200,7 @@ class BlockPoolBatchEngine:
             sampling=sampling,
             priority=priority,
             blocks=line.blocks,
+            known_ids=line.transcript.token_ids,
             submitted_s=self._clock(),
         )
         reply = ReplyText(self._tokenizer.detokenizer(), stops)
@@ -175,6 +208,7 @@ class BlockPoolBatchEngine:
             sequence, line, choice.prompt, conversation, reply
         )
         self.batch.enqueue(sequence)
+        self._stalled = False
         return sequence.request_id
 
     def cancel(self, request_id: str) -> bool:
@@ -189,31 +223,43 @@ class BlockPoolBatchEngine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything, or events wait to be fetched."""
-        return bool(self._active or self._events)
+        return bool(self._active or self._events or self._uncommitted or self._prefetching)
 
     def step(self) -> list[Event]:
-        """One decode step for every ready row, some prefill beside it, and what came of them."""
-        for outcome in self.batch.step():
-            active = self._active.get(outcome.sequence.request_id)
-            if active is None:
-                continue
-            if isinstance(outcome, Sampled):
-                self._take_token(active, outcome.token_id)
-            elif isinstance(outcome, Advanced):
-                self._events.append(active.progress())
-            else:
-                self._fail(active, outcome.error)
+        """One decode step for every ready row, some prefill beside it, and what came of them.
+
+        Waits briefly when there is nothing to do but to hear from the store.
+        """
+        if self._stalled:
+            self._store.wait(STORE_WAIT_S)
+        self._take_store_events()
+        outcomes = self.batch.step()
+        for outcome in outcomes:
+            self._take_outcome(outcome)
+        self.tiers.save_some(self.config.save_bytes_per_step)
+        self._take_store_events()
         events, self._events = self._events, []
+        self._stalled = not (outcomes or events) and self.batch.only_waits
         return events
 
     # -- agents ----------------------------------------------------------------------------------
 
     def agents(self) -> tuple[AgentView, ...]:
-        return tuple(self._book.view(agent) for agent in self._book)
+        """All agents, those that are only on disk as well."""
+        here = [self._view(agent) for agent in self._book]
+        there = [
+            view_of_summary(summary)
+            for summary in self._store.summaries()
+            if not self._book.is_here(summary.agent_id)
+        ]
+        return (*here, *there)
 
     def agent(self, agent_id: str) -> AgentView:
         """Raises UnknownAgent."""
-        return self._book.view(self._book.get(agent_id))
+        return self._view(self._book.get(agent_id))
+
+    def _view(self, agent: Agent) -> AgentView:
+        return self._book.view(agent, self.tiers.stored_tokens)
 
     def fork(self, agent_id: str, new_id: str, *, at_turn: int | None = None) -> None:
         """A new agent that knows what this one knew after `at_turn` turns (None: all of them).
@@ -229,12 +275,12 @@ class BlockPoolBatchEngine:
         num_tokens, messages = self._position(parent, at_turn)
         main = parent.main
         child = Line(
-            self.tiers.fork(main.blocks, _held(main, num_tokens)),
+            self.tiers.fork(main.blocks, _held(main, num_tokens), new_id),
             truncate(main.transcript, num_tokens),
             messages,
         )
         turns = [turn for turn in parent.turns if turn.num_tokens <= num_tokens]
-        self._book.add(Agent(new_id, child, turns=turns))
+        self._commit(self._book.add(Agent(new_id, child, turns=turns)))
 
     def rollback(self, agent_id: str, *, turn: int) -> None:
         """Forget everything after `turn` turns. Raises UnknownAgent, AgentBusy, InvalidRequest."""
@@ -245,6 +291,7 @@ class BlockPoolBatchEngine:
         main.messages = messages
         del agent.turns[turn:]
         self.tiers.truncate(main.blocks, _held(main, num_tokens))
+        self._commit(agent)
 
     def demote(self, agent_id: str) -> None:
         """Turn the agent's slab into blocks now, as memory pressure would. Raises AgentBusy."""
@@ -252,18 +299,94 @@ class BlockPoolBatchEngine:
         if blocks.slab is not None:
             self.tiers.demote(blocks)
 
+    def park(self, agent_id: str) -> None:
+        """Save the agent and free its memory when the disk has it. Raises AgentBusy.
+
+        What the disk does not take stays in memory.
+        """
+        agent = self._idle_agent(agent_id, "park it")
+        for line in agent.lines:
+            self.tiers.put_away(line.blocks)
+
+    def prefetch(self, agent_id: str) -> None:
+        """Bring the agent's KV into a slab, so that its next turn resumes hot; in the background.
+
+        Raises UnknownAgent, and AgentBusy while its main line runs.
+        """
+        line = self._book.get(agent_id).main
+        if line.in_use:
+            raise AgentBusy(agent_id, "prefetch it")
+        number = next(self._ids)
+        sequence = prefetch_sequence(number, line.blocks, line.transcript.token_ids)
+        if sequence is None:
+            return
+        line.in_use = True
+        self._prefetching[sequence.request_id] = line
+        self.batch.enqueue(sequence)
+        self._stalled = False
+
     def forget_cache(self, agent_id: str) -> None:
-        """Drop the agent's KV and keep what it said: its next turn is prefilled from the start."""
+        """Drop the agent's KV and keep what it said: its next turn is prefilled from the start.
+
+        What lies on disk stays there and is found again by content.
+        """
         self.tiers.truncate(self._idle_agent(agent_id, "empty its cache").main.blocks, 0)
 
     def pin(self, agent_id: str, *, pinned: bool = True) -> None:
         """Never evict the agent's blocks (its slab may still become blocks)."""
-        self._book.get(agent_id).main.blocks.pinned = pinned
+        self.configure(agent_id, pinned=pinned)
+
+    def configure(
+        self,
+        agent_id: str,
+        *,
+        pinned: bool | None = None,
+        priority: int | None = None,
+        quota_bytes: int | None = None,
+    ) -> None:
+        """Change the agent's settings; None leaves one as it is. Raises UnknownAgent."""
+        agent = self._book.get(agent_id)
+        old = agent.settings
+        agent.settings = AgentSettings(
+            pinned=old.pinned if pinned is None else pinned,
+            priority=old.priority if priority is None else valid_priority(priority),
+            quota_bytes=old.quota_bytes if quota_bytes is None else quota_bytes,
+            policy=old.policy,
+        )
+        agent.main.blocks.pinned = agent.settings.pinned
+        self._commit(agent)
 
     def delete(self, agent_id: str) -> None:
-        """The agent and what only it owned are gone. Raises UnknownAgent, AgentBusy."""
+        """The agent and what only it owned are gone, from the disk as well.
+
+        Raises UnknownAgent, AgentBusy.
+        """
         self._idle_agent(agent_id, "delete it")
         self._book.remove(agent_id)
+        self._uncommitted[self._store.delete_agent(agent_id)] = None
+
+    # -- the store -------------------------------------------------------------------------------
+
+    def flush(self, timeout_s: float = 10.0) -> bool:
+        """Wait until every change so far is committed. Returns whether the disk took them all."""
+        until = time.monotonic() + timeout_s
+        while self._uncommitted and time.monotonic() < until:
+            self._store.wait(STORE_WAIT_S)
+            self._take_store_events()
+        return not self._uncommitted and self._durable
+
+    def close(self, timeout_s: float = 60.0) -> bool:
+        """Save every line's KV to its last token, before a shutdown; the store stays open.
+
+        Returns whether all of it was taken by the disk in time.
+        """
+        self.tiers.offer_tails()
+        until = time.monotonic() + timeout_s
+        while len(self.tiers.saves) and time.monotonic() < until:
+            self.tiers.save_some()
+            self._store.wait(STORE_WAIT_S)
+            self._take_store_events()
+        return self.flush(max(until - time.monotonic(), 1.0)) and not len(self.tiers.saves)
 
     def snapshot(self) -> EngineSnapshot:
         return EngineSnapshot(
@@ -273,14 +396,57 @@ class BlockPoolBatchEngine:
             pool=self.tiers.pool.snapshot(),
             tiers=self.tiers.counters,
             batch=self.batch.counters,
+            store=self._store.health(),
         )
 
     def check(self) -> None:
         """Raise InvariantBroken when any of the bookkeeping contradicts itself."""
         self.tiers.check()
         self.batch.check()
+        self._store.check()
 
     # -- inside ----------------------------------------------------------------------------------
+
+    def _take_outcome(self, outcome: Outcome) -> None:
+        request_id = outcome.sequence.request_id
+        active = self._active.get(request_id)
+        if active is None:
+            self._end_prefetch(outcome)
+        elif isinstance(outcome, Sampled):
+            self._take_token(active, outcome.token_id)
+        elif isinstance(outcome, Advanced):
+            self._events.append(active.progress())
+        elif isinstance(outcome, Broken):
+            self._fail(active, outcome.error)
+
+    def _end_prefetch(self, outcome: Outcome) -> None:
+        """It is complete, or it failed, which costs nothing but the time."""
+        if isinstance(outcome, Restored | Broken):
+            line = self._prefetching.pop(outcome.sequence.request_id, None)
+            if line is not None:
+                line.in_use = False
+                if line.blocks.busy:
+                    self.tiers.park(line.blocks)
+
+    def _take_store_events(self) -> None:
+        for event in self._store.poll():
+            if isinstance(event, Saved):
+                self.tiers.saves.note(event.record_hash, retry=event.retry)
+            elif isinstance(event, Fetched):
+                self.tiers.fetches.note(event)
+            else:
+                self._take_committed(event)
+        self.tiers.release_put_away()
+
+    def _take_committed(self, event: Committed) -> None:
+        self._durable = event.durable
+        completed = self._uncommitted.pop(event.ticket)
+        if completed is not None:
+            self._events.append(replace(completed, durable=event.durable))
+
+    def _commit(self, agent: Agent, completed: Completed | None = None) -> None:
+        """Write the agent; the turn's final event is sent when the disk has answered."""
+        self._uncommitted[self._keeper.commit(agent)] = completed
 
     def _choose(
         self, agent_id: str | None, source: PromptSource
@@ -358,22 +524,25 @@ class BlockPoolBatchEngine:
         if reason is not FinishReason.CANCELLED and (emitted := active.reply.finish()):
             self._events.append(active.delta(emitted))
         self.batch.leave(active.sequence)
-        if active.sequence.admitted_s is not None:
-            self._keep_turn(active)
-        self._events.append(active.completed(reason, self._clock()))
+        is_kept = active.sequence.admitted_s is not None and self._keep_turn(active)
+        completed = active.completed(reason, self._clock())
         self._close(active)
+        if is_kept and active.agent_id is not None:
+            self._commit(self._book.get(active.agent_id), completed)
+        else:
+            self._events.append(completed)
 
-    def _keep_turn(self, active: ActiveRequest) -> None:
+    def _keep_turn(self, active: ActiveRequest) -> bool:
         """The line knows the prompt and the reply as sent, by the ids that were fed for them.
 
         A request that was cancelled before its first token leaves the conversation as it was; what
-        it computed stays with the line's blocks.
+        it computed stays with the line's blocks. Returns whether there is a turn to commit.
         """
         line = active.line
         reply = active.reply.reply
         self.tiers.truncate(line.blocks, active.num_kept_tokens)
         if active.sequence.first_token_s is None:
-            return
+            return False
         conversation = history(active.messages, reply.text)
         echo = (
             self._tokenizer.render(conversation, add_generation_prompt=False)
@@ -383,6 +552,7 @@ class BlockPoolBatchEngine:
         line.transcript = with_reply(active.prompt.transcript, reply, echo)
         num_kept = active.prompt.num_shared
         self._book.record_turn(active.agent_id, line, num_kept, conversation)
+        return True
 
     def _fail(self, active: ActiveRequest, error: Exception) -> None:
         """The conversation stays as it was before the request; what was computed can be found."""

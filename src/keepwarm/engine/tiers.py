@@ -1,17 +1,19 @@
 """Where every line's KV is, and the moves between the tiers.
 
-Hot is a slab, warm is blocks and a tail. Every byte is an allocation of the pool; when memory is
-short the cheapest loss comes first: spare slabs, copies of what a slab holds as well, the slabs of
-resting lines (which become blocks, equal prefixes once), and only then blocks themselves.
+Hot is a slab, warm is blocks and a tail, cold is records in the store, found by content. Every byte
+of memory is an allocation of the pool; when it is short the cheapest loss comes first: spare slabs
+and buffers, copies of what a slab holds as well, the slabs of resting lines (which become blocks,
+equal prefixes once), and only then blocks themselves, those that are on disk first.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import takewhile
 
 from keepwarm.core.agent import AgentBlocks
+from keepwarm.core.agent_store import AgentStore, NoStore
 from keepwarm.core.block import (
     Block,
     BlockHash,
@@ -26,6 +28,9 @@ from keepwarm.core.policies import BlockVictim, choose_victims, demotion_order
 from keepwarm.core.pool import Allocation, BlockPool, Kind
 from keepwarm.core.ports import BatchGenerator, Payload, Slab
 from keepwarm.core.prefix_index import PrefixIndex
+from keepwarm.core.stored import KVFamily, Record
+from keepwarm.engine.fetching import FetchQueue
+from keepwarm.engine.saving import SaveQueue, Source, Unsaved, staging, tail_of
 from keepwarm.engine.slabs import PaidSlab, SlabShelf
 
 
@@ -36,7 +41,16 @@ class TierCounters:
     demotions: int = 0
     evicted_blocks: int = 0
     restored_blocks: int = 0
+    fetched_tokens: int = 0
     slab_growths: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Records to fetch, in order, and the first position that they cannot serve."""
+
+    records: list[Record]
+    end: int
 
 
 class Tiers:
@@ -46,18 +60,29 @@ class Tiers:
     """
 
     def __init__(
-        self, pool: BlockPool, generator: BatchGenerator, *, root: BlockHash, token_bytes: int
+        self,
+        pool: BlockPool,
+        generator: BatchGenerator,
+        *,
+        family: KVFamily,
+        store: AgentStore | None = None,
     ) -> None:
+        store = store or NoStore()
         self.pool = pool
         self.index = PrefixIndex(pool)
         self.counters = TierCounters()
         self.generator = generator
-        self._root = root
-        self._token_bytes = token_bytes
+        self.saves = SaveQueue(store, family, pool)
+        self.fetches = FetchQueue(store, family, pool)
+        self._store = store
+        self._family = family
+        self._root = family.root
+        self._token_bytes = family.layout.token_bytes
         self._lines: dict[LineId, AgentBlocks] = {}
+        self._put_away: set[LineId] = set()
         self._shelf = SlabShelf(pool)
         self._next_line = 0
-        self._now = 0
+        self._now = store.clock()
 
     def __repr__(self) -> str:
         hot = sum(line.slab is not None for line in self._lines.values())
@@ -65,9 +90,9 @@ class Tiers:
 
     # -- lines -----------------------------------------------------------------------------------
 
-    def new_line(self) -> AgentBlocks:
+    def new_line(self, agent_id: str | None = None) -> AgentBlocks:
         self._next_line += 1
-        line = AgentBlocks(LineId(self._next_line))
+        line = AgentBlocks(LineId(self._next_line), agent_id)
         self._lines[line.line] = line
         self.touch(line)
         return line
@@ -83,14 +108,16 @@ class Tiers:
         self._free_slab(line)
         del self._lines[line.line]
 
-    def fork(self, parent: AgentBlocks, num_tokens: int) -> AgentBlocks:
+    def fork(
+        self, parent: AgentBlocks, num_tokens: int, agent_id: str | None = None
+    ) -> AgentBlocks:
         """A new line that holds the parent's first tokens.
 
         Whole blocks are shared by reference; only a tail is copied, and left out when there is no
         room for it.
         """
         num_tokens = min(num_tokens, parent.num_tokens)
-        child = self.new_line()
+        child = self.new_line(agent_id)
         for block in parent.blocks[: whole_blocks(num_tokens)]:
             self.index.retain(child.line, block)
             child.blocks.append(block)
@@ -103,11 +130,20 @@ class Tiers:
 
     # -- into the slab ---------------------------------------------------------------------------
 
-    def make_hot(self, line: AgentBlocks, token_ids: Sequence[int], capacity_tokens: int) -> None:
+    def make_hot(
+        self,
+        line: AgentBlocks,
+        token_ids: Sequence[int],
+        capacity_tokens: int,
+        *,
+        known_ids: Sequence[int] = (),
+        is_worth_fetching: Callable[[], bool] = lambda: True,
+    ) -> None:
         """Give the line a slab, keep what `token_ids` continues, and name the blocks to restore.
 
-        Raises PoolExhausted when other running or pinned lines leave too little; the line is then
-        as before.
+        What memory lacks and the store has is fetched, where that is worth it; `known_ids` are
+        those of the line's conversation, under which the store has it. Raises PoolExhausted when
+        other running or pinned lines leave too little; the line is then as before.
         """
         run = self.index.longest_run(chain_hashes(self._root, token_ids))
         with self._guarded(run), _busy(line):
@@ -119,9 +155,16 @@ class Tiers:
                 self.reserve(line, capacity_tokens)
                 self._adopt(line, run, token_ids)
         line.busy = True
+        self._begin_fetch(line, token_ids, known_ids, is_worth_fetching)
 
     def make_hot_at_any_cost(
-        self, line: AgentBlocks, token_ids: Sequence[int], capacity_tokens: int
+        self,
+        line: AgentBlocks,
+        token_ids: Sequence[int],
+        capacity_tokens: int,
+        *,
+        known_ids: Sequence[int] = (),
+        is_worth_fetching: Callable[[], bool] = lambda: True,
     ) -> None:
         """As make_hot, but where nobody will leave, give up even the blocks to be restored.
 
@@ -132,7 +175,13 @@ class Tiers:
             self.demote(line)
         with _unpinned(line):
             self.make_room(self.generator.slab_bytes(capacity_tokens))
-        self.make_hot(line, token_ids, capacity_tokens)
+        self.make_hot(
+            line,
+            token_ids,
+            capacity_tokens,
+            known_ids=known_ids,
+            is_worth_fetching=is_worth_fetching,
+        )
 
     def reserve(self, line: AgentBlocks, capacity_tokens: int) -> None:
         """Grow the slab to at least that capacity. Raises PoolExhausted, leaving the slab."""
@@ -169,6 +218,28 @@ class Tiers:
                 self._release_tail(line)
         return slab.num_tokens - before
 
+    def take_fetched(
+        self, line: AgentBlocks, token_ids: Sequence[int], max_bytes: float = math.inf
+    ) -> int:
+        """Copy what has come from the store into the slab. Returns how many tokens that were.
+
+        `token_ids` are those that the line was made hot for.
+        """
+        slab, _ = _slab_of(line)
+        before = slab.num_tokens
+        while (slab.num_tokens - before) * self._token_bytes < max_bytes:
+            arrival = self.fetches.next_arrival(line.line, self.generator)
+            if arrival is None:
+                break
+            start = arrival.record.first_position
+            if start != slab.num_tokens:
+                raise InvariantBroken(f"{arrival.record} does not follow {slab!r}")
+            self.generator.reconstruct(slab, [arrival.payload])
+            self.fetches.done(line.line)
+            self.advance(line, token_ids[start : slab.num_tokens])
+        self.counters.fetched_tokens += slab.num_tokens - before
+        return slab.num_tokens - before
+
     def adopt_computed(self, line: AgentBlocks, token_ids: Sequence[int]) -> int:
         """Name the blocks that others have computed meanwhile, right behind what the line holds.
 
@@ -194,6 +265,7 @@ class Tiers:
                 depth = len(line.blocks)
                 block = self.index.enter_slab(line.line, depth, child_hash(parent, ids))
                 line.blocks.append(block)
+                self.saves.offer(Unsaved(block.hash, parent, depth, tuple(ids), line.agent_id))
 
     # -- out of the slab -------------------------------------------------------------------------
 
@@ -202,6 +274,7 @@ class Tiers:
 
         One that was not wholly restored has its blocks still and goes back to them.
         """
+        self.fetches.cancel(line.line)
         if line.num_to_restore:
             self.demote(line)
         line.busy = False
@@ -224,10 +297,12 @@ class Tiers:
             self.index.leave_slab(line.line, block)
         if len(payloads) > len(homeless):
             self._set_tail(line, payloads[-1])
+            self.offer_tail(line)
         self.counters.demotions += 1
 
     def truncate(self, line: AgentBlocks, num_tokens: int) -> None:
         """Forget the line's KV from `num_tokens` on; what other lines own stays with them."""
+        self.fetches.cancel(line.line)
         if num_tokens >= line.num_tokens:
             return
         if line.slab is None:
@@ -238,6 +313,7 @@ class Tiers:
     def discard_slab(self, line: AgentBlocks) -> None:
         """The slab's content cannot be trusted: keep only what is stored elsewhere as well."""
         _, allocation = _slab_of(line)
+        self.fetches.cancel(line.line)
         self._cut_table(line, whole_blocks(line.num_in_slab))
         line.slab = line.slab_allocation = None
         self.pool.release(allocation)
@@ -249,12 +325,75 @@ class Tiers:
             self._lose(lost)
         line.busy = False
 
+    # -- to the store ----------------------------------------------------------------------------
+
+    def offer_tail(self, line: AgentBlocks) -> None:
+        """Have the line's unfinished block saved, as far as it goes."""
+        ids = line.token_ids[len(line.blocks) * BLOCK_TOKENS :]
+        if ids:
+            parent = line.blocks[-1].hash if line.blocks else self._root
+            self.saves.offer(tail_of(line, parent, ids))
+
+    def offer_tails(self) -> None:
+        """Of every line, as before a shutdown."""
+        for line in self._lines.values():
+            self.offer_tail(line)
+
+    def save_some(self, max_bytes: float = math.inf) -> None:
+        """Hand what waits to be saved to the store, while that takes it; at most so many bytes.
+
+        What only a slab holds is copied, if the pool has the memory to spare.
+        """
+        num_left = max_bytes / self._token_bytes
+        for unsaved in self.saves:
+            num_tokens = self.saves.num_missing(unsaved)
+            if not num_tokens or not self._holds(unsaved):
+                self.saves.drop(unsaved)
+                continue
+            if num_left <= 0 or not self.saves.accepts(num_tokens):
+                return
+            source = self._source_of(unsaved, num_tokens)
+            if source is None and self._demote_for(unsaved):
+                source = self._source_of(unsaved, num_tokens)
+            if source is None:
+                return
+            self.saves.save(unsaved, source, self.generator)
+            num_left -= num_tokens
+
+    def put_away(self, line: AgentBlocks) -> None:
+        """Save a resting line to its last token, and free its memory when the store has it all."""
+        if line.slab is not None:
+            self.demote(line)
+        self.offer_tail(line)
+        self._put_away.add(line.line)
+
+    def release_put_away(self) -> None:
+        """Free the memory of lines that were put away and are wholly stored now."""
+        for line_id in list(self._put_away):
+            line = self._lines.get(line_id)
+            if line is None or line.busy or line.slab is not None:
+                self._put_away.remove(line_id)
+            elif self.stored_tokens(line.token_ids) >= line.num_tokens and not self._is_saving(
+                line
+            ):
+                self._put_away.remove(line_id)
+                self.truncate(line, 0)
+
+    def _is_saving(self, line: AgentBlocks) -> bool:
+        return line.line in self._with_unsaved() or self.saves.is_busy
+
+    def stored_tokens(self, token_ids: Sequence[int]) -> int:
+        """How many of the first tokens the store has."""
+        records = self._store.plan(self._family, self._root, token_ids)
+        return records[-1].end_position if records else 0
+
     # -- room ------------------------------------------------------------------------------------
 
     def make_room(self, needed_bytes: int) -> None:
         """Free bytes until so many are free. Raises PoolExhausted when that cannot be."""
         if self.pool.free_bytes >= needed_bytes:
             return
+        self.fetches.free_buffers()
         for free_some in (self._shelf.drop, self._drop_redundant, self._demote_resting):
             free_some(needed_bytes)
             if self.pool.free_bytes >= needed_bytes:
@@ -285,6 +424,9 @@ class Tiers:
                 holders[line.tail_allocation] = (1, line.tail.nbytes)
         for spare in self._shelf:
             holders[spare.allocation] = (1, spare.slab.nbytes)
+        holders.update(self.fetches.holders())
+        for allocation, (count, nbytes) in self.saves.holders().items():
+            holders[allocation] = (count + holders.get(allocation, (0, 0))[0], nbytes)
         return holders
 
     @contextmanager
@@ -312,6 +454,105 @@ class Tiers:
             self.index.retain(line.line, block)
             line.blocks.append(block)
         line.token_ids = list(token_ids[: line.num_tokens])
+
+    def _begin_fetch(
+        self,
+        line: AgentBlocks,
+        token_ids: Sequence[int],
+        known_ids: Sequence[int],
+        is_worth_fetching: Callable[[], bool],
+    ) -> None:
+        """Have what follows the line's KV, and lies in the store, brought into memory."""
+        depth = whole_blocks(line.num_tokens)
+        parent = line.blocks[depth - 1].hash if depth else self._root
+        plan = self._plan(parent, depth * BLOCK_TOKENS, token_ids, known_ids)
+        if plan.end <= line.num_tokens or not is_worth_fetching():
+            return
+        needed = [record for record in plan.records if record.end_position > line.num_tokens]
+        if needed[0].first_position != line.num_tokens:
+            self.truncate(line, depth * BLOCK_TOKENS)
+            needed = plan.records
+        with suppress(PoolExhausted), _busy(line):
+            largest = max(record.num_tokens for record in needed)
+            self.make_room(self._store.record_bytes(self._family, largest))
+        self.fetches.begin(line.line, needed, plan.end)
+
+    def _plan(
+        self, parent: BlockHash, start: int, token_ids: Sequence[int], known_ids: Sequence[int]
+    ) -> _Plan:
+        """By what was asked for; or by what the line is known to have said, where that is longer.
+
+        Of a record that goes on otherwise than asked for, the beginning serves.
+        """
+        wanted = self._store.plan(self._family, parent, token_ids[start:])
+        end = wanted[-1].end_position if wanted else start
+        num_common = common_prefix(token_ids, known_ids)
+        if num_common > end:
+            known = self._store.plan(self._family, parent, known_ids[start:])
+            useful = [record for record in known if record.first_position < num_common]
+            if useful and min(useful[-1].end_position, num_common) > end:
+                return _Plan(useful, min(useful[-1].end_position, num_common))
+        return _Plan(wanted, end)
+
+    def _holds(self, unsaved: Unsaved) -> bool:
+        """Whether its KV is still in memory."""
+        line = unsaved.tail_of
+        if line is None:
+            return self.index.get(unsaved.hash) is not None
+        start = unsaved.depth * BLOCK_TOKENS
+        ids = line.token_ids[start : start + len(unsaved.token_ids)]
+        return line.line in self._lines and tuple(ids) == unsaved.token_ids
+
+    def _source_of(self, unsaved: Unsaved, num_tokens: int) -> Source | None:
+        """The KV of its last tokens; None when there is no memory for a copy now."""
+        stop = len(unsaved.token_ids)
+        whole = self._whole_payload(unsaved)
+        if whole is not None and num_tokens == stop == whole.payload.num_tokens:
+            self.pool.retain(whole.allocation)
+            return whole
+        allocation = staging(self.pool, num_tokens * self._token_bytes)
+        if allocation is None:
+            return None
+        if whole is not None:
+            return Source(self.generator.cut(whole.payload, stop - num_tokens, stop), allocation)
+        start = unsaved.depth * BLOCK_TOKENS
+        slab = self._slab_of_unsaved(unsaved)
+        payload = self.generator.extract(slab, start + stop - num_tokens, start + stop)
+        return Source(payload, allocation)
+
+    def _demote_for(self, unsaved: Unsaved) -> bool:
+        """Where memory has no room for a copy, a resting line's slab becomes what is written."""
+        block = self.index.get(unsaved.hash)
+        lines = [unsaved.tail_of] if unsaved.tail_of is not None else []
+        lines += [self._lines[line] for line in (block.slabs if block is not None else ())]
+        resting = [line for line in lines if line.slab is not None and not line.busy]
+        if resting:
+            self.demote(resting[0])
+        return bool(resting)
+
+    def _whole_payload(self, unsaved: Unsaved) -> Source | None:
+        """The payload that begins where the block begins, if it has one."""
+        line = unsaved.tail_of
+        block = self.index.get(unsaved.hash) if line is None else self._block_at(line, unsaved)
+        if block is not None:
+            if block.payload is not None and block.allocation is not None:
+                return Source(block.payload, block.allocation)
+        elif line is not None and line.tail is not None and line.tail_allocation is not None:
+            return Source(line.tail, line.tail_allocation)
+        return None
+
+    def _block_at(self, line: AgentBlocks, unsaved: Unsaved) -> Block | None:
+        """The whole block that the line's tail has become meanwhile."""
+        return line.blocks[unsaved.depth] if unsaved.depth < len(line.blocks) else None
+
+    def _slab_of_unsaved(self, unsaved: Unsaved) -> Slab:
+        line = unsaved.tail_of
+        block = self.index.get(unsaved.hash) if line is None else self._block_at(line, unsaved)
+        if block is not None:
+            return self._slab_with(block)
+        if line is None:
+            raise InvariantBroken(f"{unsaved} has no KV")
+        return _slab_of(line)[0]
 
     def _take_slab(self, capacity_tokens: int) -> PaidSlab:
         spare = self._shelf.take_spare(capacity_tokens)
@@ -444,10 +685,10 @@ class Tiers:
             block = line.blocks[whole_blocks(start)]
             if block.payload is None:
                 return self.generator.extract(self._slab_with(block), start, stop)
-            return self.generator.cut(block.payload, stop - start)
+            return self.generator.cut(block.payload, 0, stop - start)
         if line.tail is None:
             raise InvariantBroken(f"line {line.line} has no KV at {start}")
-        return self.generator.cut(line.tail, stop - start)
+        return self.generator.cut(line.tail, 0, stop - start)
 
     def _set_tail(self, line: AgentBlocks, payload: Payload) -> None:
         line.tail_allocation = self.pool.allocate(Kind.TAIL, payload.nbytes)
@@ -478,11 +719,21 @@ class Tiers:
 
     def _evict(self, needed_bytes: int) -> None:
         missing = needed_bytes - self.pool.free_bytes
-        for victim in choose_victims(self._lines, self.index, missing):
+        for victim in choose_victims(self._lines, self.index, missing, self._with_unsaved()):
             if isinstance(victim, BlockVictim):
                 self._lose(victim.block)
             else:
                 self._drop_tail(victim.line)
+
+    def _with_unsaved(self) -> set[LineId]:
+        """The lines of whose KV something is in memory only."""
+        lines: set[LineId] = set()
+        for unsaved in self.saves:
+            if unsaved.tail_of is not None:
+                lines.add(unsaved.tail_of.line)
+            elif (block := self.index.get(unsaved.hash)) is not None:
+                lines |= block.owners
+        return lines
 
 
 def _lives_only_in(block: Block, line: AgentBlocks) -> bool:

@@ -311,8 +311,22 @@ class SlabArrays:
         larger.prepare(math.inf)
 
 
-def cut(payload: KVPayload, num_tokens: int) -> KVPayload:
-    """A copy of the first tokens of a payload."""
-    if num_tokens > payload.num_tokens:
-        raise InvariantBroken(f"{num_tokens} of {payload.num_tokens} tokens were asked for")
-    return KVPayload(num_tokens, tuple(array[:, :num_tokens].copy() for array in payload.arrays))
+def cut(payload: KVPayload, start: int, stop: int) -> KVPayload:
+    """A copy of the positions [start, stop) of a payload."""
+    if not 0 <= start <= stop <= payload.num_tokens:
+        raise InvariantBroken(f"[{start}, {stop}) is not within {payload.num_tokens} tokens")
+    return KVPayload(stop - start, tuple(array[:, start:stop].copy() for array in payload.arrays))
+
+
+def unpack(layout: CacheLayout, num_tokens: int, data: memoryview) -> KVPayload:
+    """The payload whose arrays lie end to end in `data`; they keep it alive and do not copy it."""
+    tensors = layout.tensors(num_tokens)
+    if data.nbytes != sum(tensor.nbytes for tensor in tensors):
+        raise InvariantBroken(f"{data.nbytes} bytes are no payload of {num_tokens} tokens")
+    arrays: list[RawArray] = []
+    start = 0
+    for tensor in tensors:
+        piece = data[start : start + tensor.nbytes]
+        arrays.append(np.frombuffer(piece, _RAW_DTYPES[layout.dtype]).reshape(tensor.shape))
+        start += tensor.nbytes
+    return KVPayload(num_tokens, tuple(arrays))

@@ -16,7 +16,15 @@ from keepwarm.core.errors import InvariantBroken
 from keepwarm.core.layout import CacheLayout
 from keepwarm.core.ports import Payload, RowId, RowInput, Slab
 from keepwarm.mlx_backend import canonical
-from keepwarm.mlx_backend.arrays import KVPayload, LayerCache, RowSlab, SlabArrays, copies_for, cut
+from keepwarm.mlx_backend.arrays import (
+    KVPayload,
+    LayerCache,
+    RowSlab,
+    SlabArrays,
+    copies_for,
+    cut,
+    unpack,
+)
 from keepwarm.mlx_backend.sampling import sample
 from keepwarm.mlx_backend.seam import RowsLayer, open_seam
 
@@ -89,8 +97,14 @@ class RowBatchGenerator:
     def copy_span(self, source: Slab, target: Slab, start: int, stop: int) -> None:
         self._arrays.copy_span(_own(source), self._outside(target), start, stop)
 
-    def cut(self, payload: Payload, num_tokens: int) -> Payload:
-        return cut(_own_payload(payload), num_tokens)
+    def cut(self, payload: Payload, start: int, stop: int) -> Payload:
+        return cut(_own_payload(payload), start, stop)
+
+    def pack(self, payload: Payload) -> tuple[memoryview, ...]:
+        return tuple(array.data.cast("B") for array in _own_payload(payload).arrays)
+
+    def unpack(self, num_tokens: int, data: memoryview) -> Payload:
+        return unpack(self._layout, num_tokens, data)
 
     # -- rows ------------------------------------------------------------------------------------
 

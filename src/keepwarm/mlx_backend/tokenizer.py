@@ -1,10 +1,12 @@
 """The engine's `Tokenizer` over a Hugging Face fast tokenizer."""
 
+import hashlib
 import json
 import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jinja2
@@ -45,6 +47,11 @@ class HFTokenizer:
     @property
     def eos_token_ids(self) -> frozenset[int]:
         return self._eos_token_ids
+
+    @cached_property
+    def fingerprint(self) -> str:
+        vocabulary = sorted(self._fast.get_vocab(with_added_tokens=True).items())
+        return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True

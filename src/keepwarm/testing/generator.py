@@ -1,7 +1,9 @@
 """A generator without tensors whose tokens depend on every id before them."""
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 
 from keepwarm.core.errors import InvariantBroken
 from keepwarm.core.layout import CacheLayout, LayerLayout
@@ -145,10 +147,24 @@ class FakeBatchGenerator:
         self.reconstruct(target, [payload])
         self.num_copied_tokens -= stop - start
 
-    def cut(self, payload: Payload, num_tokens: int) -> Payload:
-        if not isinstance(payload, FakePayload) or num_tokens > payload.num_tokens:
-            raise InvariantBroken(f"{num_tokens} tokens cannot be cut from {payload!r}")
-        return FakePayload(payload.values[:num_tokens], payload.token_bytes)
+    def cut(self, payload: Payload, start: int, stop: int) -> Payload:
+        if not isinstance(payload, FakePayload) or not start <= stop <= payload.num_tokens:
+            raise InvariantBroken(f"[{start}, {stop}) cannot be cut from {payload!r}")
+        return FakePayload(payload.values[start:stop], payload.token_bytes)
+
+    def pack(self, payload: Payload) -> tuple[memoryview, ...]:
+        if not isinstance(payload, FakePayload):
+            raise InvariantBroken(f"{payload!r} is no payload of this generator")
+        data = memoryview(array("Q", payload.values).tobytes())
+        tensors = self._layout.tensors(payload.num_tokens)
+        ends = list(accumulate(tensor.nbytes for tensor in tensors))
+        return tuple(data[start:end] for start, end in pairwise([0, *ends]))
+
+    def unpack(self, num_tokens: int, data: memoryview) -> Payload:
+        values = tuple(array("Q", bytes(data)))
+        if len(values) != num_tokens:
+            raise InvariantBroken(f"{data.nbytes} bytes are no payload of {num_tokens} tokens")
+        return FakePayload(values, self._layout.token_bytes)
 
     def open_row(self, row: RowId, slab: Slab) -> None:
         outside = self._outside(slab)

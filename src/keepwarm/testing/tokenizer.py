@@ -43,6 +43,10 @@ class FakeTokenizer:
     def eos_token_ids(self) -> frozenset[int]:
         return frozenset({_ID_OF_SPECIAL[IM_END], _ID_OF_SPECIAL[EOS]})
 
+    @property
+    def fingerprint(self) -> str:
+        return "fake"
+
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True
     ) -> tuple[Piece, ...]:

@@ -1,0 +1,123 @@
+"""The paths of EXP-005 that lead over a disk: parked, after a restart, after SIGKILL."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from tempfile import TemporaryDirectory
+
+from keepwarm.bench.lab import Case, Lab, Setting, require
+from keepwarm.bench.recording import Recording
+from keepwarm.core.agent import Tier
+from keepwarm.core.layout import BLOCK_TOKENS
+from keepwarm.store.agent_cache_store import AgentCacheStore
+
+CHILD_TIMEOUT_S = 300.0
+READY = "the first turn is on disk"
+
+
+@dataclass(frozen=True, slots=True)
+class FirstTurn:
+    """What the agent says before it is put away."""
+
+    prompt: tuple[int, ...]
+    reply: tuple[int, ...]
+
+    @property
+    def num_held(self) -> int:
+        """How many tokens have KV after the turn: the reply's last one was never fed."""
+        return len(self.prompt) + len(self.reply) - 1
+
+
+def parked(setting: Setting, first: FirstTurn, case: Case) -> Recording:
+    """Out of memory altogether, and back from the disk, in one process."""
+    with _folder() as folder, AgentCacheStore(folder) as store:
+        lab = setting.lab(store=store)
+        lab.say("ada", first.prompt, first.reply)
+        lab.engine.park("ada")
+        lab.settle()
+        require(not lab.engine.agent("ada").slab_bytes, "the agent is still in memory")
+        return _resumed(lab, first.num_held, case)
+
+
+def restarted(setting: Setting, first: FirstTurn, case: Case) -> Recording:
+    """An engine and a store that know nothing but the folder, after a clean stop."""
+    with _folder() as folder:
+        with AgentCacheStore(folder) as store:
+            lab = setting.lab(store=store)
+            lab.say("ada", first.prompt, first.reply)
+            require(lab.engine.close(), "the engine did not save everything")
+        with AgentCacheStore(folder) as store:
+            return _resumed(setting.lab(store=store), first.num_held, case)
+
+
+def killed(setting: Setting, first: FirstTurn, case: Case) -> Recording:
+    """After SIGKILL to a process that was in the middle of the agent's second turn."""
+    with _folder() as folder:
+        _run_and_kill(setting, first, folder)
+        with AgentCacheStore(folder) as store:
+            num_stored = first.num_held - first.num_held % BLOCK_TOKENS
+            return _resumed(setting.lab(store=store), num_stored, case)
+
+
+def _resumed(lab: Lab, num_held: int, case: Case) -> Recording:
+    turn = lab.run_case("ada", case)
+    lab.require_reuse(turn, Tier.COLD, num_held)
+    return lab.recording(turn)
+
+
+def _run_and_kill(setting: Setting, first: FirstTurn, folder: FilePath) -> None:
+    order = {
+        "model": setting.loaded.name,
+        "deterministic": setting.deterministic,
+        "folder": str(folder),
+        "prompt": first.prompt,
+        "reply": first.reply,
+    }
+    child = subprocess.Popen(
+        [sys.executable, "-m", "keepwarm.bench.durable_paths"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with child:
+        if child.stdin is None or child.stdout is None:
+            raise RuntimeError("the child has no pipes")
+        child.stdin.write(json.dumps(order))
+        child.stdin.close()
+        said = child.stdout.readline().strip()
+        child.send_signal(signal.SIGKILL)
+        child.wait(CHILD_TIMEOUT_S)
+    require(said == READY, f"the process to be killed said {said!r}")
+    require(child.returncode == -signal.SIGKILL, f"it ended with {child.returncode}")
+
+
+def play_victim() -> None:
+    """The process that is killed: says the first turn, and then goes on until it is."""
+    from keepwarm import load_model
+
+    order = json.load(sys.stdin)
+    setting = Setting(load_model(order["model"]), deterministic=order["deterministic"])
+    lab = setting.lab(store=AgentCacheStore(order["folder"]))
+    turn = lab.say("ada", order["prompt"], order["reply"])
+    require(lab.completed(turn).durable, "the turn is not durable")
+    lab.settle()
+    going_on = lab.start("ada", [*order["prompt"], *order["reply"], *order["prompt"][:9]], 10_000)
+    while not lab.num_draws(going_on):
+        lab.step()
+    print(READY, flush=True)  # noqa: T201 - the signal to the parent
+    lab.finish(going_on)
+
+
+@contextmanager
+def _folder() -> Iterator[FilePath]:
+    with TemporaryDirectory(prefix="keepwarm-exp005-") as name:
+        yield FilePath(name)
+
+
+if __name__ == "__main__":
+    play_victim()

@@ -1,0 +1,167 @@
+"""What the engine needs of a durable store. Real: `store.AgentCacheStore`; fake: `testing`."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from keepwarm.core.block import BlockHash
+from keepwarm.core.stored import (
+    AgentState,
+    AgentSummary,
+    Committed,
+    Fetched,
+    KVFamily,
+    Record,
+    Saved,
+    StoreEvent,
+    StoreHealth,
+)
+
+
+class AgentStore(Protocol):
+    """Keeps records of KV and agents' states. It may forget a record; it never gives a wrong one.
+
+    Called from the engine's thread only. Nothing here waits for a disk but `load_agent`,
+    `summaries` and `wait`; what was asked for comes back as events of `poll`.
+    """
+
+    # -- KV --------------------------------------------------------------------------------------
+
+    def plan(self, family: KVFamily, parent: BlockHash, token_ids: Sequence[int]) -> list[Record]:
+        """The records that follow `parent` and hold the first of `token_ids`, in order."""
+        ...
+
+    def missing_from(self, parent: BlockHash, token_ids: Sequence[int]) -> int:
+        """From which position on one block's tokens are not stored, nor about to be."""
+        ...
+
+    def record_bytes(self, family: KVFamily, num_tokens: int) -> int:
+        """A size in bytes that a buffer for such a record must have."""
+        ...
+
+    def accepts(self, nbytes: int) -> bool:
+        """Whether `save` would take so many bytes now: the queue has room and the disk works."""
+        ...
+
+    def save(
+        self,
+        family: KVFamily,
+        record: Record,
+        token_ids: Sequence[int],
+        pieces: Sequence[memoryview],
+        maker: str | None,
+    ) -> None:
+        """Write the record in the background; `pieces` must not change until it is `Saved`.
+
+        `token_ids` are those of its block, up to the run's end. `maker` is the agent it is of.
+        """
+        ...
+
+    def fetch(self, family: KVFamily, record: Record, buffer: bytearray) -> int:
+        """Read the record into `buffer` and check it; a ticket for its `Fetched`."""
+        ...
+
+    def clock(self) -> int:
+        """The last `LineState.last_used` that was committed."""
+        ...
+
+    # -- agents ----------------------------------------------------------------------------------
+
+    def commit(self, state: AgentState) -> int:
+        """Write what is new of the agent, durably; a ticket for its `Committed`."""
+        ...
+
+    def delete_agent(self, agent_id: str) -> int:
+        """The agent, and the records that only it used, go for good; a ticket as for `commit`."""
+        ...
+
+    def load_agent(self, agent_id: str) -> AgentState | None:
+        """The agent as it was last committed, or is about to be."""
+        ...
+
+    def summaries(self) -> list[AgentSummary]: ...
+
+    # -- the whole -------------------------------------------------------------------------------
+
+    def poll(self) -> list[StoreEvent]:
+        """What has happened since the last call."""
+        ...
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until `poll` would return something, at most so long."""
+        ...
+
+    def health(self) -> StoreHealth: ...
+
+    def check(self) -> None: ...
+
+
+class NoStore:
+    """Implements `AgentStore` by keeping nothing: agents live as long as the process."""
+
+    def __init__(self) -> None:
+        self._events: list[StoreEvent] = []
+        self._num_tickets = 0
+
+    def plan(self, family: KVFamily, parent: BlockHash, token_ids: Sequence[int]) -> list[Record]:
+        return []
+
+    def missing_from(self, parent: BlockHash, token_ids: Sequence[int]) -> int:
+        """Nothing is missed by who keeps nothing."""
+        return len(token_ids)
+
+    def record_bytes(self, family: KVFamily, num_tokens: int) -> int:
+        return 0
+
+    def accepts(self, nbytes: int) -> bool:
+        return False
+
+    def save(
+        self,
+        family: KVFamily,
+        record: Record,
+        token_ids: Sequence[int],
+        pieces: Sequence[memoryview],
+        maker: str | None,
+    ) -> None:
+        self._events.append(Saved(record.hash, retry=False))
+
+    def fetch(self, family: KVFamily, record: Record, buffer: bytearray) -> int:
+        ticket = self._next_ticket()
+        self._events.append(Fetched(ticket, None))
+        return ticket
+
+    def clock(self) -> int:
+        return 0
+
+    def commit(self, state: AgentState) -> int:
+        ticket = self._next_ticket()
+        self._events.append(Committed(ticket, durable=False))
+        return ticket
+
+    def delete_agent(self, agent_id: str) -> int:
+        ticket = self._next_ticket()
+        self._events.append(Committed(ticket, durable=False))
+        return ticket
+
+    def load_agent(self, agent_id: str) -> AgentState | None:
+        return None
+
+    def summaries(self) -> list[AgentSummary]:
+        return []
+
+    def poll(self) -> list[StoreEvent]:
+        events, self._events = self._events, []
+        return events
+
+    def wait(self, timeout_s: float) -> None:
+        return
+
+    def health(self) -> StoreHealth:
+        return StoreHealth()
+
+    def check(self) -> None:
+        return
+
+    def _next_ticket(self) -> int:
+        self._num_tickets += 1
+        return self._num_tickets

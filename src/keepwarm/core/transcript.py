@@ -1,0 +1,66 @@
+"""What a line has said and heard: texts, special tokens and turns, by the ids that were fed."""
+
+from dataclasses import dataclass
+
+from keepwarm.core.errors import InvariantBroken
+from keepwarm.core.ports import Message, Piece
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A special token, or the text between two special tokens, with the ids as they were fed.
+
+    `text` is what was sent or delivered, never a decoding. It is None where only ids are known.
+    When `is_whole` is false, the ids end before the text does.
+    """
+
+    text: str | None
+    token_ids: tuple[int, ...]
+    is_whole: bool = True
+    is_special: bool = False
+
+    def says(self, piece: Piece) -> bool:
+        """Whether the stored ids may stand for the piece without asking a tokenizer."""
+        if self.is_special:
+            return self.token_ids == (piece.special_id,)
+        return self.is_whole and piece.special_id is None and self.text == piece.text
+
+
+NO_TEXT = Span("", ())
+
+
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """A line's spans: a text, a special token, a text, and so on; first and last is a text.
+
+    A text may be empty. The last one is open: a reply continues it.
+    """
+
+    spans: tuple[Span, ...] = (NO_TEXT,)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return tuple(token_id for span in self.spans for token_id in span.token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(span.token_ids) for span in self.spans)
+
+    def check(self) -> None:
+        """Texts and special tokens take turns."""
+        for position, span in enumerate(self.spans):
+            if span.is_special != bool(position % 2):
+                raise InvariantBroken(f"span {position} of {len(self.spans)} out of turn: {span}")
+        if len(self.spans) % 2 == 0:
+            raise InvariantBroken(f"a transcript of {len(self.spans)} spans has no open text")
+
+
+EMPTY = Transcript()
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Where a line stood when a turn had ended; `messages` None where they were not given."""
+
+    num_tokens: int
+    messages: tuple[Message, ...] | None

@@ -1,0 +1,169 @@
+"""Cold KV on its way into a slab: records read ahead, in order, through a few buffers."""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from keepwarm.core.agent_store import AgentStore
+from keepwarm.core.block import LineId
+from keepwarm.core.errors import PoolExhausted
+from keepwarm.core.pool import Allocation, BlockPool, Kind
+from keepwarm.core.ports import BatchGenerator, Payload
+from keepwarm.core.stored import Fetched, KVFamily, Record
+
+MAX_AHEAD = 3
+"""Records read ahead of the one that is copied into the slab."""
+
+
+@dataclass(slots=True, eq=False)
+class _Buffer:
+    """Memory to read into, allocated once and used again."""
+
+    data: bytearray
+    allocation: Allocation
+
+
+@dataclass(slots=True, eq=False)
+class _Reading:
+    record: Record
+    buffer: _Buffer
+    line: LineId
+    data: memoryview | None = None
+    has_arrived: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Fetch:
+    """A line's records: those to be asked for, and those that were; `end`: the first position
+    that is not wanted.
+    """
+
+    to_read: deque[Record]
+    end: int
+    reading: deque[_Reading] = field(default_factory=deque)
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """The next run of tokens, as a payload in a buffer that is used again after `done`."""
+
+    record: Record
+    payload: Payload
+
+
+class FetchQueue:
+    """Owns the read buffers and, for each line that is being restored, what it still waits for."""
+
+    def __init__(self, store: AgentStore, family: KVFamily, pool: BlockPool) -> None:
+        self._store = store
+        self._family = family
+        self._pool = pool
+        self._fetches: dict[LineId, _Fetch] = {}
+        self._readings: dict[int, _Reading] = {}
+        self._idle: list[_Buffer] = []
+
+    def __repr__(self) -> str:
+        return f"FetchQueue({len(self._fetches)} lines, {len(self._readings)} reads)"
+
+    def begin(self, line: LineId, records: Iterable[Record], end: int) -> None:
+        """Read these into memory, for `next_arrival` to hand out in order, up to position `end`."""
+        self._fetches[line] = _Fetch(deque(records), end)
+        self.read_ahead(line)
+
+    def is_fetching(self, line: LineId) -> bool:
+        return line in self._fetches
+
+    def is_waiting(self, line: LineId) -> bool:
+        """Whether the line's next record has not arrived yet."""
+        fetch = self._fetches.get(line)
+        return fetch is not None and bool(fetch.reading) and not fetch.reading[0].has_arrived
+
+    def read_ahead(self, line: LineId) -> None:
+        """Ask for the next records, as far as there are buffers; for one at least, or give up."""
+        fetch = self._fetches[line]
+        while fetch.to_read and len(fetch.reading) < MAX_AHEAD:
+            buffer = self._take_buffer(fetch.to_read[0])
+            if buffer is None:
+                if not fetch.reading:
+                    self._end(line)
+                return
+            record = fetch.to_read.popleft()
+            reading = _Reading(record, buffer, line)
+            fetch.reading.append(reading)
+            self._readings[self._store.fetch(self._family, record, buffer.data)] = reading
+
+    def note(self, fetched: Fetched) -> None:
+        """The store has answered. Nobody may wait for it any more."""
+        reading = self._readings.pop(fetched.ticket)
+        reading.data, reading.has_arrived = fetched.data, True
+        fetch = self._fetches.get(reading.line)
+        if fetch is None or reading not in fetch.reading:
+            self._give_back(reading)
+
+    def next_arrival(self, line: LineId, generator: BatchGenerator) -> Arrival | None:
+        """The line's next run of tokens; None when it is not there yet, or nothing follows.
+
+        A record that could not be read ends the fetch: what is missing must be computed.
+        """
+        fetch = self._fetches.get(line)
+        if fetch is None or not fetch.reading or not fetch.reading[0].has_arrived:
+            return None
+        reading = fetch.reading[0]
+        if reading.data is None:
+            self._end(line)
+            return None
+        record = reading.record
+        payload = generator.unpack(record.num_tokens, reading.data)
+        if record.end_position > fetch.end:
+            payload = generator.cut(payload, 0, fetch.end - record.first_position)
+        return Arrival(record, payload)
+
+    def done(self, line: LineId) -> None:
+        """The last arrival was copied: its buffer is free for the next read."""
+        fetch = self._fetches[line]
+        self._give_back(fetch.reading.popleft())
+        self.read_ahead_or_end(line)
+
+    def read_ahead_or_end(self, line: LineId) -> None:
+        self.read_ahead(line)
+        fetch = self._fetches.get(line)
+        if fetch is not None and not fetch.reading and not fetch.to_read:
+            self._end(line)
+
+    def cancel(self, line: LineId) -> None:
+        """The line wants nothing more; what is still being read is dropped when it comes."""
+        if line in self._fetches:
+            self._end(line)
+
+    def free_buffers(self) -> None:
+        """Give the memory of idle buffers back to the pool."""
+        while self._idle:
+            self._pool.release(self._idle.pop().allocation)
+
+    def holders(self) -> dict[Allocation, tuple[int, int]]:
+        waiting = {id(r.buffer): r.buffer for f in self._fetches.values() for r in f.reading}
+        reading = {id(r.buffer): r.buffer for r in self._readings.values()}
+        idle = {id(buffer): buffer for buffer in self._idle}
+        buffers = {**waiting, **reading, **idle}
+        return {b.allocation: (1, len(b.data)) for b in buffers.values()}
+
+    def _end(self, line: LineId) -> None:
+        for reading in self._fetches.pop(line).reading:
+            if reading.has_arrived:
+                self._give_back(reading)
+
+    def _give_back(self, reading: _Reading) -> None:
+        reading.data = None
+        self._idle.append(reading.buffer)
+
+    def _take_buffer(self, record: Record) -> _Buffer | None:
+        nbytes = self._store.record_bytes(self._family, record.num_tokens)
+        for buffer in self._idle:
+            if len(buffer.data) >= nbytes:
+                self._idle.remove(buffer)
+                return buffer
+        self.free_buffers()
+        try:
+            return _Buffer(bytearray(nbytes), self._pool.allocate(Kind.READING, nbytes))
+        except PoolExhausted:
+            return None

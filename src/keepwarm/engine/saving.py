@@ -1,0 +1,135 @@
+"""What is to be written to disk, what is being written, and the memory that this holds."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from keepwarm.core.agent import AgentBlocks
+from keepwarm.core.agent_store import AgentStore
+from keepwarm.core.block import BlockHash, child_hash
+from keepwarm.core.pool import Allocation, BlockPool, Kind
+from keepwarm.core.ports import BatchGenerator, Payload
+from keepwarm.core.stored import KVFamily, Record
+
+
+@dataclass(frozen=True, slots=True)
+class Unsaved:
+    """A block, whole or a line's tail, whose KV is to be written: `hash` names its last token.
+
+    `tail_of` is the line when it is a tail; a whole block is found by its hash.
+    """
+
+    hash: BlockHash
+    parent: BlockHash
+    depth: int
+    token_ids: tuple[int, ...]
+    maker: str | None
+    tail_of: AgentBlocks | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where an unsaved block's KV is: in memory that is paid for by `allocation`."""
+
+    payload: Payload
+    allocation: Allocation
+
+
+@dataclass(frozen=True, slots=True)
+class _Saving:
+    unsaved: Unsaved
+    source: Source
+
+
+class SaveQueue:
+    """Owns what waits to be saved, and retains the memory of what is on its way to the disk.
+
+    Nothing waits for it: when the store's queue is full, blocks stay where they are and are offered
+    again, or are evicted like any others.
+    """
+
+    def __init__(self, store: AgentStore, family: KVFamily, pool: BlockPool) -> None:
+        self._store = store
+        self._family = family
+        self._pool = pool
+        self._unsaved: dict[BlockHash, Unsaved] = {}
+        self._saving: dict[BlockHash, _Saving] = {}
+
+    def __repr__(self) -> str:
+        return f"SaveQueue({len(self._unsaved)} to save, {len(self._saving)} on their way)"
+
+    def __iter__(self) -> Iterator[Unsaved]:
+        """What is still to be handed to the store, oldest first; may be dropped meanwhile."""
+        return iter(list(self._unsaved.values()))
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether memory is held only until the disk has taken it."""
+        return bool(self._saving)
+
+    def __len__(self) -> int:
+        return len(self._unsaved) + len(self._saving)
+
+    def offer(self, unsaved: Unsaved) -> None:
+        """Remember to save it, unless the store has it all."""
+        is_stored = self._num_stored(unsaved) == len(unsaved.token_ids)
+        if not is_stored and unsaved.hash not in self._saving:
+            self._unsaved[unsaved.hash] = unsaved
+
+    def drop(self, unsaved: Unsaved) -> None:
+        """There is nothing to save any more."""
+        self._unsaved.pop(unsaved.hash, None)
+
+    def is_unsaved(self, block_hash: BlockHash) -> bool:
+        """Whether memory is the only place of this block."""
+        return block_hash in self._unsaved or block_hash in self._saving
+
+    def num_missing(self, unsaved: Unsaved) -> int:
+        """How many of its last tokens the store lacks."""
+        return len(unsaved.token_ids) - self._num_stored(unsaved)
+
+    def accepts(self, num_tokens: int) -> bool:
+        return self._store.accepts(self._store.record_bytes(self._family, num_tokens))
+
+    def save(self, unsaved: Unsaved, source: Source, generator: BatchGenerator) -> None:
+        """Hand over the last tokens, which the source's payload ends with.
+
+        The source's allocation is released when the disk has it: it must have been retained for
+        this.
+        """
+        stop = len(unsaved.token_ids)
+        start = stop - source.payload.num_tokens
+        before = child_hash(unsaved.parent, unsaved.token_ids[:start]) if start else unsaved.parent
+        record = Record(unsaved.hash, before, unsaved.parent, unsaved.depth, start, stop)
+        del self._unsaved[unsaved.hash]
+        self._saving[unsaved.hash] = _Saving(unsaved, source)
+        pieces = generator.pack(source.payload)
+        self._store.save(self._family, record, unsaved.token_ids, pieces, unsaved.maker)
+
+    def note(self, record_hash: BlockHash, *, retry: bool) -> None:
+        """The store needs the memory no more; with `retry` the record is to be offered again."""
+        saving = self._saving.pop(record_hash)
+        self._pool.release(saving.source.allocation)
+        if retry:
+            self.offer(saving.unsaved)
+
+    def holders(self) -> dict[Allocation, tuple[int, int]]:
+        """What is retained here: how often, and the bytes of each."""
+        held: dict[Allocation, tuple[int, int]] = {}
+        for saving in self._saving.values():
+            count, _ = held.get(saving.source.allocation, (0, 0))
+            held[saving.source.allocation] = (count + 1, saving.source.payload.nbytes)
+        return held
+
+    def _num_stored(self, unsaved: Unsaved) -> int:
+        return self._store.missing_from(unsaved.parent, unsaved.token_ids)
+
+
+def staging(pool: BlockPool, nbytes: int) -> Allocation | None:
+    """Memory for a copy out of a slab, if the pool has it to spare."""
+    return pool.allocate(Kind.SAVING, nbytes) if pool.free_bytes >= nbytes else None
+
+
+def tail_of(line: AgentBlocks, parent: BlockHash, token_ids: Sequence[int]) -> Unsaved:
+    """The line's last, unfinished block."""
+    ids = tuple(token_ids)
+    return Unsaved(child_hash(parent, ids), parent, len(line.blocks), ids, line.agent_id, line)

@@ -1,0 +1,109 @@
+"""An agent as the catalogue holds it, read back from its rows."""
+
+import sqlite3
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from keepwarm.core.block import BlockHash
+from keepwarm.core.stored import AgentSettings, AgentState, AgentSummary, LineState
+from keepwarm.core.transcript import Span, Transcript, Turn
+from keepwarm.store.catalog_errors import CatalogCorrupt
+from keepwarm.store.catalog_plan import CommittedAgent, CommittedLine, Head, MessageTree
+from keepwarm.store.catalog_rows import decode_message, span_of_row
+
+_SUMMARIES = """
+    SELECT name, pinned, priority, quota_bytes, policy,
+        coalesce(max(CASE number WHEN 0 THEN num_tokens END), 0),
+        coalesce(max(CASE number WHEN 0 THEN num_turns END), 0),
+        count(line), coalesce(max(last_used), 0)
+    FROM agents LEFT JOIN lines USING (agent) GROUP BY agents.agent ORDER BY name
+"""
+
+
+def read_agent(db: sqlite3.Connection, path: Path, name: str) -> CommittedAgent | None:
+    """Inside a transaction, so that all rows are of one commit. Raises CatalogCorrupt."""
+    found = db.execute(
+        "SELECT agent, pinned, priority, quota_bytes, policy FROM agents WHERE name = ?", (name,)
+    ).fetchone()
+    if found is None:
+        return None
+    agent_row, *settings = found
+    with decoding(path, f"the rows of agent {name!r}"):
+        lines = list(_read_lines(db, agent_row))
+        state = AgentState(name, _settings(*settings), tuple(line.state for line in lines))
+    return CommittedAgent(agent_row, state, {line.state.key: line for line in lines})
+
+
+def read_summaries(db: sqlite3.Connection) -> list[AgentSummary]:
+    return [
+        AgentSummary(name, _settings(pinned, priority, quota_bytes, policy), *numbers)
+        for name, pinned, priority, quota_bytes, policy, *numbers in db.execute(_SUMMARIES)
+    ]
+
+
+@contextmanager
+def decoding(path: Path, what: str) -> Iterator[None]:
+    """Values that nobody can have written mean a damaged file: SQLite has no checksums."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, struct.error) as error:
+        raise CatalogCorrupt(path, f"{what} cannot be decoded: {error!r}") from error
+
+
+def _settings(pinned: int, priority: int, quota_bytes: int | None, policy: str) -> AgentSettings:
+    return AgentSettings(bool(pinned), priority, quota_bytes, policy)
+
+
+def _read_lines(db: sqlite3.Connection, agent_row: int) -> Iterator[CommittedLine]:
+    rows = db.execute(
+        "SELECT line, number, tokenizer, head, last_used FROM lines WHERE agent = ?"
+        " ORDER BY number, tokenizer",
+        (agent_row,),
+    ).fetchall()
+    for line_id, number, tokenizer, head, last_used in rows:
+        tree = _read_tree(db, line_id)
+        turn_rows = _read_turns(db, line_id)
+        for turn_head in (*(turn_head for _, turn_head in turn_rows), head):
+            tree.hold_stored(turn_head)
+        conversation = tree.conversations()
+        state = LineState(
+            number=number,
+            tokenizer=tokenizer,
+            transcript=_read_transcript(db, line_id),
+            turns=tuple(Turn(num_tokens, conversation(h)) for num_tokens, h in turn_rows),
+            messages=conversation(head),
+            block_hashes=_read_blocks(db, line_id),
+            last_used=last_used,
+        )
+        yield CommittedLine(line_id, state, tree, head, [h for _, h in turn_rows])
+
+
+def _read_tree(db: sqlite3.Connection, line_id: int) -> MessageTree:
+    tree = MessageTree()
+    for node, parent, data in db.execute(
+        "SELECT node, parent, json FROM messages WHERE line = ? ORDER BY node", (line_id,)
+    ):
+        tree.load(node, parent, decode_message(data))
+    return tree
+
+
+def _read_turns(db: sqlite3.Connection, line_id: int) -> list[tuple[int, Head]]:
+    return db.execute(
+        "SELECT num_tokens, head FROM turns WHERE line = ? ORDER BY position", (line_id,)
+    ).fetchall()
+
+
+def _read_transcript(db: sqlite3.Connection, line_id: int) -> Transcript:
+    rows = db.execute(
+        "SELECT text, token_ids, is_whole, is_special FROM spans WHERE line = ? ORDER BY position",
+        (line_id,),
+    )
+    spans: list[Span] = [span_of_row(*row) for row in rows]
+    return Transcript(tuple(spans))
+
+
+def _read_blocks(db: sqlite3.Connection, line_id: int) -> tuple[BlockHash, ...]:
+    rows = db.execute("SELECT hash FROM line_blocks WHERE line = ? ORDER BY depth", (line_id,))
+    return tuple(BlockHash(block_hash) for (block_hash,) in rows)

@@ -1,0 +1,256 @@
+"""Which records lie on disk, what follows what, who uses them and what may go first."""
+
+import heapq
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from keepwarm.core.block import BlockHash, child_hash
+from keepwarm.core.errors import InvariantBroken
+from keepwarm.core.layout import BLOCK_TOKENS
+from keepwarm.core.stored import AgentState, Record
+from keepwarm.store.usage import Usage
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A record on disk, or on its way there. `maker` is the agent that it counts against."""
+
+    record: Record
+    file_bytes: int
+    maker: str | None
+    last_used: int
+    is_saved: bool = True
+    num_readers: int = 0
+
+
+class RecordIndex:
+    """All records by hash, as a tree through `Record.before`. Belongs to the engine's thread.
+
+    A record whose predecessor was lost stays: it is reachable again when that is saved again.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[BlockHash, Entry] = {}
+        self._num_followers: Counter[BlockHash] = Counter()
+        self._partial_stops: defaultdict[BlockHash, Counter[int]] = defaultdict(Counter)
+        self._leaves: list[tuple[int, bytes]] | None = None
+        self._made_bytes: Counter[str] = Counter()
+        self.usage = Usage()
+        self.num_bytes = 0
+
+    def __repr__(self) -> str:
+        return f"RecordIndex({len(self._entries)} records, {self.num_bytes:,} bytes)"
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries.values())
+
+    def get(self, record_hash: BlockHash) -> Entry | None:
+        return self._entries.get(record_hash)
+
+    # -- finding ---------------------------------------------------------------------------------
+
+    def plan(self, parent: BlockHash, token_ids: Sequence[int]) -> list[Entry]:
+        """The records that follow `parent` and hold the first of `token_ids`, in order."""
+        found: list[Entry] = []
+        for start in range(0, len(token_ids), BLOCK_TOKENS):
+            ids = token_ids[start : start + BLOCK_TOKENS]
+            runs = self.runs_of_block(parent, ids)
+            found += runs
+            if not runs or runs[-1].record.stop < BLOCK_TOKENS:
+                break
+            parent = runs[-1].record.hash
+        return found
+
+    def runs_of_block(self, parent: BlockHash, token_ids: Sequence[int]) -> list[Entry]:
+        """The records that hold the most of one block's first tokens, in order."""
+        if len(token_ids) == BLOCK_TOKENS:
+            runs = self._chain(child_hash(parent, token_ids))
+            if runs:
+                return runs
+        stops = self._partial_stops.get(parent, ())
+        for stop in sorted((stop for stop in stops if stop <= len(token_ids)), reverse=True):
+            runs = self._chain(child_hash(parent, token_ids[:stop]))
+            if runs:
+                return runs
+        return []
+
+    def _chain(self, record_hash: BlockHash) -> list[Entry]:
+        """The record and those before it in its block; empty when one of them is missing."""
+        runs: list[Entry] = []
+        entry = self._entries.get(record_hash)
+        while entry is not None:
+            runs.append(entry)
+            if entry.record.start == 0:
+                return runs[::-1]
+            entry = self._entries.get(entry.record.before)
+        return []
+
+    # -- changing --------------------------------------------------------------------------------
+
+    def load(self, entries: Iterable[Entry]) -> None:
+        """The records of a store that is being opened."""
+        for entry in entries:
+            self._enter(entry)
+
+    def use(self, state: AgentState) -> None:
+        """The agent was committed: its blocks were used when its lines were."""
+        for line in state.lines:
+            for block_hash in line.block_hashes:
+                self.touch(block_hash, line.last_used)
+        if self.usage.change(state):
+            self._leaves = None  # what nobody pins any more may be anywhere in the tree
+
+    def disuse(self, agent_id: str) -> list[Entry]:
+        """The agent is gone: forget what it made or used and nobody else uses."""
+        hashes = self.usage.forget(agent_id)
+        made = [entry.record.hash for entry in self if entry.maker == agent_id]
+        own = [h for h in dict.fromkeys([*hashes, *made]) if not self.usage.is_used(h)]
+        return [entry for h in own if (entry := self.forget(h)) is not None]
+
+    def add(self, entry: Entry) -> None:
+        if entry.record.hash in self._entries:
+            raise InvariantBroken(f"{entry.record} is stored already")
+        self._enter(entry)
+        self._offer(entry)
+
+    def _enter(self, entry: Entry) -> None:
+        record = entry.record
+        self._entries[record.hash] = entry
+        self._num_followers[record.before] += 1
+        if record.stop < BLOCK_TOKENS:
+            self._partial_stops[record.parent][record.stop] += 1
+        self._count(entry, entry.file_bytes)
+
+    def confirm(self, entry: Entry, file_bytes: int) -> None:
+        """It is on disk, and this is what it takes."""
+        self._count(entry, file_bytes - entry.file_bytes)
+        entry.file_bytes = file_bytes
+        entry.is_saved = True
+        self._offer(entry)
+
+    def bytes_of(self, maker: str) -> int:
+        """What the records take that this agent made."""
+        return self._made_bytes[maker]
+
+    def _count(self, entry: Entry, nbytes: int) -> None:
+        self.num_bytes += nbytes
+        if entry.maker is not None:
+            self._made_bytes[entry.maker] += nbytes
+
+    def forget(self, record_hash: BlockHash) -> Entry | None:
+        """The record is gone, or about to go."""
+        entry = self._entries.pop(record_hash, None)
+        if entry is None:
+            return None
+        record = entry.record
+        self._count(entry, -entry.file_bytes)
+        self._num_followers[record.before] -= 1
+        if not self._num_followers[record.before]:
+            del self._num_followers[record.before]
+            if (before := self._entries.get(record.before)) is not None:
+                self._offer(before)
+        if record.stop < BLOCK_TOKENS:
+            self._forget_stop(record)
+        return entry
+
+    def _forget_stop(self, record: Record) -> None:
+        stops = self._partial_stops[record.parent]
+        stops[record.stop] -= 1
+        if not stops[record.stop]:
+            del stops[record.stop]
+        if not stops:
+            del self._partial_stops[record.parent]
+
+    def touch(self, record_hash: BlockHash, last_used: int) -> None:
+        entry = self._entries.get(record_hash)
+        if entry is not None:
+            entry.last_used = max(entry.last_used, last_used)
+
+    def offer(self, record_hash: BlockHash) -> None:
+        """After a reader, a user or a pin has gone: it may be evicted again."""
+        entry = self._entries.get(record_hash)
+        if entry is not None:
+            self._offer(entry)
+
+    # -- evicting --------------------------------------------------------------------------------
+
+    def choose_victims(self, needed_bytes: int) -> list[Entry]:
+        """Forget records of so many bytes: least recently used first, leaf before prefix.
+
+        Fewer when nothing else may go: what is pinned, being read or being written stays.
+        """
+        if self._leaves is None:
+            self._leaves = [(e.last_used, e.record.hash) for e in self if self._is_evictable(e)]
+            heapq.heapify(self._leaves)
+        victims: list[Entry] = []
+        freed = 0
+        while freed < needed_bytes and self._leaves:
+            last_used, record_hash = heapq.heappop(self._leaves)
+            entry = self._entries.get(BlockHash(record_hash))
+            if entry is None or not self._is_evictable(entry):
+                continue
+            if entry.last_used > last_used:
+                self._offer(entry)
+                continue
+            self.forget(entry.record.hash)
+            victims.append(entry)
+            freed += entry.file_bytes
+        return victims
+
+    def choose_victims_of(self, maker: str, needed_bytes: int) -> list[Entry]:
+        """The same among the records that one agent made."""
+        victims: list[Entry] = []
+        freed = 0
+        while freed < needed_bytes:
+            own = [e for e in self if e.maker == maker and self._is_evictable(e)]
+            if not own:
+                break
+            for entry in sorted(own, key=lambda e: e.last_used):
+                if freed >= needed_bytes:
+                    break
+                self.forget(entry.record.hash)
+                victims.append(entry)
+                freed += entry.file_bytes
+        return victims
+
+    def _is_evictable(self, entry: Entry) -> bool:
+        is_leaf = entry.record.hash not in self._num_followers
+        is_idle = entry.is_saved and not entry.num_readers
+        return is_leaf and is_idle and not self.usage.is_pinned(entry.record.hash, entry.maker)
+
+    def _offer(self, entry: Entry) -> None:
+        if self._leaves is not None and self._is_evictable(entry):
+            heapq.heappush(self._leaves, (entry.last_used, entry.record.hash))
+
+    def check(self) -> None:
+        """Sums and counts agree with the records."""
+        entries = list(self)
+        partial = Counter(
+            (e.record.parent, e.record.stop) for e in entries if e.record.stop < BLOCK_TOKENS
+        )
+        made: Counter[str] = Counter()
+        for entry in entries:
+            made.update({entry.maker: entry.file_bytes} if entry.maker is not None else {})
+        problems = {
+            "the records' bytes": sum(e.file_bytes for e in entries) != self.num_bytes,
+            "the makers' bytes": made != +self._made_bytes,
+            "followers": Counter(e.record.before for e in entries) != self._num_followers,
+            "unfinished blocks": partial != self._flat_stops(),
+            "readers": any(e.num_readers < 0 for e in entries),
+            "names": any(key != e.record.hash for key, e in self._entries.items()),
+        }
+        wrong = [name for name, is_wrong in problems.items() if is_wrong]
+        if wrong:
+            raise InvariantBroken(f"{self!r}: miscounted: {', '.join(wrong)}")
+        self.usage.check()
+
+    def _flat_stops(self) -> dict[tuple[BlockHash, int], int]:
+        return {
+            (parent, stop): count
+            for parent, counts in self._partial_stops.items()
+            for stop, count in counts.items()
+        }
