@@ -2,16 +2,24 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from keepwarm.core.agent_store import AgentStore
+from keepwarm.core.agent_store import AgentStore, NoStore
 from keepwarm.core.block import BlockHash, chain_hashes, child_hash
+from keepwarm.core.errors import BadBundle, KeepwarmError, NoAgentStore
 from keepwarm.core.layout import BLOCK_TOKENS, CacheLayout, LayerLayout
 from keepwarm.core.stored import (
     AgentSettings,
     AgentState,
+    Bundle,
+    BundleRead,
+    BundleStored,
+    BundleTerms,
+    BundleWritten,
     Committed,
     Fetched,
     KVFamily,
@@ -27,13 +35,16 @@ from keepwarm.testing.agent_store import MemoryAgentStore
 FAMILY = KVFamily("model", CacheLayout((LayerLayout(1, 2, 2),), "float16"))
 IDS = [(position * 37 + position // 7) % 4096 for position in range(1000)]
 
+BUNDLES: dict[Path, Any] = {}
+TERMS = BundleTerms(replace(FAMILY, namespace="import:1"), "words", vocab_size=4096)
+
 Reopen = Callable[[], AgentStore]
 
 
 @pytest.fixture(params=["memory", "disk"])
 def reopen(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Reopen]:
     """Opens the store, and each time again what the last one left."""
-    memory = MemoryAgentStore()
+    memory = MemoryAgentStore(BUNDLES)
     opened: list[AgentCacheStore] = []
 
     def again() -> AgentStore:
@@ -224,3 +235,133 @@ def test_a_deleted_agents_unfinished_block_goes_as_well(store: AgentStore) -> No
     assert store.load_agent("ada") is None
     events_of(store, 1)
     assert store.plan(FAMILY, FAMILY.root, IDS) == []
+
+
+# -- dropped records -------------------------------------------------------------------------------
+
+
+def test_a_dropped_record_is_gone(reopen: Reopen) -> None:
+    store = reopen()
+    records = save_blocks(store, IDS[:600])
+    store.drop([records[1].hash, BlockHash(bytes(32))])
+    assert store.plan(FAMILY, FAMILY.root, IDS) == records[:1]
+    assert read(store, records[1]) is None
+    store = reopen()
+    assert store.plan(FAMILY, FAMILY.root, IDS) == records[:1]
+    assert read(store, records[2]) is not None
+    save(store, records[0].hash, IDS[256:512], depth=1)
+    assert store.plan(FAMILY, FAMILY.root, IDS) == records
+
+
+def test_what_a_line_uses_may_be_spared(store: AgentStore) -> None:
+    records = save_blocks(store, IDS[:600])
+    store.commit(state_of("ada", IDS[:300]))
+    events_of(store, 1)
+    store.drop([record.hash for record in records], if_unused=True)
+    assert store.plan(FAMILY, FAMILY.root, IDS) == records[:1]
+
+
+# -- bundles ---------------------------------------------------------------------------------------
+
+
+def answer(store: AgentStore, ticket: int) -> Any:
+    (event,) = events_of(store, 1)
+    assert isinstance(event, BundleWritten | BundleRead | BundleStored)
+    assert event.ticket == ticket
+    return event
+
+
+def read_bundle(store: AgentStore, path: Path, terms: BundleTerms = TERMS) -> Bundle:
+    bundle = answer(store, store.read_bundle(path, terms)).bundle
+    assert isinstance(bundle, Bundle)
+    return bundle
+
+
+@pytest.fixture
+def bundle_path(store: AgentStore, tmp_path: Path) -> Path:
+    """An agent of two whole blocks and a tail, in a bundle."""
+    save_blocks(store, IDS[:600])
+    path = tmp_path / "ada"
+    ticket = store.write_bundle(FAMILY, "words", state_of("ada", IDS[:600]), path)
+    written = answer(store, ticket)
+    assert (written.num_records, written.error) == (3, None)
+    assert written.file_bytes >= 600 * FAMILY.layout.token_bytes
+    return path
+
+
+def test_a_bundle_is_read_in_a_namespace_of_its_own(store: AgentStore, bundle_path: Path) -> None:
+    bundle = read_bundle(store, bundle_path)
+    state = state_of("ada", IDS[:600])
+    line = replace(state.lines[0], namespace="import:1", block_hashes=(), last_used=0)
+    assert bundle.state == replace(state, lines=(line,))
+    assert [record.depth for record in bundle.records] == [0, 1, 2]
+    assert bundle.num_dropped == 0
+    root = TERMS.family.root
+    assert bundle.records[0].parent == root
+    assert store.plan(TERMS.family, root, IDS) == []
+    ticket = store.store_bundle(bundle, "eve")
+    assert answer(store, ticket).num_records == 3
+    assert store.plan(TERMS.family, root, IDS) == list(bundle.records)
+    assert store.missing_from(root, IDS[:256]) == 256
+    buffer = bytearray(store.record_bytes(TERMS.family, 88))
+    store.fetch(TERMS.family, bundle.records[2], buffer)
+    (event,) = events_of(store, 1)
+    assert isinstance(event, Fetched)
+    assert event.data is not None
+    assert bytes(event.data) == data_of(512, 600)
+
+
+def test_an_imported_agent_leaves_with_its_records(store: AgentStore, bundle_path: Path) -> None:
+    bundle = read_bundle(store, bundle_path)
+    answer(store, store.store_bundle(bundle, "eve"))
+    hashes = tuple(record.hash for record in bundle.records[:2])
+    line = replace(bundle.state.lines[0], block_hashes=hashes, last_used=9)
+    state = replace(bundle.state, agent_id="eve", lines=(line,))
+    store.commit(state)
+    events_of(store, 1)
+    assert store.load_agent("eve") == state
+    assert [summary.is_private for summary in store.summaries()] == [True]
+    store.delete_agent("eve")
+    events_of(store, 1)
+    assert store.plan(TERMS.family, TERMS.family.root, IDS) == []
+    assert len(store.plan(FAMILY, FAMILY.root, IDS)) == 3
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        replace(TERMS, family=replace(TERMS.family, fingerprint="other")),
+        replace(TERMS, family=replace(TERMS.family, lineage="q8")),
+        replace(TERMS, tokenizer="letters"),
+    ],
+)
+def test_of_another_family_only_the_agent_is_kept(
+    store: AgentStore, bundle_path: Path, terms: BundleTerms
+) -> None:
+    bundle = read_bundle(store, bundle_path, terms)
+    assert (bundle.records, bundle.num_dropped) == ((), 3)
+    assert bundle.state.lines[0].namespace == ""
+    assert bundle.state.lines[0].transcript == state_of("ada", IDS[:600]).lines[0].transcript
+
+
+def test_what_is_no_bundle(store: AgentStore, tmp_path: Path) -> None:
+    path = tmp_path / "no-bundle"
+    path.write_bytes(b"x" * 20_000)
+    read = answer(store, store.read_bundle(path, TERMS))
+    assert read.bundle is None
+    assert isinstance(read.error, BadBundle)
+
+
+def test_without_a_store_there_are_no_bundles(tmp_path: Path) -> None:
+    store = NoStore()
+    store.drop([BlockHash(bytes(32))])
+    state = state_of("ada", IDS[:10])
+    bundle = Bundle(tmp_path, TERMS, state, (), 0, 0)
+    for call in (
+        lambda: store.write_bundle(FAMILY, "words", state, tmp_path),
+        lambda: store.read_bundle(tmp_path, TERMS),
+        lambda: store.store_bundle(bundle, "ada"),
+    ):
+        with pytest.raises(NoAgentStore) as caught:
+            call()
+        assert isinstance(caught.value, KeepwarmError)

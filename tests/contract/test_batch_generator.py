@@ -258,6 +258,33 @@ def test_a_trimmed_slab_goes_on_like_a_fresh_one(generator: BatchGenerator, num_
     assert decoded(generator, slab, 7, 12) == decoded(generator, fresh, 7, 12)
 
 
+def test_the_largest_difference_of_payloads(generator: BatchGenerator) -> None:
+    slab = filled(generator, 60)
+    payload = generator.extract(slab, 0, 40)
+    again = generator.cut(payload, 0, 40)
+    other = generator.extract(slab, 20, 60)
+    assert generator.largest_difference(payload, again) == 0.0
+    assert generator.largest_difference(payload, other) > 0.0
+    assert generator.largest_difference(payload, other) == generator.largest_difference(
+        other, payload
+    )
+    nothing = generator.cut(payload, 0, 0)
+    assert generator.largest_difference(nothing, nothing) == 0.0
+    with pytest.raises(InvariantBroken):
+        generator.largest_difference(payload, generator.cut(payload, 0, 39))
+
+
+def test_a_single_flipped_bit_is_a_difference(generator: BatchGenerator) -> None:
+    """Of whichever byte of whichever tensor."""
+    payload = generator.extract(filled(generator, 20), 0, 20)
+    data = b"".join(generator.pack(payload))
+    for position in (0, len(data) // 2, len(data) - 1):
+        changed = bytearray(data)
+        changed[position] ^= 1
+        other = generator.unpack(20, memoryview(bytes(changed)))
+        assert generator.largest_difference(payload, other) > 0.0
+
+
 # -- rows --------------------------------------------------------------------------------------
 
 

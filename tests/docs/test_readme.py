@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -36,13 +37,18 @@ def test_every_file_that_the_architecture_names_exists() -> None:
 
 
 @pytest.mark.usefixtures("keepwarm_home")
-def test_the_readme_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_readme_example_runs(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("mlx.core")
+    monkeypatch.chdir(tmp_path)
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    scope: dict[str, object] = {}
+    scope: dict[str, Any] = {}
     exec(compile(example, "README.md", "exec"), scope)  # noqa: S102 - it is our own page
     assert "Completed(request_id='req-1', agent_id='ada'" in capsys.readouterr().out
     engine = scope["engine"]
     while engine.has_work:
         events = engine.step()
     assert events[-1].cache.tier == "hot"
+    assert events[-1].durable
+    scope["store"].close()

@@ -1,6 +1,7 @@
 """Every error carries the facts that it was decided on, in its fields and in its words."""
 
 import inspect
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +9,8 @@ from keepwarm.core import errors
 from keepwarm.core.errors import (
     AgentBusy,
     AgentExists,
+    BadBundle,
+    BundleFailed,
     ConfigError,
     ContextTooLong,
     GeneratorFailed,
@@ -16,6 +19,7 @@ from keepwarm.core.errors import (
     KeepwarmError,
     ModelLoadError,
     NeverFits,
+    NoAgentStore,
     PoolExhausted,
     QueueFull,
     UnknownAgent,
@@ -33,6 +37,9 @@ EXAMPLES = [
     (PoolExhausted(needed_bytes=5001, free_bytes=5000), ["5,001", "5,000"]),
     (ConfigError("max_rows", "must be at least 1"), ["max_rows", "at least 1"]),
     (ModelLoadError("/a/b", "is torn", "Fetch it again."), ["/a/b", "is torn", "Fetch it again."]),
+    (NoAgentStore("exporting an agent"), ["exporting"]),
+    (BadBundle(Path("/a/b"), "it is no bundle"), ["/a/b", "no bundle"]),
+    (BundleFailed(Path("/a/b"), "no space left"), ["/a/b", "no space left"]),
     (GeneratorFailed(CAUSE), ["out of memory"]),
 ]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from keepwarm.bench.durable_paths import FirstTurn, killed, parked, restarted
-from keepwarm.bench.lab import Case, Lab, Setting, Turn, require
+from keepwarm.bench.lab import ROOMY_BYTES, Case, Lab, Setting, Turn, require
 from keepwarm.bench.prompts import prompt_ids
 from keepwarm.bench.recording import Recording
 from keepwarm.core.agent import Tier
@@ -197,7 +197,12 @@ def preempted(setting: Setting, case: Case) -> Recording:
     capacity = capacity_for(len(case.prompt))
     slack_bytes = SLACK_TOKENS * setting.loaded.layout.token_bytes
     filler_bytes = setting.slab_bytes(2 * BLOCK_TOKENS)
-    config = EngineConfig(reserve_reply_tokens=0, max_step_stretch=UNTHROTTLED)
+    config = EngineConfig(
+        max_rows=2,  # so that a row grows no more than two tokens ahead
+        reserve_reply_tokens=0,
+        max_step_stretch=UNTHROTTLED,
+        fresh_bytes_per_step=ROOMY_BYTES,
+    )
     lab = setting.lab(
         config=config, budget_bytes=filler_bytes + setting.slab_bytes(capacity) + slack_bytes
     )

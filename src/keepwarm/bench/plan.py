@@ -11,6 +11,8 @@ from keepwarm.core.layout import BLOCK_TOKENS
 FULL_LENGTHS = (50, 255, 256, 257, 500, 511, 512, 513, 2000)
 REPLY_TOKENS = 60
 SHORT_REPLY_TOKENS = 12
+LONGER = (BLOCK_TOKENS + 1, 2 * BLOCK_TOKENS + 1)
+"""For paths of the quick plan that short prompts cannot take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +58,7 @@ def quick_plan(*, seed: int = 0) -> Plan:
     edges = (BLOCK_TOKENS - 1, BLOCK_TOKENS, BLOCK_TOKENS + 1)
     lengths: dict[str, tuple[int, ...]] = {}
     for number, path in enumerate(PATHS):
-        able = _able(path, (50,) if number % 2 else edges) or edges[-1:]
+        able = _able(path, (50,) if number % 2 else edges) or _able(path, LONGER)[:1]
         lengths[path.name] = (int(shuffler.choice(able)),)
         if path.group_size > 1:
             lengths[path.name] = (50, BLOCK_TOKENS + 1)

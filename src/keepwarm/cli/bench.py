@@ -59,17 +59,33 @@ def batch(
     _finish({"batch": _batch(_load(model), quick=quick, seed=seed)}, json_file)
 
 
+@bench.command()
+def store(
+    model: Model = "smollm2", quick: Quick = False, seed: Seed = 0, json_file: JsonFile = None
+) -> None:
+    """Agents on disk: restoring, bytes written, a large home, budgets, and what saving costs."""
+    _finish({"store": _store(_load(model), quick=quick, seed=seed)}, json_file)
+
+
+@bench.command()
+def chaos(quick: Quick = False, seed: Seed = 0, json_file: JsonFile = None) -> None:
+    """SIGKILL in every phase: no committed turn lost, nothing wrong, no unreadable home."""
+    _finish({"chaos": _chaos(quick=quick, seed=seed)}, json_file)
+
+
 @bench.command(name="all")
 def all_of_them(
     model: Model = "smollm2", quick: Quick = False, seed: Seed = 0, json_file: JsonFile = None
 ) -> None:
-    """The four, one after the other."""
+    """All of them, one after the other."""
     loaded = _load(model)
     reports = {
         "output": _output(loaded, quick=quick, seed=seed),
         "reconstruct": _reconstruct(quick=quick),
         "resume": _resume(loaded, quick=quick, seed=seed),
         "batch": _batch(loaded, quick=quick, seed=seed),
+        "store": _store(loaded, quick=quick, seed=seed),
+        "chaos": _chaos(quick=quick, seed=seed),
     }
     _finish(reports, json_file)
 
@@ -126,6 +142,26 @@ def _batch(loaded: "LoadedModel", *, quick: bool, seed: int) -> _Report:
     plan = batch_plan(quick=quick, seed=seed)
     result = _with_progress("batch", lambda tell: run_batch(loaded, plan, tell))
     _show(figures_table("Agents beside agents", result))
+    return _Report(result, result.passed)
+
+
+def _store(loaded: "LoadedModel", *, quick: bool, seed: int) -> _Report:
+    from keepwarm.bench.store import run_store, store_plan
+    from keepwarm.bench.tables import figures_table
+
+    plan = store_plan(quick=quick, seed=seed)
+    result = _with_progress("store", lambda tell: run_store(loaded, plan, tell))
+    _show(figures_table("Agents on disk", result))
+    return _Report(result, result.passed)
+
+
+def _chaos(*, quick: bool, seed: int) -> _Report:
+    from keepwarm.bench.chaos import chaos_plan, run_chaos
+    from keepwarm.bench.tables import figures_table
+
+    plan = chaos_plan(quick=quick, seed=seed)
+    result = _with_progress("chaos", lambda tell: run_chaos(plan, tell))
+    _show(figures_table("Killed in every phase", result))
     return _Report(result, result.passed)
 
 

@@ -1,27 +1,31 @@
-"""`keepwarm demo`: agents take turns on one model, and each resumes its own memory."""
+"""`keepwarm demo`: agents take turns, their process is killed, and each resumes its own memory."""
 
+import multiprocessing
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
-from typing import Annotated
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from keepwarm.cli.demo_child import READY, Demote, Order, Say, Stop, play
 from keepwarm.cli.demo_script import CAST, Part
 from keepwarm.core.agent import Tier
-from keepwarm.core.events import Completed, Delta, Failed, Progress
-from keepwarm.core.pool import BlockPool
-from keepwarm.core.ports import LoadedModel
-from keepwarm.engine.batch_engine import BlockPoolBatchEngine
-from keepwarm.mlx_backend.loader import load_model
+from keepwarm.core.events import Completed, Delta, Event, Progress
 
-BUDGET_BYTES = 1 << 30
 REPLY_TOKENS = 40
-STYLE_OF_TIER = {Tier.HOT: "bold red", Tier.WARM: "yellow", Tier.NONE: "dim"}
+STYLE_OF_TIER = {
+    Tier.HOT: "bold red",
+    Tier.WARM: "yellow",
+    Tier.COLD: "bold cyan",
+    Tier.NONE: "dim",
+}
 
 
 @dataclass(slots=True)
@@ -31,7 +35,7 @@ class Stage:
     part: Part
     doing: str = "has not spoken yet"
     said: str = ""
-    messages: list[dict[str, str]] = field(default_factory=list)
+    replies: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -41,6 +45,7 @@ class TurnResult:
     stage: Stage
     turn: int
     completed: Completed
+    prompt: list[dict[str, str]]
     cold_s: float | None = None
 
     @property
@@ -57,77 +62,147 @@ HEADLINES = (
     "Turn 1: nobody is known yet; what the briefs have in common is computed once",
     "Turn 2: every agent's slab is still there (hot): nothing is copied, nothing computed again",
     "Turn 3: say that memory was needed elsewhere: slabs have become blocks (warm), copied back",
+    "Turn 4: a new process, which has only the files of the one that was killed (cold)",
 )
-COLD_HEADLINE = "Turn 3 again, by an engine that remembers nothing: the whole context is prefilled"
+KILL_HEADLINE = "The process is killed with SIGKILL, in the middle of a sentence"
+COLD_HEADLINE = "Turns 3 and 4 again, by an engine that remembers nothing: the context is prefilled"
+LAST_WARM_TURN = 2
+DELTAS_BEFORE_KILL = 5
+
+
+class Player:
+    """The process that has the model. `kill` is SIGKILL: it gets no chance to save anything."""
+
+    def __init__(self, model: str, folder: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._orders, theirs = context.Pipe()
+        self._process = context.Process(target=play, args=(theirs, model, folder), daemon=True)
+        self._process.start()
+        theirs.close()
+        if self._orders.recv() != READY:
+            raise RuntimeError("the demo's process did not start")
+
+    def order(self, order: Order) -> None:
+        self._orders.send(order)
+
+    def events(self, request: dict[str, Any], *, from_nothing: bool = False) -> Iterator[Event]:
+        """A request's events as they come, up to its Completed."""
+        self.order(Say(request, from_nothing))
+        event = None
+        while not isinstance(event, Completed):
+            event = self._orders.recv()
+            yield event
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+    def stop(self) -> None:
+        self.order(Stop())
+        self._process.join()
 
 
 class Demo:
-    """Runs the turns and keeps what there is to show."""
+    """Directs the turns and keeps what there is to show."""
 
-    def __init__(self, loaded: LoadedModel) -> None:
-        self._loaded = loaded
-        self._engine = new_engine(loaded)
+    def __init__(self, model: str, folder: str) -> None:
+        self._model = model
+        self._folder = folder
+        self._player = Player(model, folder)
         self.stages = [Stage(part) for part in CAST]
         self.results: list[TurnResult] = []
         self.headline = ""
 
     def run(self) -> Iterator[None]:
         """All turns; yields whenever there is something new to see."""
-        for turn, self.headline in enumerate(HEADLINES):
+        for turn, headline in enumerate(HEADLINES):
+            if turn > LAST_WARM_TURN:
+                yield from self._kill_in_mid_sentence(self.stages[0], turn)
+            self.headline = headline
             for stage in self.stages:
-                if turn == 2:
-                    self._engine.demote(stage.part.agent_id)
+                if turn == LAST_WARM_TURN:
+                    self._player.order(Demote(stage.part.agent_id))
                 yield from self._turn(stage, turn)
         self.headline = COLD_HEADLINE
-        for result in self.results[-len(self.stages) :]:
+        for result in self.results[-2 * len(self.stages) :]:
             yield from self._cold(result)
         self.headline = "Done"
+        self._player.stop()
         yield
 
     def _turn(self, stage: Stage, turn: int) -> Iterator[None]:
         """The agent is sent its new question only; the engine has the rest."""
-        new = [{"role": "user", "content": stage.part.questions[turn]}]
-        if turn == 0:
-            new.insert(0, {"role": "system", "content": stage.part.system})
-            self._engine.submit(agent_id=stage.part.agent_id, messages=new, max_tokens=REPLY_TOKENS)
-        else:
-            self._engine.submit(agent_id=stage.part.agent_id, append=new, max_tokens=REPLY_TOKENS)
-        completed = yield from _watch(self._engine, stage)
-        stage.messages += [*new, {"role": "assistant", "content": completed.text}]
-        result = TurnResult(stage, turn + 1, completed)
+        request = _request(stage, turn)
+        completed = yield from _watch(self._player.events(request), stage)
+        result = TurnResult(stage, turn + 1, completed, _conversation(stage, turn))
+        stage.replies.append(completed.text)
         if not completed.usage.cached_tokens:
             result.cold_s = result.first_token_s
         self.results.append(result)
 
+    def _kill_in_mid_sentence(self, stage: Stage, turn: int) -> Iterator[None]:
+        self.headline = KILL_HEADLINE
+        yield
+        num_deltas = 0
+        stage.said = ""
+        for event in self._player.events(_request(stage, turn)):
+            _show(event, stage)
+            yield
+            num_deltas += isinstance(event, Delta)
+            if num_deltas == DELTAS_BEFORE_KILL:
+                break
+        self._player.kill()
+        for other in self.stages:
+            other.doing = "is gone: its process was killed"
+        yield
+        self._player = Player(self._model, self._folder)
+
     def _cold(self, result: TurnResult) -> Iterator[None]:
-        """The turn's prompt once more in a fresh engine."""
-        fresh = new_engine(self._loaded)
-        fresh.submit(messages=result.stage.messages[:-1], max_tokens=1)
+        """The turn's prompt once more, for an engine that remembers nothing."""
+        request = {"messages": result.prompt, "max_tokens": 1}
         said = result.stage.said
-        completed = yield from _watch(fresh, result.stage)
+        events = self._player.events(request, from_nothing=True)
+        completed = yield from _watch(events, result.stage)
         result.stage.said = said
         result.cold_s = completed.timing.first_token_s
 
 
-def new_engine(loaded: LoadedModel) -> BlockPoolBatchEngine:
-    return BlockPoolBatchEngine(loaded, pool=BlockPool(budget_bytes=BUDGET_BYTES))
+def _request(stage: Stage, turn: int) -> dict[str, Any]:
+    part = stage.part
+    new = [{"role": "user", "content": part.questions[turn]}]
+    if turn == 0:
+        new.insert(0, {"role": "system", "content": part.system})
+    prompt = {"messages" if turn == 0 else "append": new}
+    return {"agent_id": part.agent_id, "max_tokens": REPLY_TOKENS, **prompt}
 
 
-def _watch(engine: BlockPoolBatchEngine, stage: Stage) -> Generator[None, None, Completed]:
-    """Step until the request has ended, telling the stage what happens."""
+def _conversation(stage: Stage, turn: int) -> list[dict[str, str]]:
+    """All that was said up to the turn's question."""
+    messages = [{"role": "system", "content": stage.part.system}]
+    for question, reply in zip(stage.part.questions, stage.replies[:turn], strict=False):
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": reply})
+    return [*messages, {"role": "user", "content": stage.part.questions[turn]}]
+
+
+def _watch(events: Iterator[Event], stage: Stage) -> Generator[None, None, Completed]:
+    """Show the events as they come."""
     stage.said, stage.doing = "", "waits"
-    while True:
-        for event in engine.step():
-            if isinstance(event, Progress):
-                stage.doing = f"prefills {event.num_done} of {event.num_total} tokens"
-            elif isinstance(event, Delta):
-                stage.doing, stage.said = "speaks", stage.said + event.text
-            elif isinstance(event, Failed):
-                raise event.error
-            else:
-                stage.doing = "rests"
-                return event
+    for event in events:
+        _show(event, stage)
+        if isinstance(event, Completed):
+            return event
         yield
+    raise RuntimeError("the reply has no end")
+
+
+def _show(event: Event, stage: Stage) -> None:
+    if isinstance(event, Progress):
+        stage.doing = f"prefills {event.num_done} of {event.num_total} tokens"
+    elif isinstance(event, Delta):
+        stage.doing, stage.said = "speaks", stage.said + event.text
+    else:
+        stage.doing = "rests"
 
 
 def view(demo: Demo) -> Group:
@@ -146,19 +221,17 @@ def view(demo: Demo) -> Group:
 
 
 def table(results: list[TurnResult]) -> Table:
-    grid = Table(title="TTFT is the time from the request to its first token", title_style="dim")
-    grid.add_column("agent")
-    grid.add_column("tier")
-    columns = (
-        "turn",
-        "context tokens",
-        "cached",
-        "TTFT cold",
-        "TTFT resumed",
-        "faster",
-        "tokens/s",
+    grid = Table(
+        title="context, cached: tokens; TTFT: from request to first token",
+        title_style="dim",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        collapse_padding=True,
+        pad_edge=False,
     )
-    for column in columns:
+    for column in ("agent", "turn", "tier"):
+        grid.add_column(column)
+    for column in ("context", "cached", "TTFT cold", "resumed", "faster", "tokens/s"):
         grid.add_column(column, justify="right")
     for result in results:
         grid.add_row(*_cells(result))
@@ -172,8 +245,8 @@ def _cells(result: TurnResult) -> tuple[str | Text, ...]:
     times = f"{result.cold_s / resumed_s:.0f}x" if result.cold_s and resumed_s else ""
     return (
         result.stage.part.agent_id,
-        Text(tier.value, style=STYLE_OF_TIER[tier]),
         str(result.turn),
+        Text(tier.value, style=STYLE_OF_TIER[tier]),
         str(usage.prompt_tokens + usage.completion_tokens),
         str(usage.cached_tokens),
         _milliseconds(result.cold_s),
@@ -190,14 +263,15 @@ def _milliseconds(seconds: float | None) -> str:
 def demo(
     model: Annotated[str, typer.Option(help="smollm2, a folder, or a hub id.")] = "smollm2",
 ) -> None:
-    """Agents take turns on one model, and each resumes its own memory."""
+    """Agents take turns, their process is killed, and each resumes its own memory."""
     console = Console()
-    with console.status(f"Loading {model} (the first time, it is converted)"):
-        show = Demo(load_model(model))
-    if console.is_terminal:
-        _play_live(console, show)
-    else:
-        _play_plain(console, show)
+    with TemporaryDirectory(prefix="keepwarm-demo-") as folder:
+        with console.status(f"Loading {model} (the first time, it is converted)"):
+            show = Demo(model, folder)
+        if console.is_terminal:
+            _play_live(console, show)
+        else:
+            _play_plain(console, show)
 
 
 def _play_live(console: Console, show: Demo) -> None:

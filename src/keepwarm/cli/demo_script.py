@@ -55,6 +55,7 @@ should ask for at the desk.""",
             "A visitor asks who built the boats on the east quay. Answer in two sentences.",
             "Which of our papers may she read, and what must she do first?",
             "And which papers may only you open? Answer in one sentence.",
+            "How many glass plates are there, and how many are printed?",
         ),
     ),
     Part(
@@ -71,6 +72,7 @@ list of what is broken and who has promised to mend it, and you read from it eve
             "Where can the children tie knots? Answer in one sentence.",
             "Why is the upper room dark?",
             "What is special about one of the oars of the lifeboat?",
+            "What happens to the nets in spring?",
         ),
     ),
     Part(
@@ -87,6 +89,7 @@ is older than a year. A good first sentence has a person in it and a verb that o
             "When does the newsletter go out? Answer in one sentence.",
             "What are its three pieces?",
             "Suggest a first sentence for a piece about the tide clock.",
+            "How old may an idea on a card become?",
         ),
     ),
 )

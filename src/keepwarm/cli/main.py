@@ -34,3 +34,7 @@ def main() -> None:
     except KeepwarmError as error:
         sys.stderr.write(f"keepwarm: {error}\n")
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -30,7 +30,7 @@ class AgentBlocks:
 
     Hot: `slab` holds the KV of all `token_ids`, and `blocks` names its whole blocks. Warm: `blocks`
     and then `tail` hold it. A hot line that is being restored still has in blocks and tail what
-    lies behind its slab.
+    lies behind its slab. Lines share blocks with lines of the same `namespace` only.
     """
 
     line: LineId
@@ -44,6 +44,7 @@ class AgentBlocks:
     last_used: int = 0
     busy: bool = False
     pinned: bool = False
+    namespace: str = ""
 
     @property
     def tier(self) -> Tier:

@@ -1,12 +1,16 @@
 """What the engine needs of a durable store. Real: `store.AgentCacheStore`; fake: `testing`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from keepwarm.core.block import BlockHash
+from keepwarm.core.errors import NoAgentStore
 from keepwarm.core.stored import (
     AgentState,
     AgentSummary,
+    Bundle,
+    BundleTerms,
     Committed,
     Fetched,
     KVFamily,
@@ -60,6 +64,10 @@ class AgentStore(Protocol):
         """Read the record into `buffer` and check it; a ticket for its `Fetched`."""
         ...
 
+    def drop(self, hashes: Iterable[BlockHash], *, if_unused: bool = False) -> None:
+        """Forget these records; with `if_unused` but those that a committed line's table names."""
+        ...
+
     def clock(self) -> int:
         """The last `LineState.last_used` that was committed."""
         ...
@@ -79,6 +87,27 @@ class AgentStore(Protocol):
         ...
 
     def summaries(self) -> list[AgentSummary]: ...
+
+    # -- bundles ---------------------------------------------------------------------------------
+
+    def write_bundle(self, family: KVFamily, tokenizer: str, state: AgentState, path: Path) -> int:
+        """The agent and the records of its lines in this tokenizer's ids, as one file.
+
+        A line's records are those of `family` in the line's namespace, behind all saves so far.
+        A ticket for its `BundleWritten`. Raises NoAgentStore where nothing is stored at all.
+        """
+        ...
+
+    def read_bundle(self, path: Path, terms: BundleTerms) -> int:
+        """Check a file that nobody vouches for; a ticket for its `BundleRead`. Stores nothing."""
+        ...
+
+    def store_bundle(self, bundle: Bundle, agent_id: str) -> int:
+        """Store the records of a bundle for this agent; a ticket for its `BundleStored`.
+
+        Those that budget, quota or disk refuse are left out. The agent itself is for `commit`.
+        """
+        ...
 
     # -- the whole -------------------------------------------------------------------------------
 
@@ -130,6 +159,9 @@ class NoStore:
         self._events.append(Fetched(ticket, None))
         return ticket
 
+    def drop(self, hashes: Iterable[BlockHash], *, if_unused: bool = False) -> None:
+        return
+
     def clock(self) -> int:
         return 0
 
@@ -148,6 +180,15 @@ class NoStore:
 
     def summaries(self) -> list[AgentSummary]:
         return []
+
+    def write_bundle(self, family: KVFamily, tokenizer: str, state: AgentState, path: Path) -> int:
+        raise NoAgentStore("exporting an agent")
+
+    def read_bundle(self, path: Path, terms: BundleTerms) -> int:
+        raise NoAgentStore("importing an agent")
+
+    def store_bundle(self, bundle: Bundle, agent_id: str) -> int:
+        raise NoAgentStore("importing an agent")
 
     def poll(self) -> list[StoreEvent]:
         events, self._events = self._events, []

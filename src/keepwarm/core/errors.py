@@ -4,6 +4,8 @@ A miss is a value, not an error. A bug is an `InvariantBroken` or a plain Python
 never caught on the way.
 """
 
+from pathlib import Path
+
 
 class KeepwarmError(Exception):
     """Base of every error that a caller may want to handle."""
@@ -110,6 +112,32 @@ class UnsupportedModel(ModelLoadError):
 
 class InvariantBroken(Exception):
     """A `check()` found bookkeeping that contradicts itself: a bug in Keepwarm, never bad input."""
+
+
+class NoAgentStore(KeepwarmError):
+    """Agents live in memory only, so there is nothing to read or write one from."""
+
+    def __init__(self, action: str) -> None:
+        super().__init__(f"there is no store: {action} needs one; give the engine a store")
+        self.action = action
+
+
+class BadBundle(KeepwarmError):
+    """A file that is no agent, or not one that can be trusted to be whole. Nothing was kept."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(f"{path} cannot be imported: {problem}")
+        self.path = path
+        self.problem = problem
+
+
+class BundleFailed(KeepwarmError):
+    """The disk, or the agent's size, stood in the way of writing or reading a bundle."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(f"{path}: {problem}")
+        self.path = path
+        self.problem = problem
 
 
 class GeneratorFailed(KeepwarmError):

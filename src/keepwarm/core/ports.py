@@ -14,6 +14,9 @@ from keepwarm.core.layout import CacheLayout
 RowId = NewType("RowId", int)
 Message = Mapping[str, Any]
 
+ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+"""Who may speak in a message."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -138,6 +141,10 @@ class BatchGenerator(Protocol):
 
     def unpack(self, num_tokens: int, data: memoryview) -> Payload:
         """The payload whose packed bytes `data` is, end to end. It may keep `data` and not copy."""
+        ...
+
+    def largest_difference(self, a: Payload, b: Payload) -> float:
+        """Of two payloads of as many tokens: 0.0 only where all bits are equal, inf for a NaN."""
         ...
 
     def open_row(self, row: RowId, slab: Slab) -> None:

@@ -1,9 +1,12 @@
 """What lies on disk: records of KV, and agents as data. Values only; the bytes are elsewhere."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
-from keepwarm.core.block import EXACT, BlockHash, root_hash
+from keepwarm.core.block import EXACT, BlockHash, child_hash, root_hash
+from keepwarm.core.errors import KeepwarmError
 from keepwarm.core.layout import BLOCK_TOKENS, CacheLayout
 from keepwarm.core.ports import Message
 from keepwarm.core.transcript import Transcript, Turn
@@ -41,6 +44,14 @@ class Record:
     depth: int
     start: int
     stop: int
+
+    @classmethod
+    def of_run(
+        cls, parent: BlockHash, depth: int, token_ids: Sequence[int], *, start: int = 0
+    ) -> "Record":
+        """The run from `start` on of the block that follows `parent` and holds `token_ids`."""
+        before = child_hash(parent, token_ids[:start]) if start else parent
+        return cls(child_hash(parent, token_ids), before, parent, depth, start, len(token_ids))
 
     @property
     def num_tokens(self) -> int:
@@ -80,6 +91,7 @@ class LineState:
 
     `tokenizer` names the tokenizer whose ids the transcript holds: the same line may be there once
     for each. `block_hashes` are those of its whole blocks, in order. `last_used` orders lines.
+    `namespace`: of its KV; a line that came in a bundle has one of its own until it is verified.
     """
 
     number: int
@@ -89,6 +101,7 @@ class LineState:
     turns: tuple[Turn, ...]
     block_hashes: tuple[BlockHash, ...]
     last_used: int
+    namespace: str = ""
 
     @property
     def key(self) -> LineKey:
@@ -107,7 +120,7 @@ class AgentState:
 
 @dataclass(frozen=True, slots=True)
 class AgentSummary:
-    """An agent as a listing shows it."""
+    """An agent as a listing shows it. `is_private`: its main line is not verified yet."""
 
     agent_id: str
     settings: AgentSettings
@@ -115,6 +128,36 @@ class AgentSummary:
     num_turns: int
     num_lines: int
     last_used: int
+    is_private: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BundleTerms:
+    """What an engine can use of a bundle: KV that fits this family, lines of this tokenizer.
+
+    `family` has the namespace that the bundle's KV gets; its other facts must be the bundle's own.
+    """
+
+    family: KVFamily
+    tokenizer: str
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A bundle that was read and checked to its end; nothing of it is stored yet.
+
+    `records` are named as they will be stored, each behind the one before it; `num_dropped` are
+    those of another family. Lines of the terms' tokenizer have the terms' namespace where there are
+    records; `last_used` and `block_hashes` are for the engine to set.
+    """
+
+    path: Path
+    terms: BundleTerms
+    state: AgentState
+    records: tuple[Record, ...]
+    num_dropped: int
+    file_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +190,36 @@ class Committed:
     durable: bool
 
 
-StoreEvent = Saved | Fetched | Committed
+@dataclass(frozen=True, slots=True)
+class BundleWritten:
+    """An agent is in one file; or `error` says why not, and there is no file."""
+
+    ticket: int
+    file_bytes: int = 0
+    num_records: int = 0
+    error: KeepwarmError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BundleRead:
+    """A bundle is sound; or `error` says what is wrong with it."""
+
+    ticket: int
+    bundle: Bundle | None = None
+    error: KeepwarmError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BundleStored:
+    """So many of the bundle's records, the first ones, were stored; with a BadBundle none."""
+
+    ticket: int
+    num_records: int = 0
+    error: KeepwarmError | None = None
+
+
+BundleEvent = BundleWritten | BundleRead | BundleStored
+StoreEvent = Saved | Fetched | Committed | BundleEvent
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,6 +60,7 @@ class AgentView:
 
     `slab_bytes` is 0 unless it is hot; bytes of shared blocks are the pool's affair. An agent that
     nobody has asked for since the start is cold, and `held_tokens` is not counted for it.
+    `is_private`: it was imported, and its KV is not verified yet.
     """
 
     agent_id: str
@@ -71,6 +72,7 @@ class AgentView:
     num_side_lines: int
     in_use: bool
     pinned: bool
+    is_private: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +164,7 @@ class AgentBook:
             self._anonymous.append(line)
         elif (agent := self.find(agent_id)) is not None:
             line.number = 1 + max(other.number for other in agent.lines)
+            line.blocks.namespace = agent.main.blocks.namespace
             agent.sides.append(line)
         else:
             self._agents[agent_id] = Agent(agent_id, line)
@@ -215,6 +218,7 @@ class AgentBook:
             num_side_lines=len(agent.sides),
             in_use=agent.in_use,
             pinned=blocks.pinned,
+            is_private=bool(blocks.namespace),
         )
 
     def _drop_oldest(self, lines: list[Line], limit: int) -> None:
@@ -236,6 +240,7 @@ def view_of_summary(summary: AgentSummary) -> AgentView:
         num_side_lines=summary.num_lines - 1,
         in_use=False,
         pinned=summary.settings.pinned,
+        is_private=summary.is_private,
     )
 
 

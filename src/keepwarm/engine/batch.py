@@ -4,14 +4,14 @@ It moves token ids and KV and knows nothing of text. A step decodes first, then 
 prefills under a budget, so that nobody's reply stalls while somebody else's context is computed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from math import inf
 
 from keepwarm.core.agent import Tier
-from keepwarm.core.block import BlockHash, child_hash
+from keepwarm.core.block import BlockHash, LineId, child_hash
 from keepwarm.core.errors import GeneratorFailed, InvariantBroken, PoolExhausted
 from keepwarm.core.layout import BLOCK_TOKENS
 from keepwarm.core.policies import (
@@ -81,7 +81,6 @@ class Batch:
         tiers: Tiers,
         *,
         new_generator: Callable[[], BatchGenerator],
-        root: BlockHash,
         config: EngineConfig,
         clock: Callable[[], float],
     ) -> None:
@@ -91,7 +90,6 @@ class Batch:
         self.running: list[TokenSequence] = []
         self._tiers = tiers
         self._new_generator = new_generator
-        self._root = root
         self._config = config
         self._clock = clock
         self._throttle = PrefillThrottle(config.max_step_stretch)
@@ -151,6 +149,12 @@ class Batch:
         for sequence in self.waiting:
             if sequence.phase is not Phase.WAITING or sequence.row is not None:
                 raise InvariantBroken(f"{sequence.request_id} waits in phase {sequence.phase}")
+
+    def set_back(self, lines: Collection[LineId]) -> None:
+        """The rows of these lines wait again: their KV is about to be cut."""
+        for sequence in list(self.running):
+            if sequence.blocks.line in lines:
+                self._preempt(sequence)
 
     # -- admission -------------------------------------------------------------------------------
 
@@ -431,7 +435,8 @@ class Batch:
         ids = sequence.token_ids[depth * BLOCK_TOKENS : (depth + 1) * BLOCK_TOKENS]
         if len(ids) < BLOCK_TOKENS or (depth + 1) * BLOCK_TOKENS > sequence.target_tokens:
             return None
-        parent = sequence.blocks.blocks[depth - 1].hash if depth else self._root
+        blocks = sequence.blocks
+        parent = blocks.blocks[depth - 1].hash if depth else self._tiers.root_of(blocks)
         return child_hash(parent, ids)
 
     # -- failure ---------------------------------------------------------------------------------

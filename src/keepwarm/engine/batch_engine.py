@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
+from typing import TypeVar
 
 from keepwarm.core.agent_store import AgentStore, NoStore
 from keepwarm.core.block import common_prefix
@@ -13,16 +15,29 @@ from keepwarm.core.errors import (
     AgentExists,
     ContextTooLong,
     InvalidRequest,
+    InvariantBroken,
     NeverFits,
     QueueFull,
 )
 from keepwarm.core.events import Completed, Event, FinishReason
+from keepwarm.core.fidelity import kv_bound
 from keepwarm.core.layout import BLOCK_TOKENS, capacity_for
 from keepwarm.core.policies import EngineConfig
 from keepwarm.core.pool import BlockPool, PoolSnapshot
 from keepwarm.core.ports import BatchGenFactory, LoadedModel, Message
 from keepwarm.core.sequence import TokenSequence, prefetch_sequence
-from keepwarm.core.stored import AgentSettings, Committed, Fetched, KVFamily, Saved, StoreHealth
+from keepwarm.core.stored import (
+    AgentSettings,
+    BundleEvent,
+    BundleRead,
+    BundleStored,
+    BundleWritten,
+    Committed,
+    Fetched,
+    KVFamily,
+    Saved,
+    StoreHealth,
+)
 from keepwarm.core.transcript import Transcript
 from keepwarm.engine.active import ActiveRequest
 from keepwarm.engine.agents import (
@@ -42,6 +57,13 @@ from keepwarm.engine.batch import (
     Outcome,
     Restored,
     Sampled,
+)
+from keepwarm.engine.bundles import (
+    ExportSummary,
+    ImportSummary,
+    imported_state,
+    name_of,
+    private_terms,
 )
 from keepwarm.engine.chat import (
     Prompt,
@@ -63,8 +85,11 @@ from keepwarm.engine.requests import (
     valid_token_ids,
 )
 from keepwarm.engine.tiers import TierCounters, Tiers
+from keepwarm.engine.verifying import ColdRun, Verifier, VerifyReport
 
 STORE_WAIT_S = 0.05
+
+Answer = TypeVar("Answer", BundleWritten, BundleRead, BundleStored)
 
 CANONICAL_LINEAGE = "exact-canonical"
 """Blocks computed in canonical shapes differ in their last bits: they have other hashes."""
@@ -110,6 +135,8 @@ class BlockPoolBatchEngine:
         factory = batch_gen_factory or loaded.batch_gen_factory
         lineage = CANONICAL_LINEAGE if deterministic else "exact"
         family = KVFamily(loaded.fingerprint, loaded.layout, lineage)
+        self._family = family
+        self._kv_bound = kv_bound(loaded.layout.dtype, deterministic=deterministic)
         self._store = store or NoStore()
         self.tiers = Tiers(
             pool, factory(deterministic=deterministic), family=family, store=self._store
@@ -117,14 +144,13 @@ class BlockPoolBatchEngine:
         self.batch = Batch(
             self.tiers,
             new_generator=lambda: factory(deterministic=deterministic),
-            root=family.root,
             config=self.config,
             clock=clock,
         )
         self._keeper = AgentKeeper(
             self._store,
             tokenizer=loaded.tokenizer.fingerprint,
-            root=family.root,
+            root_of=self.tiers.root_of,
             new_blocks=self.tiers.new_line,
         )
         self._book = AgentBook(
@@ -136,7 +162,14 @@ class BlockPoolBatchEngine:
         )
         self._active: dict[str, ActiveRequest] = {}
         self._prefetching: dict[str, Line] = {}
+        self._verifier = Verifier(
+            self.tiers,
+            self._store,
+            chunk_tokens=self.config.prefill_chunk_tokens,
+            hear=self._hear_store,
+        )
         self._uncommitted: dict[int, Completed | None] = {}
+        self._answers: dict[int, BundleEvent] = {}
         self._durable = True
         self._events: list[Event] = []
         self._stalled = False
@@ -162,13 +195,14 @@ class BlockPoolBatchEngine:
         min_p: float = 0.0,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
-        priority: int = 0,
+        priority: int | None = None,
     ) -> str:
         """Queue a request and return its id; its events come from `step`.
 
         The prompt is one of `messages` (the whole conversation), `append` (new messages for the
         agent's main line), `text` or `token_ids`. Without `agent_id` it is anonymous: blocks are
-        found by content. `max_tokens` None lets the reply fill the context.
+        found by content. `max_tokens` None lets the reply fill the context; `priority` None is the
+        agent's own.
 
         Raises InvalidRequest (ContextTooLong, NeverFits), AgentBusy (`append` while the main line
         runs), UnknownAgent (`append` to nobody) and QueueFull; nothing is taken when it raises.
@@ -180,7 +214,7 @@ class BlockPoolBatchEngine:
             temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed
         )
         stops = validate_stop(stop)
-        priority = valid_priority(priority)
+        priority = self._priority(agent_id, priority)
         if len(self.batch.waiting) >= self.config.max_waiting:
             raise QueueFull(num_waiting=len(self.batch.waiting))
         choice, conversation = self._choose(agent_id, source)
@@ -259,7 +293,8 @@ class BlockPoolBatchEngine:
         return self._view(self._book.get(agent_id))
 
     def _view(self, agent: Agent) -> AgentView:
-        return self._book.view(agent, self.tiers.stored_tokens)
+        namespace = agent.main.blocks.namespace
+        return self._book.view(agent, lambda ids: self.tiers.stored_tokens(ids, namespace))
 
     def fork(self, agent_id: str, new_id: str, *, at_turn: int | None = None) -> None:
         """A new agent that knows what this one knew after `at_turn` turns (None: all of them).
@@ -270,8 +305,7 @@ class BlockPoolBatchEngine:
         parent = self._idle_agent(agent_id, "fork it")
         if valid_agent_id(new_id) is None:
             raise InvalidRequest("new_id", "a fork needs a name")
-        if new_id in self._book:
-            raise AgentExists(new_id)
+        self._check_is_new(new_id)
         num_tokens, messages = self._position(parent, at_turn)
         main = parent.main
         child = Line(
@@ -365,14 +399,144 @@ class BlockPoolBatchEngine:
         self._book.remove(agent_id)
         self._uncommitted[self._store.delete_agent(agent_id)] = None
 
+    # -- agents as data --------------------------------------------------------------------------
+
+    def export(self, agent_id: str, path: Path | str, *, timeout_s: float = 30.0) -> ExportSummary:
+        """Write the agent with its KV into one file, for another machine.
+
+        What the disk has not taken within `timeout_s` is left out and counted. Waits for the disk,
+        so nothing else runs meanwhile. Raises UnknownAgent, AgentBusy, NoAgentStore, BundleFailed.
+        """
+        agent = self._idle_agent(agent_id, "export it")
+        self._save_lines(agent, timeout_s)
+        state, path = self._keeper.state_of(agent), Path(path)
+        tokenizer = self._tokenizer.fingerprint
+        ticket = self._store.write_bundle(self._family, tokenizer, state, path)
+        written = self._answer(ticket, BundleWritten)
+        held = [_held(line, line.transcript.num_tokens) for line in agent.lines]
+        stored = [self._num_stored(line) for line in agent.lines]
+        missing = (max(a - b, 0) for a, b in zip(held, stored, strict=True))
+        return ExportSummary(
+            agent_id, path, written.file_bytes, written.num_records, sum(stored), sum(missing)
+        )
+
+    def import_agent(self, path: Path | str, agent_id: str | None = None) -> ImportSummary:
+        """Make an agent of a file that `export` wrote, anywhere; None keeps its name.
+
+        Nobody else finds its KV before `verify` has recomputed it. Of another model only what was
+        said is kept. Waits for the disk, so nothing else runs meanwhile. Raises BadBundle (nothing
+        is left behind), AgentExists, InvalidRequest, NoAgentStore, BundleFailed.
+        """
+        self._check_is_new(valid_agent_id(agent_id))
+        terms = private_terms(self._family, self._tokenizer.fingerprint, self._loaded.vocab_size)
+        bundle = self._answer(self._store.read_bundle(Path(path), terms), BundleRead).bundle
+        if bundle is None:
+            raise InvariantBroken(f"the store answered for {path} without a bundle")
+        name = agent_id or name_of(bundle)
+        self._check_is_new(name)
+        stored = self._answer(self._store.store_bundle(bundle, name), BundleStored)
+        state = imported_state(bundle, name, stored.num_records)
+        agent = self._book.add(self._keeper.agent_of(state))
+        self._commit(agent)
+        return ImportSummary(
+            agent_id=name,
+            num_tokens=agent.main.transcript.num_tokens,
+            num_turns=len(agent.turns),
+            num_records=stored.num_records,
+            num_dropped=bundle.num_dropped,
+            num_left_out=len(bundle.records) - stored.num_records,
+            is_durable=self.flush(),
+        )
+
+    def verify(self, agent_id: str) -> VerifyReport:
+        """Compute the agent's main line cold and compare with what memory and disk hold of it.
+
+        Blocks that differ by more than legitimate computations may are dropped: a cache may forget,
+        never lie. An imported agent that passes is shared from then on, by the KV that was computed
+        here. Takes as long as a prefill, and nothing else runs meanwhile. Raises UnknownAgent,
+        AgentBusy, GeneratorFailed, and PoolExhausted without room for a second copy of the line.
+        """
+        agent = self._idle_agent(agent_id, "verify it")
+        main = agent.main
+        token_ids = main.transcript.token_ids
+        num_held = _held(main, len(token_ids))
+        with self._verifier.run(main.blocks, token_ids, num_held) as cold:
+            report = self._report(agent, cold)
+            if not report.passed:
+                self._drop_differing(main, cold, report)
+            elif report.became_shared:
+                self._share(agent, cold)
+        return report
+
+    def _report(self, agent: Agent, cold: ColdRun) -> VerifyReport:
+        main = agent.main
+        report = VerifyReport(
+            agent_id=agent.agent_id,
+            num_tokens=main.transcript.num_tokens,
+            num_compared=sum(check.num_tokens for check in cold.checks if check.is_compared),
+            bound=self._kv_bound,
+            blocks=cold.checks,
+        )
+        return replace(report, became_shared=report.passed and bool(main.blocks.namespace))
+
+    def _drop_differing(self, main: Line, cold: ColdRun, report: VerifyReport) -> None:
+        depth = report.differing[0]
+        self.batch.set_back(self.tiers.owners_of(main.blocks, depth))
+        self.tiers.distrust(main.blocks, depth)
+        self._store.drop(cold.records_at(report.differing))
+
+    def _share(self, agent: Agent, cold: ColdRun) -> None:
+        """What was computed here takes the place of what was imported.
+
+        Lines and forks that still use imported blocks keep those to themselves.
+        """
+        imported = agent.main.blocks
+        agent.main.blocks = self._verifier.take(cold)
+        agent.main.blocks.pinned = imported.pinned
+        self.tiers.forget(imported)
+        self._commit(agent)
+        self._store.drop([record.hash for record in cold.records], if_unused=True)
+
+    def _save_lines(self, agent: Agent, timeout_s: float) -> None:
+        """Wait until the disk has taken the agent and its KV, as far as it does in time."""
+        until = time.monotonic() + timeout_s
+        lines = [line.blocks for line in agent.lines]
+        for blocks in lines:
+            self.tiers.offer_line(blocks)
+        while any(map(self.tiers.is_unsaved, lines)) and time.monotonic() < until:
+            self.tiers.save_some()
+            self._hear_store()
+        self.flush(max(until - time.monotonic(), 0.0))
+
+    def _num_stored(self, line: Line) -> int:
+        return self.tiers.stored_tokens(line.transcript.token_ids, line.blocks.namespace)
+
+    def _check_is_new(self, agent_id: str | None) -> None:
+        if agent_id is not None and agent_id in self._book:
+            raise AgentExists(agent_id)
+
+    def _answer(self, ticket: int, kind: type[Answer]) -> Answer:
+        """The store's answer; its error is raised."""
+        while ticket not in self._answers:
+            self._hear_store()
+        answer = self._answers.pop(ticket)
+        if not isinstance(answer, kind):
+            raise InvariantBroken(f"ticket {ticket} was answered with {answer}")
+        if answer.error is not None:
+            raise answer.error
+        return answer
+
+    def _hear_store(self) -> None:
+        self._store.wait(STORE_WAIT_S)
+        self._take_store_events()
+
     # -- the store -------------------------------------------------------------------------------
 
     def flush(self, timeout_s: float = 10.0) -> bool:
         """Wait until every change so far is committed. Returns whether the disk took them all."""
         until = time.monotonic() + timeout_s
         while self._uncommitted and time.monotonic() < until:
-            self._store.wait(STORE_WAIT_S)
-            self._take_store_events()
+            self._hear_store()
         return not self._uncommitted and self._durable
 
     def close(self, timeout_s: float = 60.0) -> bool:
@@ -384,8 +548,7 @@ class BlockPoolBatchEngine:
         until = time.monotonic() + timeout_s
         while len(self.tiers.saves) and time.monotonic() < until:
             self.tiers.save_some()
-            self._store.wait(STORE_WAIT_S)
-            self._take_store_events()
+            self._hear_store()
         return self.flush(max(until - time.monotonic(), 1.0)) and not len(self.tiers.saves)
 
     def snapshot(self) -> EngineSnapshot:
@@ -434,8 +597,10 @@ class BlockPoolBatchEngine:
                 self.tiers.saves.note(event.record_hash, retry=event.retry)
             elif isinstance(event, Fetched):
                 self.tiers.fetches.note(event)
-            else:
+            elif isinstance(event, Committed):
                 self._take_committed(event)
+            else:
+                self._answers[event.ticket] = event
         self.tiers.release_put_away()
 
     def _take_committed(self, event: Committed) -> None:
@@ -447,6 +612,12 @@ class BlockPoolBatchEngine:
     def _commit(self, agent: Agent, completed: Completed | None = None) -> None:
         """Write the agent; the turn's final event is sent when the disk has answered."""
         self._uncommitted[self._keeper.commit(agent)] = completed
+
+    def _priority(self, agent_id: str | None, priority: int | None) -> int:
+        if priority is not None:
+            return valid_priority(priority)
+        agent = self._book.find(agent_id) if agent_id is not None else None
+        return agent.settings.priority if agent is not None else 0
 
     def _choose(
         self, agent_id: str | None, source: PromptSource

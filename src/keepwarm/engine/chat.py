@@ -10,13 +10,12 @@ from enum import StrEnum
 from itertools import zip_longest
 
 from keepwarm.core.errors import InvalidRequest
-from keepwarm.core.ports import Message, Piece
+from keepwarm.core.ports import ROLES, Message, Piece
 from keepwarm.core.transcript import NO_TEXT, Span, Transcript
 from keepwarm.engine.output import Reply
 
 Encode = Callable[[str], Sequence[int]]
 
-ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 EXCERPT_CHARACTERS = 40
 
 

@@ -38,6 +38,7 @@ class _Fetch:
     that is not wanted.
     """
 
+    family: KVFamily
     to_read: deque[Record]
     end: int
     reading: deque[_Reading] = field(default_factory=deque)
@@ -54,9 +55,8 @@ class Arrival:
 class FetchQueue:
     """Owns the read buffers and, for each line that is being restored, what it still waits for."""
 
-    def __init__(self, store: AgentStore, family: KVFamily, pool: BlockPool) -> None:
+    def __init__(self, store: AgentStore, pool: BlockPool) -> None:
         self._store = store
-        self._family = family
         self._pool = pool
         self._fetches: dict[LineId, _Fetch] = {}
         self._readings: dict[int, _Reading] = {}
@@ -65,9 +65,9 @@ class FetchQueue:
     def __repr__(self) -> str:
         return f"FetchQueue({len(self._fetches)} lines, {len(self._readings)} reads)"
 
-    def begin(self, line: LineId, records: Iterable[Record], end: int) -> None:
+    def begin(self, line: LineId, family: KVFamily, records: Iterable[Record], end: int) -> None:
         """Read these into memory, for `next_arrival` to hand out in order, up to position `end`."""
-        self._fetches[line] = _Fetch(deque(records), end)
+        self._fetches[line] = _Fetch(family, deque(records), end)
         self.read_ahead(line)
 
     def is_fetching(self, line: LineId) -> bool:
@@ -78,11 +78,18 @@ class FetchQueue:
         fetch = self._fetches.get(line)
         return fetch is not None and bool(fetch.reading) and not fetch.reading[0].has_arrived
 
+    def next_depth(self, line: LineId) -> int | None:
+        """Of the block whose record comes next; None when nothing comes any more."""
+        fetch = self._fetches.get(line)
+        if fetch is None or not fetch.reading:
+            return None
+        return fetch.reading[0].record.depth
+
     def read_ahead(self, line: LineId) -> None:
         """Ask for the next records, as far as there are buffers; for one at least, or give up."""
         fetch = self._fetches[line]
         while fetch.to_read and len(fetch.reading) < MAX_AHEAD:
-            buffer = self._take_buffer(fetch.to_read[0])
+            buffer = self._take_buffer(fetch.family, fetch.to_read[0])
             if buffer is None:
                 if not fetch.reading:
                     self._end(line)
@@ -90,7 +97,7 @@ class FetchQueue:
             record = fetch.to_read.popleft()
             reading = _Reading(record, buffer, line)
             fetch.reading.append(reading)
-            self._readings[self._store.fetch(self._family, record, buffer.data)] = reading
+            self._readings[self._store.fetch(fetch.family, record, buffer.data)] = reading
 
     def note(self, fetched: Fetched) -> None:
         """The store has answered. Nobody may wait for it any more."""
@@ -156,8 +163,8 @@ class FetchQueue:
         reading.data = None
         self._idle.append(reading.buffer)
 
-    def _take_buffer(self, record: Record) -> _Buffer | None:
-        nbytes = self._store.record_bytes(self._family, record.num_tokens)
+    def _take_buffer(self, family: KVFamily, record: Record) -> _Buffer | None:
+        nbytes = self._store.record_bytes(family, record.num_tokens)
         for buffer in self._idle:
             if len(buffer.data) >= nbytes:
                 self._idle.remove(buffer)

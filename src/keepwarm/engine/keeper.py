@@ -19,12 +19,12 @@ class AgentKeeper:
         store: AgentStore,
         *,
         tokenizer: str,
-        root: BlockHash,
+        root_of: Callable[[AgentBlocks], BlockHash],
         new_blocks: Callable[[str | None], AgentBlocks],
     ) -> None:
         self._store = store
         self._tokenizer = tokenizer
-        self._root = root
+        self._root_of = root_of
         self._new_blocks = new_blocks
 
     def commit(self, agent: Agent) -> int:
@@ -68,6 +68,7 @@ class AgentKeeper:
 
     def _line(self, state: LineState, agent_id: str) -> Line:
         blocks = self._new_blocks(agent_id)
+        blocks.namespace = state.namespace
         return Line(blocks, state.transcript, state.messages, number=state.number)
 
     def _state_of_line(self, line: Line, agent: Agent) -> LineState:
@@ -79,6 +80,7 @@ class AgentKeeper:
             turns=tuple(agent.turns) if line is agent.main else (),
             block_hashes=self._block_hashes(line),
             last_used=line.blocks.last_used,
+            namespace=line.blocks.namespace,
         )
 
     def _block_hashes(self, line: Line) -> tuple[BlockHash, ...]:
@@ -91,5 +93,5 @@ class AgentKeeper:
         ):
             blocks = []
         known = [block.hash for block in blocks]
-        parent = known[-1] if known else self._root
+        parent = known[-1] if known else self._root_of(line.blocks)
         return (*known, *chain_hashes(parent, token_ids[len(known) * BLOCK_TOKENS :]))

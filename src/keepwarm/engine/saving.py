@@ -18,6 +18,7 @@ class Unsaved:
     `tail_of` is the line when it is a tail; a whole block is found by its hash.
     """
 
+    family: KVFamily
     hash: BlockHash
     parent: BlockHash
     depth: int
@@ -47,9 +48,8 @@ class SaveQueue:
     again, or are evicted like any others.
     """
 
-    def __init__(self, store: AgentStore, family: KVFamily, pool: BlockPool) -> None:
+    def __init__(self, store: AgentStore, pool: BlockPool) -> None:
         self._store = store
-        self._family = family
         self._pool = pool
         self._unsaved: dict[BlockHash, Unsaved] = {}
         self._saving: dict[BlockHash, _Saving] = {}
@@ -87,8 +87,8 @@ class SaveQueue:
         """How many of its last tokens the store lacks."""
         return len(unsaved.token_ids) - self._num_stored(unsaved)
 
-    def accepts(self, num_tokens: int) -> bool:
-        return self._store.accepts(self._store.record_bytes(self._family, num_tokens))
+    def accepts(self, unsaved: Unsaved, num_tokens: int) -> bool:
+        return self._store.accepts(self._store.record_bytes(unsaved.family, num_tokens))
 
     def save(self, unsaved: Unsaved, source: Source, generator: BatchGenerator) -> None:
         """Hand over the last tokens, which the source's payload ends with.
@@ -96,14 +96,12 @@ class SaveQueue:
         The source's allocation is released when the disk has it: it must have been retained for
         this.
         """
-        stop = len(unsaved.token_ids)
-        start = stop - source.payload.num_tokens
-        before = child_hash(unsaved.parent, unsaved.token_ids[:start]) if start else unsaved.parent
-        record = Record(unsaved.hash, before, unsaved.parent, unsaved.depth, start, stop)
+        start = len(unsaved.token_ids) - source.payload.num_tokens
+        record = Record.of_run(unsaved.parent, unsaved.depth, unsaved.token_ids, start=start)
         del self._unsaved[unsaved.hash]
         self._saving[unsaved.hash] = _Saving(unsaved, source)
         pieces = generator.pack(source.payload)
-        self._store.save(self._family, record, unsaved.token_ids, pieces, unsaved.maker)
+        self._store.save(unsaved.family, record, unsaved.token_ids, pieces, unsaved.maker)
 
     def note(self, record_hash: BlockHash, *, retry: bool) -> None:
         """The store needs the memory no more; with `retry` the record is to be offered again."""
@@ -129,7 +127,10 @@ def staging(pool: BlockPool, nbytes: int) -> Allocation | None:
     return pool.allocate(Kind.SAVING, nbytes) if pool.free_bytes >= nbytes else None
 
 
-def tail_of(line: AgentBlocks, parent: BlockHash, token_ids: Sequence[int]) -> Unsaved:
+def tail_of(
+    line: AgentBlocks, family: KVFamily, parent: BlockHash, token_ids: Sequence[int]
+) -> Unsaved:
     """The line's last, unfinished block."""
     ids = tuple(token_ids)
-    return Unsaved(child_hash(parent, ids), parent, len(line.blocks), ids, line.agent_id, line)
+    name = child_hash(parent, ids)
+    return Unsaved(family, name, parent, len(line.blocks), ids, line.agent_id, line)

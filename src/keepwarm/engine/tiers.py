@@ -9,7 +9,7 @@ equal prefixes once), and only then blocks themselves, those that are on disk fi
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 
 from keepwarm.core.agent import AgentBlocks
@@ -23,7 +23,7 @@ from keepwarm.core.block import (
     common_prefix,
 )
 from keepwarm.core.errors import InvariantBroken, PoolExhausted
-from keepwarm.core.layout import BLOCK_TOKENS, whole_blocks
+from keepwarm.core.layout import BLOCK_TOKENS, capacity_for, whole_blocks
 from keepwarm.core.policies import BlockVictim, choose_victims, demotion_order
 from keepwarm.core.pool import Allocation, BlockPool, Kind
 from keepwarm.core.ports import BatchGenerator, Payload, Slab
@@ -72,10 +72,11 @@ class Tiers:
         self.index = PrefixIndex(pool)
         self.counters = TierCounters()
         self.generator = generator
-        self.saves = SaveQueue(store, family, pool)
-        self.fetches = FetchQueue(store, family, pool)
+        self.saves = SaveQueue(store, pool)
+        self.fetches = FetchQueue(store, pool)
         self._store = store
         self._family = family
+        self._families = {family.namespace: family}
         self._root = family.root
         self._token_bytes = family.layout.token_bytes
         self._lines: dict[LineId, AgentBlocks] = {}
@@ -96,6 +97,17 @@ class Tiers:
         self._lines[line.line] = line
         self.touch(line)
         return line
+
+    def family_of(self, namespace: str) -> KVFamily:
+        """The model's KV in that namespace, which is a line's."""
+        family = self._families.get(namespace)
+        if family is None:
+            family = self._families[namespace] = replace(self._family, namespace=namespace)
+        return family
+
+    def root_of(self, line: AgentBlocks) -> BlockHash:
+        """The parent of the line's first block."""
+        return self.family_of(line.namespace).root
 
     def touch(self, line: AgentBlocks) -> None:
         """The line was used just now."""
@@ -118,6 +130,7 @@ class Tiers:
         """
         num_tokens = min(num_tokens, parent.num_tokens)
         child = self.new_line(agent_id)
+        child.namespace = parent.namespace
         for block in parent.blocks[: whole_blocks(num_tokens)]:
             self.index.retain(child.line, block)
             child.blocks.append(block)
@@ -145,7 +158,7 @@ class Tiers:
         those of the line's conversation, under which the store has it. Raises PoolExhausted when
         other running or pinned lines leave too little; the line is then as before.
         """
-        run = self.index.longest_run(chain_hashes(self._root, token_ids))
+        run = self.index.longest_run(chain_hashes(self.root_of(line), token_ids))
         with self._guarded(run), _busy(line):
             if line.slab is None:
                 slab = self._take_slab(capacity_tokens)
@@ -261,11 +274,21 @@ class Tiers:
         for start in range(len(line.blocks) * BLOCK_TOKENS, line.num_tokens, BLOCK_TOKENS):
             ids = line.token_ids[start : start + BLOCK_TOKENS]
             if len(ids) == BLOCK_TOKENS:
-                parent = line.blocks[-1].hash if line.blocks else self._root
-                depth = len(line.blocks)
-                block = self.index.enter_slab(line.line, depth, child_hash(parent, ids))
+                name = child_hash(self._last_hash(line), ids)
+                block = self.index.enter_slab(line.line, len(line.blocks), name)
                 line.blocks.append(block)
-                self.saves.offer(Unsaved(block.hash, parent, depth, tuple(ids), line.agent_id))
+                self.saves.offer(self._unsaved_block(line, block))
+
+    def _last_hash(self, line: AgentBlocks) -> BlockHash:
+        """Of what the line's table ends with."""
+        return line.blocks[-1].hash if line.blocks else self.root_of(line)
+
+    def _unsaved_block(self, line: AgentBlocks, block: Block) -> Unsaved:
+        depth = block.depth
+        ids = tuple(line.token_ids[depth * BLOCK_TOKENS : (depth + 1) * BLOCK_TOKENS])
+        parent = line.blocks[depth - 1].hash if depth else self.root_of(line)
+        family = self.family_of(line.namespace)
+        return Unsaved(family, block.hash, parent, depth, ids, line.agent_id)
 
     # -- out of the slab -------------------------------------------------------------------------
 
@@ -331,8 +354,20 @@ class Tiers:
         """Have the line's unfinished block saved, as far as it goes."""
         ids = line.token_ids[len(line.blocks) * BLOCK_TOKENS :]
         if ids:
-            parent = line.blocks[-1].hash if line.blocks else self._root
-            self.saves.offer(tail_of(line, parent, ids))
+            family = self.family_of(line.namespace)
+            self.saves.offer(tail_of(line, family, self._last_hash(line), ids))
+
+    def offer_line(self, line: AgentBlocks) -> None:
+        """Have all of the line's KV saved that the store lacks."""
+        for block in line.blocks:
+            self.saves.offer(self._unsaved_block(line, block))
+        self.offer_tail(line)
+
+    def is_unsaved(self, line: AgentBlocks) -> bool:
+        """Whether something of the line waits to be saved, or is on its way."""
+        names = [block.hash for block in line.blocks]
+        names += [child_hash(self._last_hash(line), line.token_ids[len(names) * BLOCK_TOKENS :])]
+        return any(self.saves.is_unsaved(name) for name in names)
 
     def offer_tails(self) -> None:
         """Of every line, as before a shutdown."""
@@ -350,7 +385,7 @@ class Tiers:
             if not num_tokens or not self._holds(unsaved):
                 self.saves.drop(unsaved)
                 continue
-            if num_left <= 0 or not self.saves.accepts(num_tokens):
+            if num_left <= 0 or not self.saves.accepts(unsaved, num_tokens):
                 return
             source = self._source_of(unsaved, num_tokens)
             if source is None and self._demote_for(unsaved):
@@ -373,19 +408,78 @@ class Tiers:
             line = self._lines.get(line_id)
             if line is None or line.busy or line.slab is not None:
                 self._put_away.remove(line_id)
-            elif self.stored_tokens(line.token_ids) >= line.num_tokens and not self._is_saving(
-                line
-            ):
+            elif self._is_stored(line) and not self._is_saving(line):
                 self._put_away.remove(line_id)
                 self.truncate(line, 0)
+
+    def _is_stored(self, line: AgentBlocks) -> bool:
+        return self.stored_tokens(line.token_ids, line.namespace) >= line.num_tokens
 
     def _is_saving(self, line: AgentBlocks) -> bool:
         return line.line in self._with_unsaved() or self.saves.is_busy
 
-    def stored_tokens(self, token_ids: Sequence[int]) -> int:
+    def stored_tokens(self, token_ids: Sequence[int], namespace: str = "") -> int:
         """How many of the first tokens the store has."""
-        records = self._store.plan(self._family, self._root, token_ids)
+        family = self.family_of(namespace)
+        records = self._store.plan(family, family.root, token_ids)
         return records[-1].end_position if records else 0
+
+    # -- beside a line ---------------------------------------------------------------------------
+
+    def new_scratch(self, line: AgentBlocks, num_tokens: int, spare_bytes: int) -> AgentBlocks:
+        """A line with a slab of its own, for a cold run beside the line's KV, which stays.
+
+        `spare_bytes` more are free then. Whoever asked for it forgets it. Raises PoolExhausted.
+        """
+        scratch = self.new_line(line.agent_id)
+        scratch.busy = True
+        try:
+            with _busy(line):
+                capacity = capacity_for(max(num_tokens, 1))
+                self.make_room(self.generator.slab_bytes(capacity) + spare_bytes)
+                slab = self._take_slab(capacity)
+                scratch.slab, scratch.slab_allocation = slab.slab, slab.allocation
+                self.make_room(spare_bytes)
+        except BaseException:
+            self.forget(scratch)
+            raise
+        return scratch
+
+    def copies_of(self, line: AgentBlocks, start: int, stop: int) -> Iterator[Payload]:
+        """Of a resting line's positions within one block, wherever memory has them for it."""
+        if start >= stop:
+            return
+        if line.slab is not None:
+            yield self.generator.extract(line.slab, start, stop)
+        depth = whole_blocks(start)
+        payload = line.blocks[depth].payload if depth < len(line.blocks) else line.tail
+        if payload is not None:
+            yield self.generator.cut(payload, 0, stop - start)
+        elif line.slab is None:
+            yield self._read(line, start, stop)
+
+    def owners_of(self, line: AgentBlocks, depth: int) -> set[LineId]:
+        """The lines that rely on the block at this depth, this one included."""
+        return set(line.blocks[depth].owners) if depth < len(line.blocks) else {line.line}
+
+    def distrust(self, line: AgentBlocks, depth: int) -> None:
+        """The line's KV is wrong from this block on: all that rely on the block forget it.
+
+        None of them may be in the batch.
+        """
+        for owner in self.owners_of(line, depth):
+            self._forget_from(self._lines[owner], depth)
+
+    def _forget_from(self, line: AgentBlocks, depth: int) -> None:
+        """As `truncate`, but nobody is given a copy."""
+        self.fetches.cancel(line.line)
+        self._drop_tail(line)
+        for block in line.blocks[depth:]:
+            self.index.disown(line.line, block)
+        del line.blocks[depth:]
+        if line.slab is not None and line.slab.num_tokens > depth * BLOCK_TOKENS:
+            self.generator.trim(line.slab, depth * BLOCK_TOKENS)
+        del line.token_ids[line.num_tokens :]
 
     # -- room ------------------------------------------------------------------------------------
 
@@ -464,31 +558,33 @@ class Tiers:
     ) -> None:
         """Have what follows the line's KV, and lies in the store, brought into memory."""
         depth = whole_blocks(line.num_tokens)
-        parent = line.blocks[depth - 1].hash if depth else self._root
-        plan = self._plan(parent, depth * BLOCK_TOKENS, token_ids, known_ids)
+        plan = self._plan(line, depth, token_ids, known_ids)
         if plan.end <= line.num_tokens or not is_worth_fetching():
             return
+        family = self.family_of(line.namespace)
         needed = [record for record in plan.records if record.end_position > line.num_tokens]
         if needed[0].first_position != line.num_tokens:
             self.truncate(line, depth * BLOCK_TOKENS)
             needed = plan.records
         with suppress(PoolExhausted), _busy(line):
             largest = max(record.num_tokens for record in needed)
-            self.make_room(self._store.record_bytes(self._family, largest))
-        self.fetches.begin(line.line, needed, plan.end)
+            self.make_room(self._store.record_bytes(family, largest))
+        self.fetches.begin(line.line, family, needed, plan.end)
 
     def _plan(
-        self, parent: BlockHash, start: int, token_ids: Sequence[int], known_ids: Sequence[int]
+        self, line: AgentBlocks, depth: int, token_ids: Sequence[int], known_ids: Sequence[int]
     ) -> _Plan:
         """By what was asked for; or by what the line is known to have said, where that is longer.
 
         Of a record that goes on otherwise than asked for, the beginning serves.
         """
-        wanted = self._store.plan(self._family, parent, token_ids[start:])
+        family, start = self.family_of(line.namespace), depth * BLOCK_TOKENS
+        parent = line.blocks[depth - 1].hash if depth else family.root
+        wanted = self._store.plan(family, parent, token_ids[start:])
         end = wanted[-1].end_position if wanted else start
         num_common = common_prefix(token_ids, known_ids)
         if num_common > end:
-            known = self._store.plan(self._family, parent, known_ids[start:])
+            known = self._store.plan(family, parent, known_ids[start:])
             useful = [record for record in known if record.first_position < num_common]
             if useful and min(useful[-1].end_position, num_common) > end:
                 return _Plan(useful, min(useful[-1].end_position, num_common))
@@ -592,8 +688,7 @@ class Tiers:
         return _slab_of(self._lines[next(iter(block.slabs))])[0]
 
     def _hashes_behind(self, line: AgentBlocks, token_ids: Sequence[int]) -> Iterator[BlockHash]:
-        parent = line.blocks[-1].hash if line.blocks else self._root
-        return chain_hashes(parent, token_ids[len(line.blocks) * BLOCK_TOKENS :])
+        return chain_hashes(self._last_hash(line), token_ids[len(line.blocks) * BLOCK_TOKENS :])
 
     def _empty_slab(
         self, slab: Slab, allocation: Allocation, spans: Sequence[tuple[int, int]]
@@ -650,6 +745,7 @@ class Tiers:
         for owner in list(block.owners):
             line = self._lines[owner]
             if line is not but:
+                self.fetches.cancel(owner)  # what it reads would no longer follow
                 self._cut_table(line, block.depth)
         self.counters.evicted_blocks += 1
 

@@ -330,3 +330,29 @@ def unpack(layout: CacheLayout, num_tokens: int, data: memoryview) -> KVPayload:
         arrays.append(np.frombuffer(piece, _RAW_DTYPES[layout.dtype]).reshape(tensor.shape))
         start += tensor.nbytes
     return KVPayload(num_tokens, tuple(arrays))
+
+
+def largest_difference(layout: CacheLayout, a: KVPayload, b: KVPayload) -> float:
+    """The largest absolute difference of two payloads, layer by layer; 0.0 for equal bits only."""
+    if a.num_tokens != b.num_tokens:
+        raise InvariantBroken(f"{a.num_tokens} tokens were compared with {b.num_tokens}")
+    pairs = zip(a.arrays, b.arrays, strict=True)
+    return max((_difference(x, y, layout.dtype) for x, y in pairs), default=0.0)
+
+
+def _difference(a: RawArray, b: RawArray, dtype: str) -> float:
+    differing = a != b
+    if not differing.any():
+        return 0.0
+    with np.errstate(invalid="ignore", over="ignore"):
+        largest = float(np.abs(_floats(a[differing], dtype) - _floats(b[differing], dtype)).max())
+    if math.isnan(largest):
+        return math.inf
+    return max(largest, sys.float_info.min)  # 0.0 and -0.0 are equal numbers of other bits
+
+
+def _floats(raw: RawArray, dtype: str) -> NDArray[np.float64]:
+    """Raw bits as numbers. numpy has no bfloat16: its bits are the upper half of a float32."""
+    if dtype == "bfloat16":
+        return (raw.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return raw.view(dtype).astype(np.float64)

@@ -23,6 +23,7 @@ from keepwarm.mlx_backend.arrays import (
     SlabArrays,
     copies_for,
     cut,
+    largest_difference,
     unpack,
 )
 from keepwarm.mlx_backend.sampling import sample
@@ -105,6 +106,9 @@ class RowBatchGenerator:
 
     def unpack(self, num_tokens: int, data: memoryview) -> Payload:
         return unpack(self._layout, num_tokens, data)
+
+    def largest_difference(self, a: Payload, b: Payload) -> float:
+        return largest_difference(self._layout, _own_payload(a), _own_payload(b))
 
     # -- rows ------------------------------------------------------------------------------------
 

@@ -7,18 +7,23 @@ evicted; the I/O thread acts (`disk_store.py`) and answers, and `poll` passes th
 import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from keepwarm.core.block import BlockHash
-from keepwarm.core.errors import ConfigError, InvariantBroken, KeepwarmError
+from keepwarm.core.errors import BundleFailed, ConfigError, InvariantBroken, KeepwarmError
 from keepwarm.core.stored import (
     AgentState,
     AgentSummary,
+    Bundle,
+    BundleRead,
+    BundleStored,
+    BundleTerms,
+    BundleWritten,
     Committed,
     Fetched,
     KVFamily,
@@ -27,13 +32,16 @@ from keepwarm.core.stored import (
     StoreEvent,
     StoreHealth,
 )
+from keepwarm.store.bundle_export import Export
 from keepwarm.store.catalog import CatalogReader
 from keepwarm.store.disk_store import (
     CATALOG_NAME,
     REMOVALS_PER_COMMAND,
     CommitDone,
     DiskStore,
+    ExportDone,
     FetchDone,
+    ImportDone,
     Limits,
     Opened,
     OpenFailed,
@@ -106,6 +114,9 @@ class AgentCacheStore:
         self._commits: dict[int, str] = {}
         self._pending: dict[str, tuple[int, AgentState | None]] = {}
         self._uncommitted: dict[str, AgentState | None] = {}
+        self._refused: set[str] = set()
+        self._silent: set[int] = set()
+        self._bundles: dict[int, _BundleJob] = {}
         self._events: list[StoreEvent] = []
         self._health = _Health()
         self._thread: IOThread[Outcome] = IOThread("keepwarm-store")
@@ -132,7 +143,8 @@ class AgentCacheStore:
         self.close()
 
     def close(self, timeout_s: float | None = 60.0) -> None:
-        """Do what is queued, and give the home back. What the disk refused until now is lost."""
+        """Do what is queued, try once more what the disk refused, and give the home back."""
+        self._retry_commits()
         self._reader.close()
         self._thread.post(Priority.STOP, self._disk.close)
         if not self._thread.stop(timeout_s):
@@ -165,10 +177,16 @@ class AgentCacheStore:
         maker: str | None,
     ) -> None:
         nbytes = max_file_bytes(family, record.num_tokens)
+        # A record of that name may be there, behind one that is lost: this one replaces it.
+        unreachable = self._index.forget(record.hash)
         if not self._make_room(nbytes, maker):
+            if unreachable is not None:
+                self._remove([record.hash])
             self._events.append(Saved(record.hash, retry=False))
             return
-        self._index.add(Entry(record, nbytes, maker, self._clock_ticks, is_saved=False))
+        entry = Entry(record, nbytes, maker, self._clock_ticks, is_saved=False)
+        entry.num_readers = 0 if unreachable is None else unreachable.num_readers
+        self._index.add(entry)
         self._queued[record.hash] = nbytes
         command = partial(self._disk.save, family, record, tuple(token_ids), tuple(pieces), maker)
         self._thread.post(Priority.SAVE, command)
@@ -176,16 +194,21 @@ class AgentCacheStore:
     def fetch(self, family: KVFamily, record: Record, buffer: bytearray) -> int:
         ticket = next(self._tickets)
         entry = self._index.get(record.hash)
-        if entry is None:
+        if entry is None or entry.record != record:
             self._events.append(Fetched(ticket, None))
             return ticket
         entry.num_readers += 1
         self._reading[ticket] = record.hash
         # Behind the save of this very record, if that is still queued.
         priority = Priority.RESTORE if entry.is_saved else Priority.SAVE
-        command = partial(self._disk.fetch, ticket, family, record.hash, buffer)
+        command = partial(self._disk.fetch, ticket, family, record, buffer)
         self._thread.post(priority, command)
         return ticket
+
+    def drop(self, hashes: Iterable[BlockHash], *, if_unused: bool = False) -> None:
+        is_used = self._index.usage.is_used
+        chosen = [h for h in hashes if not (if_unused and is_used(h))]
+        self._remove([h for h in chosen if self._index.forget(h) is not None])
 
     def clock(self) -> int:
         return self._clock_ticks
@@ -202,7 +225,8 @@ class AgentCacheStore:
     def delete_agent(self, agent_id: str) -> int:
         ticket = next(self._tickets)
         self.load_agent(agent_id)
-        self._remove([entry.record.hash for entry in self._index.disuse(agent_id)])
+        own = [entry.record.hash for entry in self._index.disuse(agent_id)]
+        self._remove(own, Priority.COMMIT)  # before the answer, which says that they are gone
         self._post_commit(ticket, agent_id, None)
         return ticket
 
@@ -218,6 +242,52 @@ class AgentCacheStore:
         gone = {agent_id for agent_id, state in self._uncommitted.items() if state is None}
         return [s for s in self._reader.summaries() if s.agent_id not in gone]
 
+    # -- bundles ---------------------------------------------------------------------------------
+
+    def write_bundle(self, family: KVFamily, tokenizer: str, state: AgentState, path: Path) -> int:
+        records: dict[BlockHash, tuple[Record, KVFamily]] = {}
+        for line in state.lines:
+            if line.tokenizer == tokenizer:
+                own = replace(family, namespace=line.namespace)
+                for record in self.plan(own, own.root, line.transcript.token_ids):
+                    records.setdefault(record.hash, (record, own))
+        ticket = self._begin_bundle(_BundleJob(path, BundleWritten))
+        export = Export(family, tokenizer, state, tuple(records.values()))
+        self._thread.post(Priority.SAVE, partial(self._disk.export, ticket, path, export))
+        return ticket
+
+    def read_bundle(self, path: Path, terms: BundleTerms) -> int:
+        ticket = self._begin_bundle(_BundleJob(path, BundleRead))
+        self._thread.post(Priority.SAVE, partial(self._disk.read_bundle, ticket, path, terms))
+        return ticket
+
+    def store_bundle(self, bundle: Bundle, agent_id: str) -> int:
+        names = self._make_room_for(bundle, agent_id)
+        ticket = self._begin_bundle(_BundleJob(bundle.path, BundleStored, names))
+        command = partial(self._disk.import_records, ticket, bundle, len(names), agent_id)
+        self._thread.post(Priority.SAVE, command)
+        return ticket
+
+    def _begin_bundle(self, job: "_BundleJob") -> int:
+        ticket = next(self._tickets)
+        self._bundles[ticket] = job
+        return ticket
+
+    def _make_room_for(self, bundle: Bundle, agent_id: str) -> tuple[BlockHash, ...]:
+        """The first records of the bundle, as many as budget and the agent's quota allow."""
+        names: list[BlockHash] = []
+        family, quota_bytes = bundle.terms.family, bundle.state.settings.quota_bytes
+        for record in bundle.records:
+            nbytes = max_file_bytes(family, record.num_tokens)
+            is_within = quota_bytes is None or (
+                self._index.bytes_of(agent_id) + nbytes <= quota_bytes
+            )
+            if not is_within or not self._make_room(nbytes, None):
+                break
+            self._index.add(Entry(record, nbytes, agent_id, self._clock_ticks, is_saved=False))
+            names.append(record.hash)
+        return tuple(names)
+
     # -- the whole -------------------------------------------------------------------------------
 
     def poll(self) -> list[StoreEvent]:
@@ -225,7 +295,7 @@ class AgentCacheStore:
             self._take(outcome)
         if self._thread.failure is not None:
             self._answer_for_the_dead()
-        elif self._uncommitted and self._health.may_retry(self._clock()):
+        elif self._refused and not self._health.is_suspended(self._clock()):
             self._retry_commits()
         events, self._events = self._events, []
         return events
@@ -252,6 +322,7 @@ class AgentCacheStore:
     def check(self) -> None:
         self._index.check()
         unsaved = {entry.record.hash for entry in self._index if not entry.is_saved}
+        unsaved -= {name for job in self._bundles.values() for name in job.names}
         if not unsaved <= self._queued.keys():
             raise InvariantBroken(f"{self!r}: records that nobody writes: {len(unsaved)}")
         readers = sum(entry.num_readers for entry in self._index)
@@ -314,6 +385,39 @@ class AgentCacheStore:
             self._take_commit(outcome)
         elif isinstance(outcome, Reconciled):
             self._take_reconciled(outcome)
+        else:
+            self._take_bundle(outcome)
+
+    def _take_bundle(self, outcome: Outcome) -> None:
+        if isinstance(outcome, BundleRead):
+            del self._bundles[outcome.ticket]
+            self._events.append(outcome)
+        elif isinstance(outcome, ExportDone):
+            self._take_export(outcome)
+        elif isinstance(outcome, ImportDone):
+            self._take_import(outcome)
+
+    def _take_export(self, done: ExportDone) -> None:
+        del self._bundles[done.ticket]
+        lost = [h for h in done.lost if self._index.forget(h) is not None]
+        self._health.num_damaged += len(lost)
+        written = BundleWritten(done.ticket, done.file_bytes, done.num_records, done.error)
+        self._events.append(written)
+
+    def _take_import(self, done: ImportDone) -> None:
+        self._other_bytes = done.other_bytes
+        job = self._bundles.pop(done.ticket)
+        stored = {row.hash: row.file_bytes for row in done.stored}
+        for record_hash in job.names:
+            entry = self._index.get(record_hash)
+            if record_hash not in stored:
+                self._index.forget(record_hash)
+            elif entry is None:
+                self._remove([record_hash])
+            else:
+                self._index.confirm(entry, stored[record_hash])
+        self._note_fault(done.fault)
+        self._events.append(BundleStored(done.ticket, len(stored), done.error))
 
     def _take_save(self, done: SaveDone) -> None:
         self._other_bytes = done.other_bytes
@@ -348,14 +452,19 @@ class AgentCacheStore:
         self._other_bytes = done.other_bytes
         agent_id = self._commits.pop(done.ticket)
         last_ticket, _ = self._pending[agent_id]
-        if done.fault is None:
+        if done.fault is not None:
+            self._refused.add(agent_id)
+            self._note_fault(done.fault)
+            if done.is_over_budget:
+                self._make_room(MIN_BUDGET_BYTES // 8, None)
+        elif done.refusal is not None:
+            log.error("agent %r cannot be stored: %s", agent_id, done.refusal)
+        else:
             self._health.note_success(0)
             if done.ticket == last_ticket:
                 del self._pending[agent_id], self._uncommitted[agent_id]
-        else:
-            self._note_fault(done.fault)
-            self._make_room(MIN_BUDGET_BYTES // 8, None)
-        self._events.append(Committed(done.ticket, durable=done.fault is None))
+        durable = done.fault is None and done.refusal is None
+        self._answer_commit(done.ticket, durable=durable)
 
     def _take_reconciled(self, outcome: Reconciled) -> None:
         for row in outcome.found:
@@ -378,7 +487,14 @@ class AgentCacheStore:
 
     # -- commits ---------------------------------------------------------------------------------
 
-    def _post_commit(self, ticket: int, agent_id: str, state: AgentState | None) -> None:
+    def _answer_commit(self, ticket: int, *, durable: bool) -> None:
+        """A retry was answered long ago, when it was refused for the first time."""
+        if ticket in self._silent:
+            self._silent.remove(ticket)
+        else:
+            self._events.append(Committed(ticket, durable=durable))
+
+    def _post_commit(self, ticket: int, agent_id: str, state: AgentState | None) -> int:
         self._commits[ticket] = agent_id
         self._pending[agent_id] = (ticket, state)
         self._uncommitted[agent_id] = state
@@ -387,12 +503,15 @@ class AgentCacheStore:
         else:
             command = partial(self._disk.commit, ticket, state)
         self._thread.post(Priority.COMMIT, command)
+        return ticket
 
     def _retry_commits(self) -> None:
         """What the disk refused, whole; the tickets were answered with `durable=False` long ago."""
-        for agent_id, (ticket, state) in list(self._pending.items()):
+        refused, self._refused = self._refused, set()
+        for agent_id in refused & self._pending.keys():
+            ticket, state = self._pending[agent_id]
             if ticket not in self._commits:
-                self._post_commit(next(self._tickets), agent_id, state)
+                self._silent.add(self._post_commit(next(self._tickets), agent_id, state))
 
     def _answer_for_the_dead(self) -> None:
         """The thread has died of a bug: whoever waits is told so, and memory serves on."""
@@ -404,9 +523,15 @@ class AgentCacheStore:
         for ticket in list(self._reading):
             del self._reading[ticket]
             self._events.append(Fetched(ticket, None))
+        for ticket, job in list(self._bundles.items()):
+            del self._bundles[ticket]
+            for record_hash in job.names:
+                self._index.forget(record_hash)
+            error = BundleFailed(job.path, "the store's thread has died")
+            self._events.append(job.answer(ticket, error=error))
         for ticket in list(self._commits):
             del self._commits[ticket]
-            self._events.append(Committed(ticket, durable=False))
+            self._answer_commit(ticket, durable=False)
 
     # -- room ------------------------------------------------------------------------------------
 
@@ -431,11 +556,20 @@ class AgentCacheStore:
         self._health.evicted_bytes += sum(entry.file_bytes for entry in victims)
         self._remove([entry.record.hash for entry in victims])
 
-    def _remove(self, hashes: Sequence[BlockHash]) -> None:
+    def _remove(self, hashes: Sequence[BlockHash], priority: Priority = Priority.SAVE) -> None:
         """In the saves' own order: what is written next finds the room that this makes."""
         for start in range(0, len(hashes), REMOVALS_PER_COMMAND):
             part = tuple(hashes[start : start + REMOVALS_PER_COMMAND])
-            self._thread.post(Priority.SAVE, partial(self._disk.remove, part))
+            self._thread.post(priority, partial(self._disk.remove, part))
+
+
+@dataclass(frozen=True, slots=True)
+class _BundleJob:
+    """A bundle that the I/O thread works at; `names`: records that it is storing."""
+
+    path: Path
+    answer: type[BundleWritten] | type[BundleRead] | type[BundleStored]
+    names: tuple[BlockHash, ...] = ()
 
 
 @dataclass(slots=True)
@@ -474,6 +608,3 @@ class _Health:
 
     def is_suspended(self, now_s: float) -> bool:
         return self._suspended_until_s is not None and now_s < self._suspended_until_s
-
-    def may_retry(self, now_s: float) -> bool:
-        return self._suspended_until_s is not None and now_s >= self._suspended_until_s

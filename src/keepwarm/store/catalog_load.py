@@ -5,6 +5,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from keepwarm.core.block import BlockHash
 from keepwarm.core.stored import AgentSettings, AgentState, AgentSummary, LineState
@@ -17,7 +18,8 @@ _SUMMARIES = """
     SELECT name, pinned, priority, quota_bytes, policy,
         coalesce(max(CASE number WHEN 0 THEN num_tokens END), 0),
         coalesce(max(CASE number WHEN 0 THEN num_turns END), 0),
-        count(line), coalesce(max(last_used), 0)
+        count(line), coalesce(max(last_used), 0),
+        coalesce(max(CASE number WHEN 0 THEN namespace <> '' END), 0)
     FROM agents LEFT JOIN lines USING (agent) GROUP BY agents.agent ORDER BY name
 """
 
@@ -37,10 +39,21 @@ def read_agent(db: sqlite3.Connection, path: Path, name: str) -> CommittedAgent 
 
 
 def read_summaries(db: sqlite3.Connection) -> list[AgentSummary]:
-    return [
-        AgentSummary(name, _settings(pinned, priority, quota_bytes, policy), *numbers)
-        for name, pinned, priority, quota_bytes, policy, *numbers in db.execute(_SUMMARIES)
-    ]
+    return [_summary(row) for row in db.execute(_SUMMARIES)]
+
+
+def _summary(row: tuple[Any, ...]) -> AgentSummary:
+    name, pinned, priority, quota_bytes, policy, *numbers, is_private = row
+    num_tokens, num_turns, num_lines, last_used = numbers
+    return AgentSummary(
+        agent_id=name,
+        settings=_settings(pinned, priority, quota_bytes, policy),
+        num_tokens=num_tokens,
+        num_turns=num_turns,
+        num_lines=num_lines,
+        last_used=last_used,
+        is_private=bool(is_private),
+    )
 
 
 @contextmanager
@@ -58,11 +71,11 @@ def _settings(pinned: int, priority: int, quota_bytes: int | None, policy: str) 
 
 def _read_lines(db: sqlite3.Connection, agent_row: int) -> Iterator[CommittedLine]:
     rows = db.execute(
-        "SELECT line, number, tokenizer, head, last_used FROM lines WHERE agent = ?"
+        "SELECT line, number, tokenizer, head, last_used, namespace FROM lines WHERE agent = ?"
         " ORDER BY number, tokenizer",
         (agent_row,),
     ).fetchall()
-    for line_id, number, tokenizer, head, last_used in rows:
+    for line_id, number, tokenizer, head, last_used, namespace in rows:
         tree = _read_tree(db, line_id)
         turn_rows = _read_turns(db, line_id)
         for turn_head in (*(turn_head for _, turn_head in turn_rows), head):
@@ -76,6 +89,7 @@ def _read_lines(db: sqlite3.Connection, agent_row: int) -> Iterator[CommittedLin
             messages=conversation(head),
             block_hashes=_read_blocks(db, line_id),
             last_used=last_used,
+            namespace=namespace,
         )
         yield CommittedLine(line_id, state, tree, head, [h for _, h in turn_rows])
 

@@ -24,11 +24,12 @@ _PUT_AGENT = """
         quota_bytes = excluded.quota_bytes, policy = excluded.policy
 """
 _PUT_LINE = """
-    INSERT INTO lines (line, agent, number, tokenizer, head, num_tokens, num_turns, last_used)
-    VALUES (?, ?, ?, ?, ?, ?, ?, ?)
+    INSERT INTO lines
+        (line, agent, number, tokenizer, head, num_tokens, num_turns, last_used, namespace)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
     ON CONFLICT (line) DO UPDATE SET tokenizer = excluded.tokenizer, head = excluded.head,
         num_tokens = excluded.num_tokens, num_turns = excluded.num_turns,
-        last_used = excluded.last_used
+        last_used = excluded.last_used, namespace = excluded.namespace
 """
 _DROP_LINE = "DELETE FROM lines WHERE line = ?"
 _ADD_MESSAGE = "INSERT INTO messages (line, node, parent, json) VALUES (?, ?, ?, ?)"
@@ -152,10 +153,16 @@ class CommittedLine:
     turn_heads: list[Head] = field(default_factory=list)
 
     @property
-    def row(self) -> tuple[str, Head, int, int, int]:
+    def row(self) -> tuple[str, Head, int, int, int, str]:
         state = self.state
-        num_tokens = state.transcript.num_tokens
-        return state.tokenizer, self.head, num_tokens, len(state.turns), state.last_used
+        return (
+            state.tokenizer,
+            self.head,
+            state.transcript.num_tokens,
+            len(state.turns),
+            state.last_used,
+            state.namespace,
+        )
 
 
 @dataclass(slots=True, eq=False)

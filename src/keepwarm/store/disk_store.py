@@ -5,13 +5,17 @@ Every command returns what came of it. A disk that refuses is an answer (`fault`
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from keepwarm.core.block import BlockHash
-from keepwarm.core.stored import AgentState, KVFamily, Record
+from keepwarm.core.errors import BadBundle, BundleFailed, KeepwarmError
+from keepwarm.core.stored import AgentState, Bundle, BundleRead, BundleTerms, KVFamily, Record
 from keepwarm.store.budget import DiskBudget
+from keepwarm.store.bundle import Moved, read_bundle, read_records
+from keepwarm.store.bundle_export import Export, export_agent
 from keepwarm.store.catalog import Catalog
 from keepwarm.store.catalog_errors import CatalogCorrupt, CatalogUnavailable, UnstorableMessage
 from keepwarm.store.catalog_rows import RecordRow, UsageRow
@@ -23,7 +27,7 @@ from keepwarm.store.schema import set_aside
 
 log = logging.getLogger("keepwarm.store")
 
-FAULTS = (OSError, CatalogUnavailable, CatalogCorrupt, UnstorableMessage, OverBudget, DiskTooFull)
+FAULTS = (OSError, CatalogUnavailable, CatalogCorrupt, OverBudget, DiskTooFull)
 """What a disk, or the budget on it, may answer."""
 
 CATALOG_NAME = "catalog.sqlite3"
@@ -55,6 +59,9 @@ class Opened:
     other_bytes: int
 
 
+_NOTHING = Opened([], [], [], 0, 0)
+
+
 @dataclass(frozen=True, slots=True)
 class OpenFailed:
     error: Exception
@@ -62,7 +69,7 @@ class OpenFailed:
 
 @dataclass(frozen=True, slots=True)
 class SaveDone:
-    """`file_bytes` None: nothing was written, because of the fault."""
+    """`file_bytes` None: nothing was written, because of the fault or because it was removed."""
 
     record_hash: BlockHash
     file_bytes: int | None
@@ -84,9 +91,15 @@ class FetchDone:
 
 @dataclass(frozen=True, slots=True)
 class CommitDone:
+    """`fault`: nothing was written, because the disk, or the budget on it, refused; `refusal`:
+    because it can never be written.
+    """
+
     ticket: int
     other_bytes: int
     fault: str | None = None
+    refusal: str | None = None
+    is_over_budget: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +111,42 @@ class Reconciled:
     is_last: bool
 
 
-Outcome = Opened | OpenFailed | SaveDone | FetchDone | CommitDone | Reconciled
+@dataclass(frozen=True, slots=True)
+class ExportDone:
+    """`lost`: records that turned out to be gone, or damaged and set aside."""
+
+    ticket: int
+    file_bytes: int
+    num_records: int
+    lost: tuple[BlockHash, ...]
+    error: KeepwarmError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ImportDone:
+    """The records of a bundle that were stored, with their files' bytes.
+
+    After a fault those that were written before it stay; after an `error` none does.
+    """
+
+    ticket: int
+    stored: tuple[RecordRow, ...]
+    other_bytes: int
+    fault: str | None = None
+    error: KeepwarmError | None = None
+
+
+Outcome = (
+    Opened
+    | OpenFailed
+    | SaveDone
+    | FetchDone
+    | CommitDone
+    | Reconciled
+    | ExportDone
+    | BundleRead
+    | ImportDone
+)
 
 
 class DiskStore:
@@ -112,7 +160,7 @@ class DiskStore:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = HomeLock(root)
         try:
-            self._catalog = _open_catalog(root / CATALOG_NAME)
+            self._catalog, self._opened = _open_catalog(root / CATALOG_NAME)
             self._budget = DiskBudget(
                 root,
                 budget_bytes=limits.budget_bytes,
@@ -122,21 +170,18 @@ class DiskStore:
             self._files = RecordFiles(
                 root, self._budget, max_set_aside_bytes=limits.set_aside_bytes
             )
-            self._rows = self._catalog.load_records()
         except BaseException:
             self._lock.release()
             raise
-        self._files.set_records_bytes(sum(row.file_bytes for row in self._rows))
-        self._known = {row.hash for row in self._rows}
+        self._files.set_records_bytes(sum(row.file_bytes for row in self._opened.rows))
+        self._known = {row.hash: row.file_bytes for row in self._opened.rows}
         self._unseen: set[BlockHash] = set(self._known)
+        self._unwanted: set[BlockHash] = set()
         self._scan: Iterator[StoredFile] | None = None
 
     def opened(self) -> Opened:
-        rows, self._rows = self._rows, []
-        catalog = self._catalog
-        return Opened(
-            rows, catalog.load_usage(), catalog.load_pinned(), catalog.clock(), self._other_bytes()
-        )
+        opened, self._opened = self._opened, _NOTHING
+        return replace(opened, other_bytes=self._other_bytes())
 
     def close(self) -> None:
         self._catalog.close()
@@ -153,54 +198,121 @@ class DiskStore:
         maker: str | None,
     ) -> SaveDone:
         """Write the file, then name it in the catalogue. Only then does it exist."""
+        if record.hash in self._unwanted:
+            self._unwanted.remove(record.hash)
+            return SaveDone(record.hash, None, self._other_bytes())
         try:
             file_bytes = self._files.publish(record.hash, encode(family, record, token_ids, pieces))
             row = RecordRow.of(record, family, file_bytes=file_bytes, maker=maker)
             self._catalog.add_records([row])
         except FAULTS as error:
             return SaveDone(record.hash, None, self._other_bytes(), _describe(error))
-        self._known.add(record.hash)
+        self._known[record.hash] = file_bytes
         self._unseen.discard(record.hash)
         return SaveDone(record.hash, file_bytes, self._other_bytes())
 
-    def fetch(
-        self, ticket: int, family: KVFamily, record_hash: BlockHash, buffer: bytearray
-    ) -> FetchDone:
+    def fetch(self, ticket: int, family: KVFamily, record: Record, buffer: bytearray) -> FetchDone:
         """Read and check. What is damaged is set aside, and the catalogue forgets it."""
         try:
-            raw = self._files.read_into(record_hash, buffer)
+            raw = self._files.read_into(record.hash, buffer)
             if raw is not None:
                 decoded = decode(raw, family)
-                if decoded.record.hash == record_hash:
-                    return FetchDone(ticket, record_hash, decoded.data)
+                # After a kill before the catalogue knew, a block's file may hold more of its
+                # tokens than the run that it replaced.
+                if decoded.record == record:
+                    return FetchDone(ticket, record.hash, decoded.data)
                 raise BadRecord("it is another record than its name says")
             damage = "its file is gone"
         except BadRecord as error:
             damage = str(error)
         except OSError as error:
-            return FetchDone(ticket, record_hash, None, fault=_describe(error))
-        self._give_up(record_hash, damage)
-        return FetchDone(ticket, record_hash, None, is_lost=True, damage=damage)
+            return FetchDone(ticket, record.hash, None, fault=_describe(error))
+        self._give_up(record.hash, damage)
+        return FetchDone(ticket, record.hash, None, is_lost=True, damage=damage)
 
     def remove(self, hashes: Sequence[BlockHash]) -> None:
-        """First out of the catalogue: a name without a file would be a lie."""
+        """First out of the catalogue: a name without a file would be a lie.
+
+        What is not there yet is still to be saved, and is not written then.
+        """
+        self._unwanted.update(h for h in hashes if h not in self._known)
         try:
             self._catalog.remove_records(hashes)
             for record_hash in hashes:
+                self._forget(record_hash)
                 self._files.remove(record_hash)
-                self._known.discard(record_hash)
-                self._unseen.discard(record_hash)
         except FAULTS as error:
             log.warning("%d records could not be removed: %s", len(hashes), error)
 
     def _give_up(self, record_hash: BlockHash, reason: str) -> None:
         try:
             self._catalog.remove_records([record_hash])
+            self._forget(record_hash)
             self._files.set_aside(record_hash, reason)
         except FAULTS as error:
             log.warning("%s could not be set aside: %s", record_hash.hex(), error)
-        self._known.discard(record_hash)
+
+    def _forget(self, record_hash: BlockHash) -> None:
+        """It is no record any more; of its file, the budget counts what is there."""
+        actual_bytes = self._files.size_of(record_hash) or 0
+        self._budget.records_bytes += actual_bytes - self._known.pop(record_hash, actual_bytes)
         self._unseen.discard(record_hash)
+
+    # -- bundles ---------------------------------------------------------------------------------
+
+    def export(self, ticket: int, path: Path, export: Export) -> ExportDone:
+        """Write an agent and those of its records that are sound into one file."""
+        lost: dict[BlockHash, str] = {}
+        try:
+            num_records, file_bytes = export_agent(path, export, self._files, lost)
+        except (OSError, BundleFailed) as error:
+            failed = BundleFailed(path, str(error)) if isinstance(error, OSError) else error
+            return ExportDone(ticket, 0, 0, tuple(lost), failed)
+        finally:
+            for record_hash, reason in lost.items():
+                self._give_up(record_hash, reason)
+        return ExportDone(ticket, file_bytes, num_records, tuple(lost))
+
+    def read_bundle(self, ticket: int, path: Path, terms: BundleTerms) -> BundleRead:
+        try:
+            return BundleRead(ticket, read_bundle(path, terms))
+        except BadBundle as error:
+            return BundleRead(ticket, error=error)
+        except OSError as error:
+            return BundleRead(ticket, error=BundleFailed(path, str(error)))
+
+    def import_records(
+        self, ticket: int, bundle: Bundle, num_records: int, maker: str
+    ) -> ImportDone:
+        """Store the first records of a bundle, which is checked again while it is read."""
+        family = bundle.terms.family
+        rows: list[RecordRow] = []
+        error: KeepwarmError | None = None
+        fault: str | None = None
+        try:
+            rows.extend(
+                self._import_record(moved, family, maker)
+                for moved in islice(read_records(bundle), num_records)
+            )
+        except BadBundle as bad:
+            error = bad
+        except FAULTS as refused:
+            fault = _describe(refused)
+        if error is not None:
+            self.remove([row.hash for row in rows])
+            rows = []
+        return ImportDone(ticket, tuple(rows), self._other_bytes(), fault, error)
+
+    def _import_record(self, moved: Moved, family: KVFamily, maker: str) -> RecordRow:
+        file_bytes = self._files.publish(moved.record.hash, moved.parts(family))
+        row = RecordRow.of(moved.record, family, file_bytes=file_bytes, maker=maker)
+        try:
+            self._catalog.add_records([row])
+        except FAULTS:
+            self._files.remove(row.hash)
+            raise
+        self._known[row.hash] = file_bytes
+        return row
 
     # -- agents ----------------------------------------------------------------------------------
 
@@ -214,8 +326,12 @@ class DiskStore:
         try:
             self._budget.require(COMMIT_BYTES)
             write()
+        except UnstorableMessage as error:
+            return CommitDone(ticket, self._other_bytes(), refusal=str(error))
         except FAULTS as error:
-            return CommitDone(ticket, self._other_bytes(), _describe(error))
+            is_over = isinstance(error, OverBudget)
+            fault = _describe(error)
+            return CommitDone(ticket, self._other_bytes(), fault, is_over_budget=is_over)
         return CommitDone(ticket, self._other_bytes())
 
     # -- reconciling -----------------------------------------------------------------------------
@@ -240,7 +356,10 @@ class DiskStore:
             self._catalog.remove_records(self._unseen)
         except FAULTS as error:
             log.warning("the files could not be compared with the catalogue: %s", error)
-        lost, self._unseen = tuple(self._unseen), set()
+            self._unseen = set()  # that they were not seen says nothing
+        lost = tuple(self._unseen)
+        for record_hash in lost:
+            self._forget(record_hash)
         return Reconciled(tuple(found), lost, is_last=True)
 
     def _adopt(self, stored: StoredFile) -> list[RecordRow]:
@@ -256,16 +375,17 @@ class DiskStore:
         row = RecordRow.of(header.record, header.family, file_bytes=stored.size_bytes, maker=None)
         self._catalog.add_records([row])
         self._budget.records_bytes += stored.size_bytes
-        self._known.add(stored.record_hash)
+        self._known[stored.record_hash] = stored.size_bytes
         return [row]
 
     def _other_bytes(self) -> int:
         return self._budget.used_bytes - self._budget.records_bytes
 
 
-def _open_catalog(path: Path) -> Catalog:
+def _open_catalog(path: Path) -> tuple[Catalog, Opened]:
+    """The catalogue and what it knows; a damaged one shows in what it was opened for."""
     try:
-        return Catalog.open(path)
+        return _read_catalog(path)
     except CatalogCorrupt as error:
         moved = set_aside(path)
         log.error(
@@ -274,7 +394,17 @@ def _open_catalog(path: Path) -> Catalog:
             error,
             moved,
         )
-        return Catalog.open(path)
+        return _read_catalog(path)
+
+
+def _read_catalog(path: Path) -> tuple[Catalog, Opened]:
+    catalog = Catalog.open(path)
+    try:
+        rows, usage = catalog.load_records(), catalog.load_usage()
+        return catalog, Opened(rows, usage, catalog.load_pinned(), catalog.clock(), other_bytes=0)
+    except BaseException:
+        catalog.close()
+        raise
 
 
 def _describe(error: BaseException) -> str:

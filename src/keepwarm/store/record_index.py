@@ -108,8 +108,15 @@ class RecordIndex:
         """The agent is gone: forget what it made or used and nobody else uses."""
         hashes = self.usage.forget(agent_id)
         made = [entry.record.hash for entry in self if entry.maker == agent_id]
-        own = [h for h in dict.fromkeys([*hashes, *made]) if not self.usage.is_used(h)]
-        return [entry for h in own if (entry := self.forget(h)) is not None]
+        own = [e for h in {*hashes, *made} if (e := self.get(h)) and not self.usage.is_used(h)]
+        own.sort(key=lambda entry: entry.record.stop, reverse=True)
+        # The beginning of a block that somebody else went on with is named by no table.
+        return [
+            entry
+            for entry in own
+            if entry.record.stop == BLOCK_TOKENS or not self._num_followers[entry.record.hash]
+            if self.forget(entry.record.hash)
+        ]
 
     def add(self, entry: Entry) -> None:
         if entry.record.hash in self._entries:

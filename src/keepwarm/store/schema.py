@@ -44,6 +44,7 @@ _TABLES = {
         num_tokens INTEGER NOT NULL,
         num_turns INTEGER NOT NULL,
         last_used INTEGER NOT NULL,
+        namespace TEXT NOT NULL,
         UNIQUE (agent, number, tokenizer)
     ) STRICT""",
     "spans": """(

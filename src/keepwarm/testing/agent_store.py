@@ -1,16 +1,24 @@
 """A store that keeps everything in memory and answers with the next `poll`."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from keepwarm.core.block import BlockHash, child_hash
+from keepwarm.core.errors import BadBundle, BundleFailed
 from keepwarm.core.layout import BLOCK_TOKENS
 from keepwarm.core.stored import (
     AgentState,
     AgentSummary,
+    Bundle,
+    BundleRead,
+    BundleStored,
+    BundleTerms,
+    BundleWritten,
     Committed,
     Fetched,
     KVFamily,
+    LineState,
     Record,
     Saved,
     StoreEvent,
@@ -25,13 +33,29 @@ class _Kept:
     maker: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Bundled:
+    """What an exported agent's file would hold."""
+
+    family: KVFamily
+    tokenizer: str
+    state: AgentState
+    kept: dict[BlockHash, _Kept]
+
+    @property
+    def file_bytes(self) -> int:
+        return sum(len(kept.data) for kept in self.kept.values())
+
+
 class MemoryAgentStore:
     """Implements `AgentStore`. An engine that is given it again finds what another one left.
 
     `refuses` plays a disk that takes nothing; `unreadable` holds records that cannot be read.
+    Bundles are no files: stores that are given the same `bundles` see one another's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, bundles: dict[Path, _Bundled] | None = None) -> None:
+        self._bundles = {} if bundles is None else bundles
         self.refuses = False
         self.unreadable: set[BlockHash] = set()
         self.num_written_bytes = 0
@@ -86,6 +110,11 @@ class MemoryAgentStore:
         self._events.append(Fetched(ticket, memoryview(buffer)[: len(kept.data)]))
         return ticket
 
+    def drop(self, hashes: Iterable[BlockHash], *, if_unused: bool = False) -> None:
+        used = self._used() if if_unused else set()
+        for record_hash in set(hashes) - used:
+            self._kept.pop(record_hash, None)
+
     def clock(self) -> int:
         lines = [line.last_used for state in self._agents.values() for line in state.lines]
         return max(lines, default=0)
@@ -100,12 +129,7 @@ class MemoryAgentStore:
     def delete_agent(self, agent_id: str) -> int:
         ticket = self._next_ticket()
         self._agents.pop(agent_id, None)
-        used = {
-            block_hash
-            for state in self._agents.values()
-            for line in state.lines
-            for block_hash in line.block_hashes
-        }
+        used = self._used()
         self._kept = {
             h: kept for h, kept in self._kept.items() if h in used or kept.maker != agent_id
         }
@@ -124,9 +148,74 @@ class MemoryAgentStore:
                 num_turns=len(state.lines[0].turns) if state.lines else 0,
                 num_lines=len(state.lines),
                 last_used=max((line.last_used for line in state.lines), default=0),
+                is_private=any(line.namespace for line in state.lines if line.number == 0),
             )
             for _, state in sorted(self._agents.items())
         ]
+
+    def write_bundle(self, family: KVFamily, tokenizer: str, state: AgentState, path: Path) -> int:
+        ticket = self._next_ticket()
+        if self.refuses:
+            error = BundleFailed(path, "the disk refuses")
+            self._events.append(BundleWritten(ticket, error=error))
+            return ticket
+        own = [line for line in state.lines if line.tokenizer == tokenizer]
+        kept = {
+            record.hash: self._kept[record.hash]
+            for line in own
+            for record in self._records_of(line, family)
+        }
+        bundled = self._bundles[path] = _Bundled(family, tokenizer, state, kept)
+        self._events.append(BundleWritten(ticket, bundled.file_bytes, len(kept)))
+        return ticket
+
+    def read_bundle(self, path: Path, terms: BundleTerms) -> int:
+        ticket = self._next_ticket()
+        bundled = self._bundles.get(path)
+        if bundled is None:
+            self._events.append(BundleRead(ticket, error=BadBundle(path, "it is no bundle")))
+            return ticket
+        is_own = bundled.tokenizer == terms.tokenizer and bundled.family == replace(
+            terms.family, namespace=""
+        )
+        records = list(dict.fromkeys(r for r, _ in _moved(bundled, terms.family) if is_own))
+        namespace = terms.family.namespace if records else ""
+        lines = tuple(
+            replace(
+                line,
+                namespace=namespace if line.tokenizer == terms.tokenizer else "",
+                block_hashes=(),
+                last_used=0,
+            )
+            for line in bundled.state.lines
+        )
+        state = replace(bundled.state, lines=lines)
+        num_dropped = 0 if is_own else len(bundled.kept)
+        bundle = Bundle(path, terms, state, tuple(records), num_dropped, bundled.file_bytes)
+        self._events.append(BundleRead(ticket, bundle))
+        return ticket
+
+    def store_bundle(self, bundle: Bundle, agent_id: str) -> int:
+        ticket = self._next_ticket()
+        wanted = set() if self.refuses else set(bundle.records)
+        for record, data in _moved(self._bundles[bundle.path], bundle.terms.family):
+            if record in wanted:
+                self._kept[record.hash] = _Kept(record, data, agent_id)
+        self._events.append(BundleStored(ticket, len(wanted)))
+        return ticket
+
+    def _records_of(self, line: LineState, family: KVFamily) -> list[Record]:
+        own = replace(family, namespace=line.namespace)
+        return self.plan(own, own.root, line.transcript.token_ids)
+
+    def _used(self) -> set[BlockHash]:
+        """What committed lines name."""
+        return {
+            block_hash
+            for state in self._agents.values()
+            for line in state.lines
+            for block_hash in line.block_hashes
+        }
 
     def poll(self) -> list[StoreEvent]:
         events, self._events = self._events, []
@@ -160,3 +249,19 @@ class MemoryAgentStore:
     def _next_ticket(self) -> int:
         self._num_tickets += 1
         return self._num_tickets
+
+
+def _moved(bundled: _Bundled, family: KVFamily) -> Iterator[tuple[Record, bytes]]:
+    """The bundle's records under the names that they have in that family, with their data."""
+    kept = MemoryAgentStore()
+    kept._kept = bundled.kept
+    for line in bundled.state.lines:
+        if line.tokenizer != bundled.tokenizer:
+            continue
+        token_ids, parents = line.transcript.token_ids, [family.root]
+        for record in kept._records_of(line, bundled.family):
+            first = record.depth * BLOCK_TOKENS
+            ids = token_ids[first : first + record.stop]
+            moved = Record.of_run(parents[record.depth], record.depth, ids, start=record.start)
+            parents += [moved.hash] if record.stop == BLOCK_TOKENS else []
+            yield moved, bundled.kept[record.hash].data

@@ -166,6 +166,14 @@ class FakeBatchGenerator:
             raise InvariantBroken(f"{data.nbytes} bytes are no payload of {num_tokens} tokens")
         return FakePayload(values, self._layout.token_bytes)
 
+    def largest_difference(self, a: Payload, b: Payload) -> float:
+        if not isinstance(a, FakePayload) or not isinstance(b, FakePayload):
+            raise InvariantBroken(f"{a!r} or {b!r} is no payload of this generator")
+        if a.num_tokens != b.num_tokens:
+            raise InvariantBroken(f"{a.num_tokens} tokens were compared with {b.num_tokens}")
+        pairs = zip(a.values, b.values, strict=True)
+        return float(max((abs(x - y) for x, y in pairs), default=0))
+
     def open_row(self, row: RowId, slab: Slab) -> None:
         outside = self._outside(slab)
         if row in self._rows:

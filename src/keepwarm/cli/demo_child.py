@@ -1,0 +1,69 @@
+"""The process of the demo that has the model, and that is killed in the middle of a sentence."""
+
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from keepwarm.core.events import Completed, Failed
+from keepwarm.core.pool import BlockPool
+from keepwarm.core.ports import LoadedModel
+from keepwarm.engine.batch_engine import BlockPoolBatchEngine
+from keepwarm.mlx_backend.loader import load_model
+from keepwarm.store.agent_cache_store import AgentCacheStore, StoreConfig
+
+RAM_BYTES = 1 << 30
+DISK_BYTES = 2 << 30
+READY = "ready"
+
+
+@dataclass(frozen=True, slots=True)
+class Say:
+    """A request; what `submit` takes. With `from_nothing`, to an engine that remembers nothing."""
+
+    request: dict[str, Any]
+    from_nothing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Demote:
+    """Turn the agent's slab into blocks, as other agents' need for memory would."""
+
+    agent_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Save everything and end."""
+
+
+Order = Say | Demote | Stop
+
+
+def play(orders: Connection, model: str, folder: str) -> None:
+    """Do what is ordered; every event of a request goes back, the last one ends it."""
+    loaded = load_model(model)
+    config = StoreConfig(disk_budget_bytes=DISK_BYTES)
+    with AgentCacheStore(folder, config=config) as store:
+        engine = BlockPoolBatchEngine(loaded, pool=BlockPool(RAM_BYTES), store=store)
+        orders.send(READY)
+        while not isinstance(order := orders.recv(), Stop):
+            if isinstance(order, Demote):
+                engine.demote(order.agent_id)
+            else:
+                _say(orders, _forgetful(loaded) if order.from_nothing else engine, order.request)
+        engine.close()
+
+
+def _forgetful(loaded: LoadedModel) -> BlockPoolBatchEngine:
+    return BlockPoolBatchEngine(loaded, pool=BlockPool(RAM_BYTES))
+
+
+def _say(orders: Connection, engine: BlockPoolBatchEngine, request: dict[str, Any]) -> None:
+    engine.submit(**request)
+    while True:
+        for event in engine.step():
+            if isinstance(event, Failed):
+                raise event.error
+            orders.send(event)
+            if isinstance(event, Completed):
+                return

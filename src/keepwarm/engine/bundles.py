@@ -1,0 +1,65 @@
+"""Agents that go to another machine in one file, and what comes from there."""
+
+import secrets
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from keepwarm.core.errors import BadBundle, InvalidRequest
+from keepwarm.core.stored import AgentState, Bundle, BundleTerms, KVFamily
+from keepwarm.engine.requests import valid_agent_id
+
+
+@dataclass(frozen=True, slots=True)
+class ExportSummary:
+    """An agent in a file.
+
+    `num_tokens` of its lines have their KV in it; that of `num_left_out` more was in memory, and
+    the disk had not taken it.
+    """
+
+    agent_id: str
+    path: Path
+    file_bytes: int
+    num_records: int
+    num_tokens: int
+    num_left_out: int
+
+
+@dataclass(frozen=True, slots=True)
+class ImportSummary:
+    """An agent out of a file.
+
+    `num_tokens`: of its main line. `num_records` of KV were stored; `num_dropped` were of another
+    model or layout, and `num_left_out` did not fit. `is_durable`: the agent is on disk.
+    """
+
+    agent_id: str
+    num_tokens: int
+    num_turns: int
+    num_records: int
+    num_dropped: int
+    num_left_out: int
+    is_durable: bool
+
+
+def private_terms(family: KVFamily, tokenizer: str, vocab_size: int) -> BundleTerms:
+    """Terms under which nobody else can ever find the imported KV."""
+    namespace = f"import:{secrets.token_hex(16)}"
+    return BundleTerms(replace(family, namespace=namespace), tokenizer, vocab_size)
+
+
+def name_of(bundle: Bundle) -> str:
+    """The name that the agent had where it came from. Raises BadBundle."""
+    try:
+        valid_agent_id(bundle.state.agent_id)
+    except InvalidRequest as error:
+        raise BadBundle(bundle.path, error.problem) from error
+    return bundle.state.agent_id
+
+
+def imported_state(bundle: Bundle, agent_id: str, num_records: int) -> AgentState:
+    """The agent under its name here; without any KV it has no secrets to keep."""
+    lines = bundle.state.lines
+    if not num_records:
+        lines = tuple(replace(line, namespace="") for line in lines)
+    return replace(bundle.state, agent_id=agent_id, lines=lines)

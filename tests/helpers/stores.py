@@ -1,0 +1,75 @@
+"""Stores in a folder, and what the crash tests ask of the folder."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engines import completed, drain, fake_engine, step
+from keepwarm import AgentCacheStore, BlockPoolBatchEngine
+from keepwarm.core.events import Completed
+from keepwarm.store.agent_cache_store import StoreConfig
+from keepwarm.testing.clock import FakeClock
+
+MEGABYTE = 1 << 20
+
+
+@dataclass
+class Setup:
+    """An engine on a store, and the time that passes for the store."""
+
+    engine: BlockPoolBatchEngine
+    store: AgentCacheStore
+    clock: FakeClock
+
+    def run(self, **request: Any) -> Completed:
+        request_id = self.engine.submit(**request)
+        return completed(drain(self.engine), request_id)
+
+    def settle(self) -> None:
+        """Until the store has taken all that waits for it."""
+        for _ in range(2000):
+            if not len(self.engine.tiers.saves):
+                return
+            self.store.wait(0.05)
+            step(self.engine)
+        raise AssertionError(f"{self.engine.tiers.saves!r}: {self.store.health()}")
+
+    def reconcile(self, folder: Path) -> None:
+        """Until the store names the same records as the folder."""
+        for _ in range(500):
+            if self.store.health().num_records == len(record_files(folder)):
+                return
+            self.store.wait(0.02)
+            step(self.engine)
+        raise AssertionError(f"{self.store!r} and {len(record_files(folder))} files")
+
+
+@contextmanager
+def opened(folder: Path, *, config: dict[str, Any] | None = None, **engine: Any) -> Iterator[Setup]:
+    """Closed as after a crash: what only memory has is lost."""
+    terms = StoreConfig(**{"free_floor_bytes": 0, **(config or {})})
+    clock = FakeClock()
+    with AgentCacheStore(folder, config=terms, clock=clock) as store:
+        setup = Setup(fake_engine(store=store, **engine), store, clock)
+        yield setup
+        setup.engine.check()
+
+
+def record_files(folder: Path) -> list[Path]:
+    return sorted((folder / "blocks").glob("*/*.safetensors"))
+
+
+def set_aside_files(folder: Path) -> list[Path]:
+    return sorted((folder / "set-aside").glob("*.safetensors"))
+
+
+def disk_bytes(folder: Path) -> int:
+    """Of all files below; those that vanish meanwhile count nothing."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            if path.is_file():
+                total += path.stat().st_size
+    return total
