@@ -173,3 +173,9 @@ def test_a_template_may_refuse() -> None:
     with pytest.raises(InvalidRequest) as caught:
         FakeTokenizer().render([{"role": "user", "content": ""}, {"role": "system", "content": ""}])
     assert caught.value.field == "messages"
+
+
+@pytest.mark.parametrize("text", ["\ud800", "half \udc00 of it", "\ud83d"])
+def test_half_of_a_surrogate_pair_is_refused(tokenizer: Tokenizer, text: str) -> None:
+    with pytest.raises(InvalidRequest, match="half of a surrogate pair"):
+        tokenizer.encode(text)

@@ -36,6 +36,15 @@ class Setup:
             step(self.engine)
         raise AssertionError(f"{self.engine.tiers.saves!r}: {self.store.health()}")
 
+    def settle_or_refused(self) -> None:
+        """Until nothing is on its way to the disk any more."""
+        for _ in range(500):
+            if not self.store.health().num_queued:
+                return
+            self.store.wait(0.05)
+            step(self.engine)
+        raise AssertionError(f"{self.store.health()}")
+
     def reconcile(self, folder: Path) -> None:
         """Until the store names the same records as the folder."""
         for _ in range(500):

@@ -153,7 +153,9 @@ def test_short_writes_and_reads_are_continued(
     assert store.files.read_into(ONE, bytearray(100)) == b"header0123456789abcdefend"
 
 
-def test_one_call_writes_and_one_reads(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_call_reads_and_each_writes_a_megabyte(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
 
     def counted(name: str) -> Callable[[int, list[memoryview]], int]:
@@ -167,9 +169,9 @@ def test_one_call_writes_and_one_reads(store: Store, monkeypatch: pytest.MonkeyP
 
     for name in ("writev", "readv"):
         monkeypatch.setattr(os, name, counted(name))
-    store.files.publish(ONE, [bytes(100_000)] * 61)
+    store.files.publish(ONE, [bytes(100_000)] * 61, lambda: calls.append("between"))
     store.files.read_into(ONE, bytearray(61 * 100_000))
-    assert calls == ["writev", "readv"]
+    assert calls == [*["writev", "between"] * 5, "writev", "readv"]
 
 
 @pytest.mark.parametrize("mask", [0o000, 0o022, 0o277])

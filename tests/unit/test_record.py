@@ -478,7 +478,7 @@ def test_pieces_may_have_any_type_and_shape_of_their_size() -> None:
     ],
 )
 def test_a_record_that_contradicts_itself_is_a_bug(wrong: dict[str, object]) -> None:
-    record = replace(record_of(FAMILY, [1, 2, 3]), **wrong)  # type: ignore[arg-type]
+    record = record_of(FAMILY, [1, 2, 3])._replace(**wrong)  # type: ignore[arg-type]
     with pytest.raises(InvariantBroken, match="cannot be stored"):
         encode(FAMILY, record, [1, 2, 3], pieces_of(LAYOUT, 3))
 

@@ -119,12 +119,14 @@ def _in_generator(trap: Trap, loaded: LoadedModel) -> None:
 def _in_write(trap: Trap, _loaded: LoadedModel) -> None:
     original = disk._write_all
 
-    def write_some(descriptor: int, parts: Sequence[bytes | memoryview]) -> None:
+    def write_some(
+        descriptor: int, parts: Sequence[bytes | memoryview], between: Callable[[], None]
+    ) -> None:
         if trap.is_due():
             data = b"".join(bytes(part) for part in parts)
             os.write(descriptor, data[: trap.random.randrange(len(data) + 1)])
             trap.spring()
-        original(descriptor, parts)
+        original(descriptor, parts, between)
 
     _replace(disk, "_write_all", write_some)
 

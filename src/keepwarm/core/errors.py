@@ -20,6 +20,15 @@ class InvalidRequest(KeepwarmError):
         self.problem = problem
 
 
+def check_unicode(text: str) -> None:
+    """Raise InvalidRequest when the text has half of a surrogate pair: no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        problem = f"has half of a surrogate pair, {text[error.start]!r}; send whole characters"
+        raise InvalidRequest("prompt", problem) from error
+
+
 class ContextTooLong(InvalidRequest):
     """Prompt and reply together exceed what the model was trained on."""
 

@@ -218,7 +218,10 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, text: str) -> list[int]:
-        """Ordinary text to ids; special-token text in it is not special."""
+        """Ordinary text to ids; special-token text in it is not special.
+
+        Raises InvalidRequest for half of a surrogate pair, which JSON can bring.
+        """
         ...
 
     def detokenizer(self) -> Detokenizer:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from keepwarm.core.block import EXACT, BlockHash, child_hash, root_hash
 from keepwarm.core.errors import KeepwarmError
@@ -28,14 +29,14 @@ class KVFamily:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """One stored run of tokens within a block: [start, stop) of the block at `depth`.
 
     A whole block is stored as one record, or as several that follow one another, because a line
     was put away when the block was not full yet. `hash` names everything up to the run's last
     token and so the record; `before` everything before its first one: another record's hash, or
-    the root. `parent` is the hash of the block before its own.
+    the root. `parent` is the hash of the block before its own. A tuple, because a store that is
+    opened makes one for each of its records.
     """
 
     hash: BlockHash

@@ -27,7 +27,8 @@ RawArray = NDArray[np.uint16] | NDArray[np.uint32]
 
 _MX_DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 _RAW_DTYPES = {"float32": np.uint32, "float16": np.uint16, "bfloat16": np.uint16}
-_PARALLEL_BYTES = 8 << 20
+# A record from the disk is less: its copy runs beside the thread that reads the next one.
+_PARALLEL_BYTES = 32 << 20
 _MX_RAW_DTYPES = {"float32": mx.uint32, "float16": mx.uint16, "bfloat16": mx.uint16}
 
 
@@ -174,18 +175,26 @@ class KVCopies(Protocol):
         ...
 
 
-def _write_column(raw: RawArray, start: int, pieces: Sequence[RawArray]) -> None:
-    for piece in pieces:
-        stop = start + piece.shape[1]
-        raw[:, start:stop] = piece
-        start = stop
+def _write_columns(
+    columns: Sequence[tuple[RawArray, Sequence[RawArray]]], first_position: int
+) -> None:
+    for raw, pieces in columns:
+        start = first_position
+        for piece in pieces:
+            stop = start + piece.shape[1]
+            raw[:, start:stop] = piece
+            start = stop
 
 
 @functools.cache
 def _copiers() -> ThreadPoolExecutor:
     """Threads that copy between two steps, while the engine's thread waits for them."""
-    num_threads = min(len(os.sched_getaffinity(0)) if sys.platform == "linux" else 4, 4)
-    return ThreadPoolExecutor(num_threads, thread_name_prefix="keepwarm-copy")
+    return ThreadPoolExecutor(_num_copiers(), thread_name_prefix="keepwarm-copy")
+
+
+@functools.cache
+def _num_copiers() -> int:
+    return min(len(os.sched_getaffinity(0)) if sys.platform == "linux" else 4, 4)
 
 
 class HostCopies:
@@ -206,11 +215,13 @@ class HostCopies:
         self, arrays: Sequence[mx.array], start: int, pieces: Sequence[Sequence[RawArray]]
     ) -> list[mx.array]:
         raws = [self._raw(array) for array in arrays]
+        columns = list(zip(raws, pieces, strict=True))
         if sum(piece.nbytes for column in pieces for piece in column) < _PARALLEL_BYTES:
-            for raw, column in zip(raws, pieces, strict=True):
-                _write_column(raw, start, column)
+            _write_columns(columns, start)
         else:
-            list(_copiers().map(_write_column, raws, repeat(start), pieces))
+            # A share for each thread: a task for each small column would cost more than its copy.
+            shares = [columns[number :: _num_copiers()] for number in range(_num_copiers())]
+            list(_copiers().map(_write_columns, shares, repeat(start)))
         return list(arrays)
 
     def _raw(self, array: mx.array) -> RawArray:

@@ -14,7 +14,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import PreTrainedTokenizerBase
 
-from keepwarm.core.errors import InvalidRequest
+from keepwarm.core.errors import InvalidRequest, check_unicode
 from keepwarm.core.ports import Detokenizer, Message, Piece
 from keepwarm.mlx_backend.detokenizer import ByteLevelDetokenizer, WindowDetokenizer
 
@@ -70,6 +70,7 @@ class HFTokenizer:
         return pieces if brings_bos else bos + pieces
 
     def encode(self, text: str) -> list[int]:
+        check_unicode(text)
         return list(self._fast.encode(text, add_special_tokens=False).ids)
 
     def detokenizer(self) -> Detokenizer:
@@ -110,6 +111,7 @@ class SpecialTokens:
     ids: frozenset[int]
     pattern: re.Pattern[str]
     proper_prefixes: frozenset[str]
+    longest_prefix: int
 
     @classmethod
     def of(cls, fast: FastTokenizer) -> "SpecialTokens":
@@ -124,6 +126,7 @@ class SpecialTokens:
             proper_prefixes=frozenset(
                 text[:length] for text in by_text for length in range(1, len(text))
             ),
+            longest_prefix=max((len(text) - 1 for text in by_text), default=0),
         )
 
     def cut(self, text: str) -> Iterator[Piece]:
@@ -144,8 +147,8 @@ class SpecialTokens:
 
     def ends_inside(self, text: str) -> bool:
         """Whether what follows could complete a special token that begins in `text`."""
-        longest = max((len(prefix) for prefix in self.proper_prefixes), default=0)
-        return any(text[-length:] in self.proper_prefixes for length in range(1, longest + 1))
+        lengths = range(1, self.longest_prefix + 1)
+        return any(text[-length:] in self.proper_prefixes for length in lengths)
 
 
 class Shield:

@@ -8,7 +8,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -343,7 +343,7 @@ class AgentCacheStore:
 
         def open_disk() -> Outcome:
             try:
-                opening.append(DiskStore(self.path, limits))
+                opening.append(DiskStore(self.path, limits, self._thread.run_commits))
                 return opening[0].opened()
             except (KeepwarmError, OSError) as error:
                 return OpenFailed(error)
@@ -454,13 +454,13 @@ class AgentCacheStore:
         last_ticket, _ = self._pending[agent_id]
         if done.fault is not None:
             self._refused.add(agent_id)
-            self._note_fault(done.fault)
+            self._note_fault(done.fault, is_commit=True)
             if done.is_over_budget:
                 self._make_room(MIN_BUDGET_BYTES // 8, None)
         elif done.refusal is not None:
             log.error("agent %r cannot be stored: %s", agent_id, done.refusal)
         else:
-            self._health.note_success(0)
+            self._health.note_success(0, is_commit=True)
             if done.ticket == last_ticket:
                 del self._pending[agent_id], self._uncommitted[agent_id]
         durable = done.fault is None and done.refusal is None
@@ -481,9 +481,13 @@ class AgentCacheStore:
         if not outcome.is_last:
             self._look_on()
 
-    def _note_fault(self, fault: str | None, *, is_write: bool = True) -> None:
-        if fault is not None:
-            self._health.note_fault(fault, self._clock(), is_write=is_write)
+    def _note_fault(
+        self, fault: str | None, *, is_write: bool = True, is_commit: bool = False
+    ) -> None:
+        if fault is not None and not is_write:
+            self._health.note_read_fault(fault)
+        elif fault is not None:
+            self._health.note_fault(fault, self._clock(), is_commit=is_commit)
 
     # -- commits ---------------------------------------------------------------------------------
 
@@ -581,22 +585,29 @@ class _Health:
     num_damaged: int = 0
     written_bytes: int = 0
     evicted_bytes: int = 0
+    _refused: set[bool] = field(default_factory=set)
     _pause_s: float = FIRST_RETRY_S
     _suspended_until_s: float | None = None
 
-    def note_fault(self, fault: str, now_s: float, *, is_write: bool) -> None:
+    def note_read_fault(self, fault: str) -> None:
         self.num_faults += 1
-        if not is_write:
-            log.warning("a record could not be read: %s", fault)
-            return
+        log.warning("a record could not be read: %s", fault)
+
+    def note_fault(self, fault: str, now_s: float, *, is_commit: bool) -> None:
+        self.num_faults += 1
         if self.fault is None:
             log.error("the disk refuses writes; serving goes on from memory: %s", fault)
         self.fault = fault
+        self._refused.add(is_commit)
         self._suspended_until_s = now_s + self._pause_s
         self._pause_s = min(2 * self._pause_s, LAST_RETRY_S)
 
-    def note_success(self, written_bytes: int) -> None:
+    def note_success(self, written_bytes: int, *, is_commit: bool = False) -> None:
+        """A disk that is full for records may take commits for long: both must be taken again."""
         self.written_bytes += written_bytes
+        self._refused.discard(is_commit)
+        if self._refused:
+            return
         if self.fault is not None:
             log.warning("the disk takes writes again")
         self.fault, self._suspended_until_s, self._pause_s = None, None, FIRST_RETRY_S

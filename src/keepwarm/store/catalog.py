@@ -4,7 +4,6 @@ Agents are durable when `commit` returns. Records are rows about files that may 
 survive the process, and a power cut may take the last of them.
 """
 
-import gc
 import sqlite3
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +17,7 @@ from keepwarm.core.block import BlockHash
 from keepwarm.core.errors import InvariantBroken
 from keepwarm.core.stored import AgentState, AgentSummary, KVFamily
 from keepwarm.store import schema
+from keepwarm.store.bulk import without_gc
 from keepwarm.store.catalog_check import check_tables
 from keepwarm.store.catalog_errors import CatalogUnavailable
 from keepwarm.store.catalog_load import decoding, read_agent, read_summaries
@@ -280,15 +280,9 @@ class Catalog(_Connection):
 
     @contextmanager
     def _bulk_read(self, operation: str) -> Iterator[None]:
-        """Without the garbage collector, which would look for garbage among 100,000 new rows."""
-        was_enabled = gc.isenabled()
-        gc.disable()
-        try:
-            with translated(self.path, operation):
-                yield
-        finally:
-            if was_enabled:
-                gc.enable()
+        """Of some 100,000 rows."""
+        with translated(self.path, operation), without_gc():
+            yield
 
     def _empty_log(self, operation: str) -> None:
         with translated(self.path, operation):

@@ -49,7 +49,7 @@ class RecordRow(NamedTuple):
 
     @property
     def record(self) -> Record:
-        return Record(*self[:6])
+        return Record._make(self[:6])
 
 
 class UsageRow(NamedTuple):

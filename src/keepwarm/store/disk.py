@@ -5,7 +5,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ _SUFFIX = ".safetensors"
 _RECORD_NAME = re.compile(r"([0-9a-f]{64})\.safetensors")
 _ASIDE_NAME = re.compile(r"([0-9a-f]{64}\.[0-9a-f]{8})\.(?:safetensors|json)")
 _MAX_PIECES_PER_CALL = 1024  # IOV_MAX of Linux and of macOS
+_BYTES_PER_CALL = 1 << 20
 _MAX_REASON_CHARS = 1000
 
 
@@ -68,8 +69,15 @@ class RecordFiles:
             leftover.unlink()
         self._budget.temporary_bytes = 0
 
-    def publish(self, record_hash: BlockHash, parts: Sequence[bytes | memoryview]) -> int:
+    def publish(
+        self,
+        record_hash: BlockHash,
+        parts: Sequence[bytes | memoryview],
+        between: Callable[[], None] = lambda: None,
+    ) -> int:
         """Make the record's file appear whole, replacing one of that name; returns its bytes.
+
+        `between` is called after each part of a megabyte, for what cannot wait.
 
         Raises OverBudget or DiskTooFull before anything is written. The file is not synced: the
         checksum catches what a power cut tore, and losing a block costs a prefill, not an answer.
@@ -81,7 +89,7 @@ class RecordFiles:
         self._budget.require(nbytes)
         self._budget.temporary_bytes += nbytes
         try:
-            _write_file(temporary, parts)
+            _write_file(temporary, parts, between)
             _move_into_place(temporary, path)
         except BaseException:
             self._discard(temporary)
@@ -201,26 +209,46 @@ def _make_private_folder(folder: Path) -> None:
         folder.chmod(0o700)  # it was there before, or the umask took more than it should
 
 
-def _write_file(path: Path, parts: Sequence[bytes | memoryview]) -> None:
+def _write_file(
+    path: Path,
+    parts: Sequence[bytes | memoryview],
+    between: Callable[[], None] = lambda: None,
+) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
     descriptor = os.open(path, flags, 0o600)
     try:
         os.fchmod(descriptor, 0o600)  # whatever the umask is
-        _write_all(descriptor, parts)
+        _write_all(descriptor, parts, between)
     finally:
         os.close(descriptor)
 
 
-def _write_all(descriptor: int, parts: Sequence[bytes | memoryview]) -> None:
+def _write_all(
+    descriptor: int, parts: Sequence[bytes | memoryview], between: Callable[[], None]
+) -> None:
     pending = [memoryview(part) for part in parts if memoryview(part).nbytes]
     first = 0
     while first < len(pending):
-        written = os.writev(descriptor, pending[first : first + _MAX_PIECES_PER_CALL])
+        written = os.writev(descriptor, _next_pieces(pending, first))
         while first < len(pending) and written >= pending[first].nbytes:
             written -= pending[first].nbytes
             first += 1
         if written:
             pending[first] = pending[first].cast("B")[written:]
+        if first < len(pending):
+            between()
+
+
+def _next_pieces(pending: Sequence[memoryview], first: int) -> list[memoryview]:
+    """What one call writes: about a megabyte."""
+    pieces: list[memoryview] = []
+    nbytes = 0
+    for piece in pending[first : first + _MAX_PIECES_PER_CALL]:
+        pieces.append(piece.cast("B")[: _BYTES_PER_CALL - nbytes])
+        nbytes += pieces[-1].nbytes
+        if nbytes == _BYTES_PER_CALL:
+            break
+    return pieces
 
 
 def _move_into_place(temporary: Path, path: Path) -> None:

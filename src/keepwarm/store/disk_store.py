@@ -5,6 +5,7 @@ Every command returns what came of it. A disk that refuses is an answer (`fault`
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -152,12 +153,17 @@ Outcome = (
 class DiskStore:
     """Owns the home's lock, the catalogue and the record files. Belongs to the I/O thread."""
 
-    def __init__(self, root: Path, limits: Limits) -> None:
+    def __init__(
+        self, root: Path, limits: Limits, between: Callable[[], None] = lambda: None
+    ) -> None:
         """Creates what is missing. A damaged catalogue is set aside and begun anew.
+
+        `between` is called while a record is being written, to let commits go before it.
 
         Raises HomeInUse, CatalogTooNew, CatalogUnavailable and OSError.
         """
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._between = between
         self._lock = HomeLock(root)
         try:
             self._catalog, self._opened = _open_catalog(root / CATALOG_NAME)
@@ -202,14 +208,22 @@ class DiskStore:
             self._unwanted.remove(record.hash)
             return SaveDone(record.hash, None, self._other_bytes())
         try:
-            file_bytes = self._files.publish(record.hash, encode(family, record, token_ids, pieces))
+            parts = encode(family, record, token_ids, pieces)
+            file_bytes = self._files.publish(record.hash, parts, self._between)
             row = RecordRow.of(record, family, file_bytes=file_bytes, maker=maker)
             self._catalog.add_records([row])
         except FAULTS as error:
+            self._remove_unnamed(record.hash)
             return SaveDone(record.hash, None, self._other_bytes(), _describe(error))
         self._known[record.hash] = file_bytes
         self._unseen.discard(record.hash)
         return SaveDone(record.hash, file_bytes, self._other_bytes())
+
+    def _remove_unnamed(self, record_hash: BlockHash) -> None:
+        """A file that the catalogue could not be told of must not stay uncounted."""
+        if record_hash not in self._known:
+            with suppress(OSError):
+                self._files.remove(record_hash)
 
     def fetch(self, ticket: int, family: KVFamily, record: Record, buffer: bytearray) -> FetchDone:
         """Read and check. What is damaged is set aside, and the catalogue forgets it."""

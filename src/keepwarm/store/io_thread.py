@@ -76,13 +76,27 @@ class IOThread(Generic[Outcome]):
     def _note_stop(self) -> None:
         self._stopping = True
 
+    def run_commits(self) -> None:
+        """For a long command, on the thread itself: do the commits that have come meanwhile."""
+        while (queued := self._next_commit()) is not None:
+            self._do(queued)
+
+    def _next_commit(self) -> _Queued[Outcome] | None:
+        with self._changed:
+            if self._queue and self._queue[0].priority is Priority.COMMIT:
+                return heapq.heappop(self._queue)
+        return None
+
+    def _do(self, queued: _Queued[Outcome]) -> None:
+        outcome = queued.command()
+        if outcome is not None:
+            self._outcomes.append(outcome)
+            self._arrived.set()
+
     def _run(self) -> None:
         try:
             while not self._stopping:
-                outcome = self._next().command()
-                if outcome is not None:
-                    self._outcomes.append(outcome)
-                    self._arrived.set()
+                self._do(self._next())
         except BaseException as error:  # noqa: BLE001 - the top of the thread: say why it ended
             self.failure = error
             self._arrived.set()

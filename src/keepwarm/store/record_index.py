@@ -9,6 +9,7 @@ from keepwarm.core.block import BlockHash, child_hash
 from keepwarm.core.errors import InvariantBroken
 from keepwarm.core.layout import BLOCK_TOKENS
 from keepwarm.core.stored import AgentState, Record
+from keepwarm.store.bulk import without_gc
 from keepwarm.store.usage import Usage
 
 
@@ -93,8 +94,9 @@ class RecordIndex:
 
     def load(self, entries: Iterable[Entry]) -> None:
         """The records of a store that is being opened."""
-        for entry in entries:
-            self._enter(entry)
+        with without_gc():
+            for entry in entries:
+                self._enter(entry)
 
     def use(self, state: AgentState) -> None:
         """The agent was committed: its blocks were used when its lines were."""

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from keepwarm.core.errors import InvalidRequest
+from keepwarm.core.errors import InvalidRequest, check_unicode
 from keepwarm.core.ports import Detokenizer, Message, Piece
 
 BOS = "<|bos|>"
@@ -64,6 +64,7 @@ class FakeTokenizer:
         return (special_piece(BOS), *pieces)
 
     def encode(self, text: str) -> list[int]:
+        check_unicode(text)
         return [
             token_id
             for match in _WORD_OR_CHARACTER.finditer(text)
