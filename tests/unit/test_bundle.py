@@ -850,14 +850,14 @@ def test_a_file_that_changes_between_two_looks(
     write(path, *exported_of(ids(600)))
     terms = BundleTerms(replace(FAMILY, namespace="import:x"), "fake", VOCABULARY)
     store = home._store
-    bundle = home._answer(store.read_bundle(path, terms), BundleRead).bundle
+    bundle = home._link.answer(store.read_bundle(path, terms), BundleRead).bundle
     assert bundle is not None
     data = bytearray(path.read_bytes())
     data[data.index(b"records/00001") + 512 + 3000] ^= 1
     path.write_bytes(data)
     before = files_of(tmp_path / "home")
     with pytest.raises(BadBundle):
-        home._answer(store.store_bundle(bundle, "ada"), BundleStored)
+        home._link.answer(store.store_bundle(bundle, "ada"), BundleStored)
     assert files_of(tmp_path / "home") == before
     assert store.health().num_records == 0
     store.check()

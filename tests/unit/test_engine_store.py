@@ -211,6 +211,21 @@ class TestParkAndPrefetch:
         assert turn.cache.tier is Tier.COLD
         assert turn.cache.cached_tokens == 599
 
+    def test_what_the_disk_has_lost_is_saved_again_before_it_leaves(self, restart: Restart) -> None:
+        engine = restart()
+        run(engine, agent_id="ada", token_ids=ids(600), max_tokens=2)
+        settle(engine)
+        family = engine.tiers._family
+        evicted = engine._store.plan(family, family.root, ids(256))
+        engine._store.drop([record.hash for record in evicted])
+        engine.park("ada")
+        settle(engine)
+        step(engine)
+        assert main_blocks(engine, "ada").num_tokens == 0
+        turn = run(engine, agent_id="ada", token_ids=ids(600), max_tokens=2)
+        assert turn.cache.tier is Tier.COLD
+        assert turn.cache.cached_tokens == 599
+
     def test_a_prefetched_agent_is_hot(self, restart: Restart) -> None:
         run(restart(), agent_id="ada", token_ids=ids(600), max_tokens=2)
         engine = restart()

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from keepwarm.core.agent import AgentBlocks, Tier
-from keepwarm.core.errors import UnknownAgent
+from keepwarm.core.block import common_prefix
+from keepwarm.core.errors import AgentBusy, AgentExists, InvalidRequest, UnknownAgent
 from keepwarm.core.layout import BLOCK_TOKENS
 from keepwarm.core.ports import Message
 from keepwarm.core.stored import DEFAULT_SETTINGS, AgentSettings, AgentSummary, LineState
@@ -30,6 +31,14 @@ class Line:
     in_use: bool = False
     number: int = 0
 
+    def num_held(self, num_tokens: int | None = None) -> int:
+        """How many of the conversation's first tokens the line's KV really is of.
+
+        Of its first `num_tokens`, where those are given. A request that failed or was cancelled may
+        have left the KV of another continuation.
+        """
+        return common_prefix(self.blocks.token_ids, self.transcript.token_ids[:num_tokens])
+
 
 @dataclass(slots=True, eq=False)
 class Agent:
@@ -52,6 +61,17 @@ class Agent:
     @property
     def in_use(self) -> bool:
         return any(line.in_use for line in self.lines)
+
+    def after_turn(self, turn: int | None) -> tuple[int, tuple[Message, ...] | None]:
+        """Tokens and messages after so many turns; None: all. Raises InvalidRequest."""
+        if turn is None:
+            return self.main.transcript.num_tokens, self.main.messages
+        if not 0 <= turn <= len(self.turns):
+            raise InvalidRequest("turn", f"{turn} is not from 0 to {len(self.turns)}")
+        if turn == 0:
+            return 0, ()
+        end = self.turns[turn - 1]
+        return end.num_tokens, end.messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +141,18 @@ class AgentBook:
         if agent is None:
             raise UnknownAgent(agent_id)
         return agent
+
+    def get_idle(self, agent_id: str, action: str) -> Agent:
+        """Raises UnknownAgent, and AgentBusy while one of its lines runs."""
+        agent = self.get(agent_id)
+        if agent.in_use:
+            raise AgentBusy(agent_id, action)
+        return agent
+
+    def check_is_new(self, agent_id: str | None) -> None:
+        """Raises AgentExists."""
+        if agent_id is not None and agent_id in self:
+            raise AgentExists(agent_id)
 
     def find(self, agent_id: str) -> Agent | None:
         agent = self._agents.get(agent_id)

@@ -1,12 +1,13 @@
 """Cold KV on its way into a slab: records read ahead, in order, through a few buffers."""
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from keepwarm.core.agent_store import AgentStore
-from keepwarm.core.block import LineId
+from keepwarm.core.block import BlockHash, LineId, common_prefix
 from keepwarm.core.errors import PoolExhausted
+from keepwarm.core.layout import BLOCK_TOKENS
 from keepwarm.core.pool import Allocation, BlockPool, Kind
 from keepwarm.core.ports import BatchGenerator, Payload
 from keepwarm.core.stored import Fetched, KVFamily, Record
@@ -45,6 +46,14 @@ class _Fetch:
 
 
 @dataclass(frozen=True, slots=True)
+class FetchPlan:
+    """Records to fetch, in order, and the first position that they cannot serve."""
+
+    records: list[Record]
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
 class Arrival:
     """The next run of tokens, as a payload in a buffer that is used again after `done`."""
 
@@ -64,6 +73,30 @@ class FetchQueue:
 
     def __repr__(self) -> str:
         return f"FetchQueue({len(self._fetches)} lines, {len(self._readings)} reads)"
+
+    def plan(
+        self,
+        family: KVFamily,
+        parent: BlockHash,
+        depth: int,
+        token_ids: Sequence[int],
+        known_ids: Sequence[int],
+    ) -> FetchPlan:
+        """What the store has behind `parent`, from the block at `depth` on.
+
+        By what was asked for; or by what the line is known to have said, where that is longer: of a
+        record that goes on otherwise than asked for, the beginning serves.
+        """
+        start = depth * BLOCK_TOKENS
+        wanted = self._store.plan(family, parent, token_ids[start:])
+        end = wanted[-1].end_position if wanted else start
+        num_common = common_prefix(token_ids, known_ids)
+        if num_common > end:
+            known = self._store.plan(family, parent, known_ids[start:])
+            useful = [record for record in known if record.first_position < num_common]
+            if useful and min(useful[-1].end_position, num_common) > end:
+                return FetchPlan(useful, min(useful[-1].end_position, num_common))
+        return FetchPlan(wanted, end)
 
     def begin(self, line: LineId, family: KVFamily, records: Iterable[Record], end: int) -> None:
         """Read these into memory, for `next_arrival` to hand out in order, up to position `end`."""

@@ -1,6 +1,5 @@
 """Slabs from the budget: new ones, and those that were given back and can be written again."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from keepwarm.core.pool import Allocation, BlockPool, Kind
@@ -24,9 +23,6 @@ class SlabShelf:
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool
         self._spares: list[PaidSlab] = []
-
-    def __iter__(self) -> Iterator[PaidSlab]:
-        return iter(self._spares)
 
     def take_spare(self, capacity_tokens: int) -> PaidSlab | None:
         """The smallest spare that fits and is at most a quarter too large."""
@@ -62,3 +58,7 @@ class SlabShelf:
         """Free spares until so many bytes of the budget are free, or none is left."""
         while self._spares and self._pool.free_bytes < needed_bytes:
             self._pool.release(self._spares.pop(0).allocation)
+
+    def holders(self) -> dict[Allocation, tuple[int, int]]:
+        """What the spares are paid with: how often, and the bytes of each."""
+        return {spare.allocation: (1, spare.slab.nbytes) for spare in self._spares}

@@ -8,10 +8,11 @@ from keepwarm.core.agent import AgentBlocks
 from keepwarm.core.agent_store import AgentStore
 from keepwarm.core.block import BlockHash
 from keepwarm.core.errors import GeneratorFailed, InvariantBroken
-from keepwarm.core.layout import BLOCK_TOKENS
+from keepwarm.core.layout import BLOCK_TOKENS, capacity_for, whole_blocks
 from keepwarm.core.pool import Kind
 from keepwarm.core.ports import Payload, RowId, Slab
 from keepwarm.core.stored import Record
+from keepwarm.engine.lines import busy
 from keepwarm.engine.tiers import Tiers
 
 SCRATCH_ROW = RowId(0)
@@ -107,7 +108,7 @@ class Verifier:
         buffer_bytes = [self._store.record_bytes(family, record.num_tokens) for record in records]
         copies_bytes = 2 * family.layout.block_bytes
         spare_bytes = copies_bytes + max(buffer_bytes, default=0)
-        scratch = self._tiers.new_scratch(line, num_tokens, spare_bytes)
+        scratch = self._new_scratch(line, num_tokens, spare_bytes)
         run = ColdRun(scratch, tuple(records))
         try:
             with self._paid(copies_bytes), self._row(scratch):
@@ -142,11 +143,43 @@ class Verifier:
             self._compute(scratch, token_ids[start:stop])
             computed = self._tiers.generator.extract(_slab_of(scratch), start, stop)
             # Meanwhile a line that was put away may have left memory.
-            held = self._tiers.copies_of(line, start, min(stop, num_held, line.num_tokens))
+            held = self._copies_of(line, start, min(stop, num_held, line.num_tokens))
             in_memory = self._largest((computed, 0, copy) for copy in held)
             depth = start // BLOCK_TOKENS
             on_disk = self._largest(self._arrivals(scratch, depth, computed))
             yield BlockCheck(depth, stop - start, in_memory, on_disk)
+
+    def _new_scratch(self, line: AgentBlocks, num_tokens: int, spare_bytes: int) -> AgentBlocks:
+        """A line with a slab of its own, for a cold run beside the line's KV, which stays.
+
+        `spare_bytes` more are free then. Whoever asked for it forgets it. Raises PoolExhausted.
+        """
+        scratch = self._tiers.new_line(line.agent_id)
+        scratch.busy = True
+        try:
+            with busy(line):
+                capacity = capacity_for(max(num_tokens, 1))
+                self._tiers.make_room(self._tiers.generator.slab_bytes(capacity) + spare_bytes)
+                self._tiers.give_slab(scratch, capacity)
+                self._tiers.make_room(spare_bytes)
+        except BaseException:
+            self._tiers.forget(scratch)
+            raise
+        return scratch
+
+    def _copies_of(self, line: AgentBlocks, start: int, stop: int) -> Iterator[Payload]:
+        """Of a resting line's positions within one block, wherever memory has them for it."""
+        if start >= stop:
+            return
+        generator = self._tiers.generator
+        if line.slab is not None:
+            yield generator.extract(line.slab, start, stop)
+        depth = whole_blocks(start)
+        payload = line.blocks[depth].payload if depth < len(line.blocks) else line.tail
+        if payload is not None:
+            yield generator.cut(payload, 0, stop - start)
+        elif line.slab is None:
+            yield self._tiers.read(line, start, stop)
 
     def _compute(self, scratch: AgentBlocks, token_ids: Sequence[int]) -> None:
         for start in range(0, len(token_ids), self._chunk_tokens):

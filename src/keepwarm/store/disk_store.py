@@ -204,12 +204,14 @@ class DiskStore:
         maker: str | None,
     ) -> SaveDone:
         """Write the file, then name it in the catalogue. Only then does it exist."""
-        if record.hash in self._unwanted:
-            self._unwanted.remove(record.hash)
+        if self._is_unwanted(record.hash):
             return SaveDone(record.hash, None, self._other_bytes())
         try:
             parts = encode(family, record, token_ids, pieces)
             file_bytes = self._files.publish(record.hash, parts, self._between)
+            if self._is_unwanted(record.hash):  # since it was begun
+                self._files.remove(record.hash)
+                return SaveDone(record.hash, None, self._other_bytes())
             row = RecordRow.of(record, family, file_bytes=file_bytes, maker=maker)
             self._catalog.add_records([row])
         except FAULTS as error:
@@ -218,6 +220,12 @@ class DiskStore:
         self._known[record.hash] = file_bytes
         self._unseen.discard(record.hash)
         return SaveDone(record.hash, file_bytes, self._other_bytes())
+
+    def _is_unwanted(self, record_hash: BlockHash) -> bool:
+        """Whether it was removed before it was saved; that is forgotten now."""
+        is_unwanted = record_hash in self._unwanted
+        self._unwanted.discard(record_hash)
+        return is_unwanted
 
     def _remove_unnamed(self, record_hash: BlockHash) -> None:
         """A file that the catalogue could not be told of must not stay uncounted."""
@@ -334,7 +342,14 @@ class DiskStore:
         return self._committing(ticket, lambda: self._catalog.commit(state))
 
     def delete_agent(self, ticket: int, agent_id: str) -> CommitDone:
-        return self._committing(ticket, lambda: self._catalog.delete_agent(agent_id))
+        return self._committing(ticket, lambda: self._delete(agent_id))
+
+    def _delete(self, agent_id: str) -> None:
+        """A scrub writes the whole catalogue into its log before it makes it smaller."""
+        self._catalog.delete_agent(agent_id, scrub=False)
+        if self._catalog.needs_scrub:
+            self._budget.require(self._catalog.size_bytes())
+            self._catalog.scrub()
 
     def _committing(self, ticket: int, write: Callable[[], None]) -> CommitDone:
         try:

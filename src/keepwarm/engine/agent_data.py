@@ -1,0 +1,157 @@
+"""An agent as data: into a file, out of a file, and compared with what a cold run computes."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from keepwarm.core.agent_store import AgentStore
+from keepwarm.core.errors import InvariantBroken
+from keepwarm.core.ports import LoadedModel
+from keepwarm.core.stored import BundleRead, BundleStored, BundleWritten, KVFamily
+from keepwarm.engine.agents import Agent, AgentBook, Line
+from keepwarm.engine.batch import Batch
+from keepwarm.engine.bundles import (
+    ExportSummary,
+    ImportSummary,
+    imported_state,
+    name_of,
+    private_terms,
+)
+from keepwarm.engine.keeper import AgentKeeper
+from keepwarm.engine.requests import valid_agent_id
+from keepwarm.engine.store_link import StoreLink
+from keepwarm.engine.tiers import Tiers
+from keepwarm.engine.verifying import ColdRun, Verifier, VerifyReport
+
+
+class AgentPorter:
+    """Exports and imports agents. Both wait for the disk, so nothing else runs meanwhile."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        family: KVFamily,
+        tiers: Tiers,
+        *,
+        store: AgentStore,
+        link: StoreLink,
+        keeper: AgentKeeper,
+        book: AgentBook,
+    ) -> None:
+        self._tokenizer = loaded.tokenizer.fingerprint
+        self._vocab_size = loaded.vocab_size
+        self._family = family
+        self._tiers = tiers
+        self._store = store
+        self._link = link
+        self._keeper = keeper
+        self._book = book
+
+    def export(self, agent: Agent, path: Path, *, timeout_s: float) -> ExportSummary:
+        """What the disk has not taken within `timeout_s` is left out and counted."""
+        self._save_lines(agent, timeout_s)
+        state = self._keeper.state_of(agent)
+        ticket = self._store.write_bundle(self._family, self._tokenizer, state, path)
+        written = self._link.answer(ticket, BundleWritten)
+        held = [line.num_held() for line in agent.lines]
+        stored = [self._num_stored(line) for line in agent.lines]
+        missing = (max(a - b, 0) for a, b in zip(held, stored, strict=True))
+        return ExportSummary(
+            agent.agent_id, path, written.file_bytes, written.num_records, sum(stored), sum(missing)
+        )
+
+    def import_agent(self, path: Path, agent_id: str | None) -> ImportSummary:
+        """Nobody else finds its KV before it was verified. None keeps its name."""
+        self._book.check_is_new(valid_agent_id(agent_id))
+        terms = private_terms(self._family, self._tokenizer, self._vocab_size)
+        bundle = self._link.answer(self._store.read_bundle(path, terms), BundleRead).bundle
+        if bundle is None:
+            raise InvariantBroken(f"the store answered for {path} without a bundle")
+        name = agent_id or name_of(bundle)
+        self._book.check_is_new(name)
+        stored = self._link.answer(self._store.store_bundle(bundle, name), BundleStored)
+        state = imported_state(bundle, name, stored.num_records)
+        agent = self._book.add(self._keeper.agent_of(state))
+        self._link.commit(agent)
+        return ImportSummary(
+            agent_id=name,
+            num_tokens=agent.main.transcript.num_tokens,
+            num_turns=len(agent.turns),
+            num_records=stored.num_records,
+            num_dropped=bundle.num_dropped,
+            num_left_out=len(bundle.records) - stored.num_records,
+            is_durable=self._link.flush(timeout_s=10.0),
+        )
+
+    def _save_lines(self, agent: Agent, timeout_s: float) -> None:
+        """Wait until the disk has taken the agent and its KV, as far as it does in time."""
+        saver, until = self._tiers.saver, time.monotonic() + timeout_s
+        lines = [line.blocks for line in agent.lines]
+        for blocks in lines:
+            saver.offer_line(blocks)
+        self._link.save_while(lambda: any(map(saver.is_unsaved, lines)), until)
+        self._link.flush(max(until - time.monotonic(), 0.0))
+
+    def _num_stored(self, line: Line) -> int:
+        return self._tiers.saver.stored_tokens(line.transcript.token_ids, line.blocks.namespace)
+
+
+class AgentVerifier:
+    """Compares agents with a cold run, and acts on what that says. Takes as long as a prefill."""
+
+    def __init__(
+        self,
+        tiers: Tiers,
+        batch: Batch,
+        *,
+        store: AgentStore,
+        link: StoreLink,
+        chunk_tokens: int,
+        bound: float,
+    ) -> None:
+        self._tiers = tiers
+        self._batch = batch
+        self._store = store
+        self._link = link
+        self._bound = bound
+        self._verifier = Verifier(tiers, store, chunk_tokens=chunk_tokens, hear=link.hear)
+
+    def verify(self, agent: Agent) -> VerifyReport:
+        """Of its main line; what differs is dropped, and what was imported and agrees is shared."""
+        main = agent.main
+        with self._verifier.run(main.blocks, main.transcript.token_ids, main.num_held()) as cold:
+            report = self._report(agent, cold)
+            if not report.passed:
+                self._drop_differing(main, cold, report)
+            elif report.became_shared:
+                self._share(agent, cold)
+        return report
+
+    def _report(self, agent: Agent, cold: ColdRun) -> VerifyReport:
+        main = agent.main
+        report = VerifyReport(
+            agent_id=agent.agent_id,
+            num_tokens=main.transcript.num_tokens,
+            num_compared=sum(check.num_tokens for check in cold.checks if check.is_compared),
+            bound=self._bound,
+            blocks=cold.checks,
+        )
+        return replace(report, became_shared=report.passed and bool(main.blocks.namespace))
+
+    def _drop_differing(self, main: Line, cold: ColdRun, report: VerifyReport) -> None:
+        depth = report.differing[0]
+        self._batch.set_back(self._tiers.owners_of(main.blocks, depth))
+        self._tiers.distrust(main.blocks, depth)
+        self._store.drop(cold.records_at(report.differing))
+
+    def _share(self, agent: Agent, cold: ColdRun) -> None:
+        """What was computed here takes the place of what was imported.
+
+        Lines and forks that still use imported blocks keep those to themselves.
+        """
+        imported = agent.main.blocks
+        agent.main.blocks = self._verifier.take(cold)
+        agent.main.blocks.pinned = imported.pinned
+        self._tiers.forget(imported)
+        self._link.commit(agent)
+        self._store.drop([record.hash for record in cold.records], if_unused=True)

@@ -1,0 +1,115 @@
+"""What the engine has told the store and waits to hear about: commits, deletions, bundles."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
+
+from keepwarm.core.agent_store import AgentStore
+from keepwarm.core.errors import InvariantBroken
+from keepwarm.core.events import Completed
+from keepwarm.core.stored import (
+    BundleEvent,
+    BundleRead,
+    BundleStored,
+    BundleWritten,
+    Committed,
+    Fetched,
+    Saved,
+)
+from keepwarm.engine.agents import Agent
+from keepwarm.engine.keeper import AgentKeeper
+from keepwarm.engine.tiers import Tiers
+
+STORE_WAIT_S = 0.05
+
+Answer = TypeVar("Answer", BundleWritten, BundleRead, BundleStored)
+
+
+class StoreLink:
+    """Owns the tickets of agents and bundles; hands answers about KV to the tiers.
+
+    `emit` takes a turn's final event when the disk has answered.
+    """
+
+    def __init__(
+        self,
+        store: AgentStore,
+        tiers: Tiers,
+        keeper: AgentKeeper,
+        *,
+        emit: Callable[[Completed], None],
+    ) -> None:
+        self._store = store
+        self._tiers = tiers
+        self._keeper = keeper
+        self._emit = emit
+        self._uncommitted: dict[int, Completed | None] = {}
+        self._answers: dict[int, BundleEvent] = {}
+        self._durable = True
+
+    def __repr__(self) -> str:
+        return f"StoreLink({len(self._uncommitted)} commits, {len(self._answers)} answers)"
+
+    @property
+    def is_committing(self) -> bool:
+        """Whether the disk has changes of agents that it has not answered for."""
+        return bool(self._uncommitted)
+
+    def commit(self, agent: Agent, completed: Completed | None = None) -> None:
+        """Write the agent; the turn's final event is sent when the disk has answered."""
+        self._uncommitted[self._keeper.commit(agent)] = completed
+
+    def delete(self, agent_id: str) -> None:
+        self._uncommitted[self._store.delete_agent(agent_id)] = None
+
+    def take_events(self) -> None:
+        """Pass on what the store has to say now."""
+        for event in self._store.poll():
+            if isinstance(event, Saved):
+                self._tiers.saves.note(event.record_hash, retry=event.retry)
+            elif isinstance(event, Fetched):
+                self._tiers.fetches.note(event)
+            elif isinstance(event, Committed):
+                self._take_committed(event)
+            else:
+                self._answers[event.ticket] = event
+        self._tiers.release_put_away()
+
+    def wait(self) -> None:
+        """Until the store has something to say, but not for long."""
+        self._store.wait(STORE_WAIT_S)
+
+    def hear(self) -> None:
+        self.wait()
+        self.take_events()
+
+    def answer(self, ticket: int, kind: type[Answer]) -> Answer:
+        """The store's answer; its error is raised."""
+        while ticket not in self._answers:
+            self.hear()
+        answer = self._answers.pop(ticket)
+        if not isinstance(answer, kind):
+            raise InvariantBroken(f"ticket {ticket} was answered with {answer}")
+        if answer.error is not None:
+            raise answer.error
+        return answer
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until every change so far is committed. Returns whether the disk took them all."""
+        until = time.monotonic() + timeout_s
+        while self._uncommitted and time.monotonic() < until:
+            self.hear()
+        return not self._uncommitted and self._durable
+
+    def save_while(self, is_unsaved: Callable[[], bool], until_s: float) -> None:
+        """Hand KV to the store, as fast as it takes it, while there is something of interest."""
+        while is_unsaved() and time.monotonic() < until_s:
+            self._tiers.save_some()
+            self.hear()
+
+    def _take_committed(self, event: Committed) -> None:
+        self._durable = event.durable
+        completed = self._uncommitted.pop(event.ticket)
+        if completed is not None:
+            self._emit(replace(completed, durable=event.durable))

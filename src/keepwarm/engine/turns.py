@@ -1,0 +1,124 @@
+"""The requests in the engine: their replies, token by token, and what each leaves to its line."""
+
+from collections.abc import Callable
+
+from keepwarm.core.events import Event, FinishReason
+from keepwarm.core.ports import Tokenizer
+from keepwarm.engine.active import ActiveRequest
+from keepwarm.engine.agents import AgentBook, history
+from keepwarm.engine.batch import Advanced, Batch, Broken, Outcome, Sampled
+from keepwarm.engine.chat import with_reply
+from keepwarm.engine.store_link import StoreLink
+from keepwarm.engine.tiers import Tiers
+
+
+class Turns:
+    """Owns the requests that have not ended; `emit` takes their events."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        batch: Batch,
+        tiers: Tiers,
+        book: AgentBook,
+        link: StoreLink,
+        emit: Callable[[Event], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self.active: dict[str, ActiveRequest] = {}
+        self._tokenizer = tokenizer
+        self._batch = batch
+        self._tiers = tiers
+        self._book = book
+        self._link = link
+        self._emit = emit
+        self._clock = clock
+
+    def __repr__(self) -> str:
+        return f"Turns({len(self.active)} requests)"
+
+    def begin(self, active: ActiveRequest) -> None:
+        self.active[active.request_id] = active
+        self._batch.enqueue(active.sequence)
+
+    def cancel(self, request_id: str) -> bool:
+        """Returns whether it had not ended yet."""
+        active = self.active.get(request_id)
+        if active is None:
+            return False
+        active.reply.cancel()
+        self._finish(active, FinishReason.CANCELLED)
+        return True
+
+    def take(self, active: ActiveRequest, outcome: Outcome) -> None:
+        """A step of the batch brought this request on, or broke it."""
+        if isinstance(outcome, Sampled):
+            self._take_token(active, outcome.token_id)
+        elif isinstance(outcome, Advanced):
+            self._emit(active.progress())
+        elif isinstance(outcome, Broken):
+            self._fail(active, outcome.error)
+
+    def _take_token(self, active: ActiveRequest, token_id: int) -> None:
+        sequence = active.sequence
+        sequence.append(token_id)
+        if sequence.first_token_s is None:
+            sequence.first_token_s = self._clock()
+        if token_id in self._tokenizer.eos_token_ids:
+            self._finish(active, FinishReason.STOP)
+            return
+        emitted = active.reply.push(token_id)
+        if emitted:
+            self._emit(active.delta(emitted))
+        if active.reply.stopped_by is not None:
+            self._finish(active, FinishReason.STOP)
+        elif len(sequence.reply_ids) >= sequence.max_tokens:
+            self._finish(active, FinishReason.LENGTH)
+
+    def _finish(self, active: ActiveRequest, reason: FinishReason) -> None:
+        """Send what was held back, keep the turn, and let the line rest."""
+        if reason is not FinishReason.CANCELLED and (emitted := active.reply.finish()):
+            self._emit(active.delta(emitted))
+        self._batch.leave(active.sequence)
+        is_kept = active.sequence.admitted_s is not None and self._keep(active)
+        completed = active.completed(reason, self._clock())
+        self._close(active)
+        if is_kept and active.agent_id is not None:
+            self._link.commit(self._book.get(active.agent_id), completed)
+        else:
+            self._emit(completed)
+
+    def _keep(self, active: ActiveRequest) -> bool:
+        """The line knows the prompt and the reply as sent, by the ids that were fed for them.
+
+        A request that was cancelled before its first token leaves the conversation as it was; what
+        it computed stays with the line's blocks. Returns whether there is a turn to commit.
+        """
+        line = active.line
+        reply = active.reply.reply
+        self._tiers.truncate(line.blocks, active.num_kept_tokens)
+        if active.sequence.first_token_s is None:
+            return False
+        conversation = history(active.messages, reply.text)
+        echo = (
+            self._tokenizer.render(conversation, add_generation_prompt=False)
+            if conversation is not None
+            else ()
+        )
+        line.transcript = with_reply(active.prompt.transcript, reply, echo)
+        num_kept = active.prompt.num_shared
+        self._book.record_turn(active.agent_id, line, num_kept, conversation)
+        return True
+
+    def _fail(self, active: ActiveRequest, error: Exception) -> None:
+        """The conversation stays as it was before the request; what was computed can be found."""
+        self._emit(active.failed(error))
+        self._close(active)
+
+    def _close(self, active: ActiveRequest) -> None:
+        if active.line.blocks.busy:
+            self._tiers.park(active.line.blocks)
+        active.line.in_use = False
+        del self.active[active.request_id]
+        self._book.tidy(active.agent_id)
