@@ -1,0 +1,105 @@
+"""Twenty kills in all phases over two homes; `keepwarm bench chaos` is the long version."""
+
+import json
+
+import pytest
+
+from keepwarm.bench.chaos import (
+    HALF,
+    LOST,
+    PROBLEMS,
+    TRACES,
+    WRONG,
+    ChaosPlan,
+    Home,
+    Kill,
+    Tally,
+    Verification,
+    chaos_plan,
+    kills_of,
+    run_chaos,
+)
+from keepwarm.bench.chaos_child import FAKE
+from keepwarm.bench.chaos_traps import Phase
+from keepwarm.bench.report import as_json
+
+SEED = 7
+
+
+@pytest.mark.timeout(240)
+def test_twenty_kills_lose_nothing_and_break_nothing() -> None:
+    result = run_chaos(chaos_plan(quick=True, seed=SEED))
+    shown = "\n".join([*(f"{f.name}: {f.measured}" for f in result.figures), *result.notes])
+    assert result.passed, shown
+    kills = result.figures[0]
+    assert kills.measured >= 20
+    assert set(kills.facts) == {phase.value for phase in Phase}
+    assert all(kills.facts.values()), shown
+    json.dumps(as_json(result))
+
+
+def test_a_campaign_follows_from_its_seed() -> None:
+    plan = ChaosPlan(num_kills=200, num_model_kills=10, seed=3)
+    kills = list(kills_of(plan))
+    assert kills == list(kills_of(plan))
+    assert len(kills) == 200
+    assert sum(kill.world == FAKE for kill in kills) == 190
+    assert {kill.phase for kill in kills if kill.world == FAKE} == set(Phase)
+    part = ChaosPlan(num_kills=7, num_model_kills=0, seed=3, first_kill=40)
+    assert list(kills_of(part)) == kills[40:47]
+    assert len({kill.seed for kill in kills}) == 200
+
+
+class TestVerificationNotices:
+    """What a kill must not do is done by hand, and seen."""
+
+    @pytest.fixture
+    def kill(self) -> Kill:
+        return next(kills_of(ChaosPlan(num_kills=1, num_model_kills=0, seed=SEED)))
+
+    @pytest.fixture
+    def home(self, kill: Kill) -> Home:
+        home = Home.begin(ChaosPlan(seed=SEED), kill, Tally())
+        assert not home.tally.notes
+        return home
+
+    def found(self, home: Home, kill: Kill) -> set[str]:
+        Verification(home, kill, "by hand").run()
+        home.leave()
+        return {problem for problem in PROBLEMS if home.tally.counts[problem]}
+
+    def test_nothing_where_nothing_was_done(self, home: Home, kill: Kill) -> None:
+        assert self.found(home, kill) == set()
+
+    def test_a_lost_agent(self, home: Home, kill: Kill) -> None:
+        home.truth["ids-nobody"] = {"ids": [1], "messages": None, "turns": [[1, None]]}
+        assert self.found(home, kill) == {LOST}
+
+    def test_a_lost_turn(self, home: Home, kill: Kill) -> None:
+        next(iter(home.truth.values()))["turns"].append([9999, None])
+        assert self.found(home, kill) == {LOST}
+
+    def test_another_text(self, home: Home, kill: Kill) -> None:
+        state = next(state for state in home.truth.values() if state["ids"])
+        state["ids"][0] += 1
+        assert HALF in self.found(home, kill)
+
+    def test_a_deleted_agent_that_is_still_there(self, home: Home, kill: Kill) -> None:
+        name = next(name for name, state in home.truth.items() if len(state["ids"]) > 512)
+        home.related.clear()
+        home.deleted[name] = home.truth[name]["ids"]
+        assert self.found(home, kill) == {TRACES}
+
+    def test_a_wrong_answer(self, home: Home, kill: Kill, monkeypatch: pytest.MonkeyPatch) -> None:
+        cold = Verification._cold_reply
+
+        def colder(self: Verification, prompt_ids: list[int], num_reply: int) -> object:
+            return cold(self, [*prompt_ids, 1], num_reply)
+
+        monkeypatch.setattr(Verification, "_cold_reply", colder)
+        assert self.found(home, kill) == {WRONG}
+
+    def test_a_damaged_record(self, home: Home, kill: Kill) -> None:
+        path = next((home.path / "store" / "blocks").glob("*/*.safetensors"))
+        path.write_bytes(path.read_bytes()[:-1])
+        assert "records damaged" in self.found(home, kill)
