@@ -344,3 +344,21 @@ def test_a_turn_that_the_disk_refused_is_not_durable_and_serving_goes_on() -> No
     settle(engine)
     assert store.health().num_records == 2
     assert run(engine, agent_id="ada", token_ids=[*ids(600), 5], max_tokens=2).durable
+
+
+def test_a_full_memory_does_not_keep_a_clean_stop_from_saving() -> None:
+    store = MemoryAgentStore()
+    engine = fake_engine(store=store, num_blocks=3)
+    run(engine, agent_id="ada", token_ids=ids(100), max_tokens=1)
+    engine.demote("ada")
+    settle(engine)
+    store.refuses = True
+    run(engine, agent_id="ada", token_ids=[*ids(100), *ids(100, 3)], max_tokens=1)
+    engine.demote("ada")
+    run(engine, agent_id="bob", token_ids=ids(400, 5), max_tokens=1)
+    store.refuses = False
+    assert engine.close()
+    engine = fake_engine(store=store)
+    for agent_id, prompt in (("ada", [*ids(100), *ids(100, 3)]), ("bob", ids(400, 5))):
+        turn = run(engine, agent_id=agent_id, token_ids=prompt, max_tokens=1)
+        assert turn.cache.cached_tokens == len(prompt) - 1

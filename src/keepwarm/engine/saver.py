@@ -124,7 +124,8 @@ class Saver:
     def save_some(self, generator: BatchGenerator, max_bytes: float = math.inf) -> None:
         """Hand what waits to be saved to the store, while that takes it; at most so many bytes.
 
-        What only a slab holds is copied, if the pool has the memory to spare.
+        What only a slab holds is copied, if the pool has the memory to spare; what cannot be
+        copied now is left for later.
         """
         num_left = max_bytes / self._token_bytes
         for unsaved in self.queue:
@@ -138,7 +139,7 @@ class Saver:
             if source is None and self._demote_for(unsaved):
                 source = self._source_of(unsaved, num_tokens, generator)
             if source is None:
-                return
+                continue
             self.queue.save(unsaved, source, generator)
             num_left -= num_tokens
 
@@ -162,13 +163,20 @@ class Saver:
             return whole
         allocation = staging(self._pool, num_tokens * self._token_bytes)
         if allocation is None:
-            return None
+            return self._as_it_is(whole, stop)
         if whole is not None:
             return Source(generator.cut(whole.payload, stop - num_tokens, stop), allocation)
         start = unsaved.depth * BLOCK_TOKENS
         slab = self._slab_with(unsaved)
         payload = generator.extract(slab, start + stop - num_tokens, start + stop)
         return Source(payload, allocation)
+
+    def _as_it_is(self, whole: Source | None, stop: int) -> Source | None:
+        """Where memory has no room for a copy, what the store has already is written again."""
+        if whole is None or whole.payload.num_tokens != stop:
+            return None
+        self._pool.retain(whole.allocation)
+        return whole
 
     def _demote_for(self, unsaved: Unsaved) -> bool:
         """Where memory has no room for a copy, a resting line's slab becomes what is written."""

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from keepwarm.core.agent_store import AgentStore
@@ -26,6 +26,15 @@ STORE_WAIT_S = 0.05
 Answer = TypeVar("Answer", BundleWritten, BundleRead, BundleStored)
 
 
+@dataclass(frozen=True, slots=True)
+class _Commit:
+    """What was sent to the store; `agent` None: a deletion."""
+
+    agent_id: str
+    agent: Agent | None = None
+    completed: Completed | None = None
+
+
 class StoreLink:
     """Owns the tickets of agents and bundles; hands answers about KV to the tiers.
 
@@ -44,9 +53,9 @@ class StoreLink:
         self._tiers = tiers
         self._keeper = keeper
         self._emit = emit
-        self._uncommitted: dict[int, Completed | None] = {}
+        self._uncommitted: dict[int, _Commit] = {}
+        self._refused: dict[str, _Commit] = {}
         self._answers: dict[int, BundleEvent] = {}
-        self._durable = True
 
     def __repr__(self) -> str:
         return f"StoreLink({len(self._uncommitted)} commits, {len(self._answers)} answers)"
@@ -58,10 +67,17 @@ class StoreLink:
 
     def commit(self, agent: Agent, completed: Completed | None = None) -> None:
         """Write the agent; the turn's final event is sent when the disk has answered."""
-        self._uncommitted[self._keeper.commit(agent)] = completed
+        self._send(_Commit(agent.agent_id, agent, completed))
 
     def delete(self, agent_id: str) -> None:
-        self._uncommitted[self._store.delete_agent(agent_id)] = None
+        self._send(_Commit(agent_id))
+
+    def _send(self, commit: _Commit) -> None:
+        if commit.agent is None:
+            ticket = self._store.delete_agent(commit.agent_id)
+        else:
+            ticket = self._keeper.commit(commit.agent)
+        self._uncommitted[ticket] = commit
 
     def take_events(self) -> None:
         """Pass on what the store has to say now."""
@@ -96,11 +112,17 @@ class StoreLink:
         return answer
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until every change so far is committed. Returns whether the disk took them all."""
+        """Wait until every change so far is committed. Returns whether the disk took them all.
+
+        What it has refused until now is sent once more.
+        """
+        refused, self._refused = self._refused, {}
+        for commit in refused.values():
+            self._send(replace(commit, completed=None))
         until = time.monotonic() + timeout_s
         while self._uncommitted and time.monotonic() < until:
             self.hear()
-        return not self._uncommitted and self._durable
+        return not self._uncommitted and not self._refused
 
     def save_while(self, is_unsaved: Callable[[], bool], until_s: float) -> None:
         """Hand KV to the store, as fast as it takes it, while there is something of interest."""
@@ -109,7 +131,10 @@ class StoreLink:
             self.hear()
 
     def _take_committed(self, event: Committed) -> None:
-        self._durable = event.durable
-        completed = self._uncommitted.pop(event.ticket)
-        if completed is not None:
-            self._emit(replace(completed, durable=event.durable))
+        commit = self._uncommitted.pop(event.ticket)
+        if event.durable:
+            self._refused.pop(commit.agent_id, None)
+        else:
+            self._refused[commit.agent_id] = commit
+        if commit.completed is not None:
+            self._emit(replace(commit.completed, durable=event.durable))
