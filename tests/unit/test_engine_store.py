@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,7 @@ from engines import (
 from keepwarm import AgentCacheStore, BlockPoolBatchEngine
 from keepwarm.core.agent import Tier
 from keepwarm.core.errors import UnknownAgent
+from keepwarm.core.stored import Saved, StoreEvent
 from keepwarm.testing.agent_store import MemoryAgentStore
 
 Restart = Callable[..., BlockPoolBatchEngine]
@@ -362,3 +364,31 @@ def test_a_full_memory_does_not_keep_a_clean_stop_from_saving() -> None:
     for agent_id, prompt in (("ada", [*ids(100), *ids(100, 3)]), ("bob", ids(400, 5))):
         turn = run(engine, agent_id=agent_id, token_ids=prompt, max_tokens=1)
         assert turn.cache.cached_tokens == len(prompt) - 1
+
+
+class OthersTakeLong(MemoryAgentStore):
+    """A disk that never finishes what one agent gave it."""
+
+    def __init__(self, slow_agent: str) -> None:
+        super().__init__()
+        self._slow_agent = slow_agent
+        self._slow: set[bytes] = set()
+
+    def save(self, family: Any, record: Any, token_ids: Any, pieces: Any, maker: Any) -> None:
+        super().save(family, record, token_ids, pieces, maker)
+        if maker == self._slow_agent:
+            self._slow.add(record.hash)
+
+    def poll(self) -> list[StoreEvent]:
+        events = super().poll()
+        return [e for e in events if not (isinstance(e, Saved) and e.record_hash in self._slow)]
+
+
+def test_a_parked_agent_does_not_wait_for_what_others_save() -> None:
+    engine = fake_engine(store=OthersTakeLong("bob"))
+    run(engine, agent_id="ada", token_ids=ids(600), max_tokens=2)
+    run(engine, agent_id="bob", token_ids=ids(600, 1), max_tokens=2)
+    engine.park("ada")
+    step(engine, 3)
+    assert engine.tiers.saves.is_busy
+    assert main_blocks(engine, "ada").num_tokens == 0

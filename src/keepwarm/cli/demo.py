@@ -14,9 +14,10 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from keepwarm.cli.demo_child import READY, Demote, Order, Say, Stop, play
+from keepwarm.cli.demo_child import Demote, Order, Refusal, Say, Stop, play
 from keepwarm.cli.demo_script import CAST, Part
 from keepwarm.core.agent import Tier
+from keepwarm.core.errors import KeepwarmError
 from keepwarm.core.events import Completed, Delta, Event, Progress
 
 REPLY_TOKENS = 40
@@ -70,6 +71,10 @@ LAST_WARM_TURN = 2
 DELTAS_BEFORE_KILL = 5
 
 
+class DemoFailed(KeepwarmError):
+    """The demo's process has ended with an error of Keepwarm's."""
+
+
 class Player:
     """The process that has the model. `kill` is SIGKILL: it gets no chance to save anything."""
 
@@ -79,8 +84,14 @@ class Player:
         self._process = context.Process(target=play, args=(theirs, model, folder), daemon=True)
         self._process.start()
         theirs.close()
-        if self._orders.recv() != READY:
-            raise RuntimeError("the demo's process did not start")
+        self._next()
+
+    def _next(self) -> Any:
+        """What the process says next. Raises DemoFailed when it says why it has ended."""
+        said = self._orders.recv()
+        if isinstance(said, Refusal):
+            raise DemoFailed(said.reason)
+        return said
 
     def order(self, order: Order) -> None:
         self._orders.send(order)
@@ -90,7 +101,7 @@ class Player:
         self.order(Say(request, from_nothing))
         event = None
         while not isinstance(event, Completed):
-            event = self._orders.recv()
+            event = self._next()
             yield event
 
     def kill(self) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+from keepwarm.core.errors import KeepwarmError
 from keepwarm.core.events import Completed, Failed
 from keepwarm.core.pool import BlockPool
 from keepwarm.core.ports import LoadedModel
@@ -39,8 +40,25 @@ class Stop:
 Order = Say | Demote | Stop
 
 
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why the process has ended."""
+
+    reason: str
+
+
 def play(orders: Connection, model: str, folder: str) -> None:
-    """Do what is ordered; every event of a request goes back, the last one ends it."""
+    """Do what is ordered; every event of a request goes back, the last one ends it.
+
+    What Keepwarm raises on purpose goes back as its text.
+    """
+    try:
+        _play(orders, model, folder)
+    except KeepwarmError as error:
+        orders.send(Refusal(str(error)))
+
+
+def _play(orders: Connection, model: str, folder: str) -> None:
     loaded = load_model(model)
     config = StoreConfig(disk_budget_bytes=DISK_BYTES)
     with AgentCacheStore(folder, config=config) as store:

@@ -204,6 +204,7 @@ class FetchQueue:
                 return buffer
         self.free_buffers()
         try:
-            return _Buffer(bytearray(nbytes), self._pool.allocate(Kind.READING, nbytes))
+            allocation = self._pool.allocate(Kind.READING, nbytes)
         except PoolExhausted:
             return None
+        return _Buffer(bytearray(nbytes), allocation)

@@ -108,16 +108,13 @@ class Saver:
             line = self._lines.get(line_id)
             if line is None or line.busy or line.slab is not None:
                 self._put_away.remove(line_id)
-            elif self._is_stored(line) and not self._is_saving(line):
+            elif self._is_stored(line) and not self.is_unsaved(line):
                 self._put_away.remove(line_id)
                 settled.append(line)
         return settled
 
     def _is_stored(self, line: AgentBlocks) -> bool:
         return self.stored_tokens(line.token_ids, line.namespace) >= line.num_tokens
-
-    def _is_saving(self, line: AgentBlocks) -> bool:
-        return line.line in self.lines_with_unsaved() or self.queue.is_busy
 
     # -- saving ----------------------------------------------------------------------------------
 

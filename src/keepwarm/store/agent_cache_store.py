@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from keepwarm.core.block import BlockHash
-from keepwarm.core.errors import ConfigError, InvariantBroken, KeepwarmError
+from keepwarm.core.errors import ConfigError, InvariantBroken
 from keepwarm.core.stored import (
     AgentState,
     AgentSummary,
@@ -89,10 +89,6 @@ class StoreConfig:
 
 
 MIN_BUDGET_BYTES = 8 << 20
-
-
-class StoreClosed(KeepwarmError):
-    """The store was closed, or its thread has died of a bug."""
 
 
 class AgentCacheStore:
