@@ -94,6 +94,20 @@ def test_pinned_blocks_and_what_pinned_agents_made_stay() -> None:
     index.check()
 
 
+def test_what_a_deleted_agent_shared_stays_as_nobodys_and_may_go() -> None:
+    index = RecordIndex()
+    for start, stop in ((0, 256), (256, 356), (356, 456)):
+        index.add(entry_of(1, start, stop, maker="ada" if stop < 456 else "bob"))
+    for agent_id, pinned in (("ada", True), ("bob", False)):
+        index.use(state_of(agent_id, 1, 1, pinned=pinned, last_used=1))
+    assert index.choose_victims(0) == []
+    assert index.disuse("ada") == []
+    assert [entry.maker for entry in index] == [None, None, "bob"]
+    assert index.bytes_of("ada") == 0
+    index.check()
+    assert len(index.choose_victims(1000)) == 3
+
+
 def test_what_is_read_or_written_stays() -> None:
     index = RecordIndex()
     index.add(entry_of(1, 0, 256))
@@ -157,7 +171,8 @@ class IndexMachine(RuleBasedStateMachine):
     def disuse(self, agent_id: str) -> None:
         for entry in self.index.disuse(agent_id):
             assert not self.index.usage.is_used(entry.record.hash)
-        assert not [e for e in self.index if e.maker == agent_id and not self._is_used(e)]
+        assert not [e for e in self.index if e.maker == agent_id]
+        assert not self.index.bytes_of(agent_id)
 
     @rule(num_records=st.integers(0, 3))
     def evict(self, num_records: int) -> None:
@@ -168,6 +183,9 @@ class IndexMachine(RuleBasedStateMachine):
             assert not self.index.usage.is_pinned(victim.record.hash, victim.maker)
         left = {entry.record.before for entry in self.index}
         assert not left & {victim.record.hash for victim in victims}
+        if len(victims) < num_records:
+            leaves = [entry for entry in self.index if entry.record.hash not in left]
+            assert all(self.index.usage.is_pinned(e.record.hash, e.maker) for e in leaves)
 
     @rule(branch=st.integers(1, 3), num_tokens=st.integers(1, 768))
     def plan(self, branch: int, num_tokens: int) -> None:
@@ -181,9 +199,6 @@ class IndexMachine(RuleBasedStateMachine):
     @invariant()
     def counts_are_right(self) -> None:
         self.index.check()
-
-    def _is_used(self, entry: Entry) -> bool:
-        return self.index.usage.is_used(entry.record.hash)
 
 
 TestIndexMachine = IndexMachine.TestCase

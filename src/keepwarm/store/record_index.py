@@ -107,18 +107,30 @@ class RecordIndex:
             self._leaves = None  # what nobody pins any more may be anywhere in the tree
 
     def disuse(self, agent_id: str) -> list[Entry]:
-        """The agent is gone: forget what it made or used and nobody else uses."""
+        """The agent is gone: forget what it made or used and nobody else uses.
+
+        What others use of it stays, as nobody's.
+        """
         hashes = self.usage.forget(agent_id)
-        made = [entry.record.hash for entry in self if entry.maker == agent_id]
-        own = [e for h in {*hashes, *made} if (e := self.get(h)) and not self.usage.is_used(h)]
+        self._leaves = None  # what it had pinned may be anywhere in the tree
+        made = [entry for entry in self if entry.maker == agent_id]
+        for entry in made:
+            self._disown(entry)
+        used = [entry for block_hash in hashes if (entry := self.get(block_hash)) is not None]
+        own = [e for e in {*made, *used} if not self.usage.is_used(e.record.hash)]
         own.sort(key=lambda entry: entry.record.stop, reverse=True)
         # The beginning of a block that somebody else went on with is named by no table.
         return [
             entry
             for entry in own
-            if entry.record.stop == BLOCK_TOKENS or not self._num_followers[entry.record.hash]
+            if entry.record.stop == BLOCK_TOKENS or entry.record.hash not in self._num_followers
             if self.forget(entry.record.hash)
         ]
+
+    def _disown(self, entry: Entry) -> None:
+        self._count(entry, -entry.file_bytes)
+        entry.maker = None
+        self._count(entry, entry.file_bytes)
 
     def add(self, entry: Entry) -> None:
         if entry.record.hash in self._entries:
