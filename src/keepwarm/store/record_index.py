@@ -116,7 +116,7 @@ class RecordIndex:
         made = [entry for entry in self if entry.maker == agent_id]
         for entry in made:
             self._disown(entry)
-        used = [entry for block_hash in hashes if (entry := self.get(block_hash)) is not None]
+        used = [found for block_hash in hashes if (found := self.get(block_hash)) is not None]
         own = [e for e in {*made, *used} if not self.usage.is_used(e.record.hash)]
         own.sort(key=lambda entry: entry.record.stop, reverse=True)
         # The beginning of a block that somebody else went on with is named by no table.
