@@ -56,6 +56,25 @@ class FakeFactory:
         return sum(length for made in self.made for _, length in made.prefilled)
 
 
+def fake_loaded(
+    *,
+    factory: FakeFactory | None = None,
+    tokenizer: FakeTokenizer = TOKENIZER,
+    max_context_tokens: int = 100_000,
+    fingerprint: str = "fake",
+) -> LoadedModel:
+    """A model on the fake generator."""
+    return LoadedModel(
+        name="fake",
+        fingerprint=fingerprint,
+        layout=FAKE_LAYOUT,
+        max_context_tokens=max_context_tokens,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer=tokenizer,
+        batch_gen_factory=factory or FakeFactory(),
+    )
+
+
 def fake_engine(
     *,
     num_blocks: int | None = None,
@@ -67,14 +86,11 @@ def fake_engine(
     **config: Any,
 ) -> BlockPoolBatchEngine:
     """An engine on a fake generator with a budget of `num_blocks` blocks."""
-    loaded = LoadedModel(
-        name="fake",
-        fingerprint=fingerprint,
-        layout=FAKE_LAYOUT,
-        max_context_tokens=max_context_tokens,
-        vocab_size=tokenizer.vocab_size,
+    loaded = fake_loaded(
+        factory=factory,
         tokenizer=tokenizer,
-        batch_gen_factory=factory or FakeFactory(),
+        max_context_tokens=max_context_tokens,
+        fingerprint=fingerprint,
     )
     budget_bytes = PLENTY if num_blocks is None else num_blocks * BLOCK_BYTES
     return BlockPoolBatchEngine(

@@ -15,7 +15,7 @@ from keepwarm.bench.timing import median, timed
 from keepwarm.core.ports import LoadedModel
 
 SHORT_TOKENS = 64
-UNTIL_CANCELLED = 2000
+UNTIL_CANCELLED = 7_500
 STEPS_PER_ROUND = 8
 MAX_DETERMINISTIC_RATIO = 1.7
 

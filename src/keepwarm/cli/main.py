@@ -7,6 +7,7 @@ import typer
 from keepwarm.cli.bench import bench
 from keepwarm.cli.demo import demo
 from keepwarm.cli.doctor import doctor
+from keepwarm.cli.serve import serve
 from keepwarm.core.errors import KeepwarmError
 
 app = typer.Typer(
@@ -17,11 +18,7 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _subcommands() -> None:
-    """Keeps `keepwarm doctor` a subcommand even while it is the only one."""
-
-
+app.command()(serve)
 app.command()(demo)
 app.command()(doctor)
 app.add_typer(bench)

@@ -10,6 +10,21 @@ from keepwarm.core.layout import BLOCK_TOKENS
 from keepwarm.core.pool import Allocation
 from keepwarm.core.ports import Payload, Slab
 
+PRIVATE = "import:"
+"""How the namespace of an imported line begins, which nobody shares until it is verified."""
+
+
+def home_namespace(agent_id: str | None) -> str:
+    """Where an agent's KV belongs: what stands before the slash in its name, if there is one."""
+    owner, slash, _ = (agent_id or "").partition("/")
+    return owner if slash else ""
+
+
+def in_namespace(namespace: str, agent_id: str) -> str:
+    """The same agent's name in that namespace, whatever namespace it had."""
+    bare = agent_id.rpartition("/")[2]
+    return f"{namespace}/{bare}" if namespace else bare
+
 
 class Tier(StrEnum):
     """Where a line's KV is: in a slab, in blocks in RAM, in records on disk, or nowhere.
@@ -45,6 +60,11 @@ class AgentBlocks:
     busy: bool = False
     pinned: bool = False
     namespace: str = ""
+
+    @property
+    def is_private(self) -> bool:
+        """Whether its KV was imported and is not verified yet."""
+        return self.namespace.startswith(PRIVATE)
 
     @property
     def tier(self) -> Tier:

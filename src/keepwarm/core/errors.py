@@ -149,6 +149,45 @@ class BundleFailed(KeepwarmError):
         self.problem = problem
 
 
+class EngineStopped(KeepwarmError):
+    """The engine takes nothing any more, because the server is going down or could not go on."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is stopping; send it again when it is back")
+
+
+class EngineBroke(KeepwarmError):
+    """A bug ended every running request. What agents had on disk is read again."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(f"the engine broke and is being started again: {cause!r}; send it again")
+        self.cause = cause
+
+
+class QueueTimeout(KeepwarmError):
+    """The request waited for its turn as long as it was allowed to."""
+
+    def __init__(self, *, waited_s: float) -> None:
+        super().__init__(f"no place became free within {waited_s:g} s; try again later")
+        self.waited_s = waited_s
+
+
+class DeadlineExceeded(KeepwarmError):
+    """The reply was not complete in time; what was computed is kept."""
+
+    def __init__(self, *, deadline_s: float) -> None:
+        super().__init__(f"the reply was not complete within {deadline_s:g} s")
+        self.deadline_s = deadline_s
+
+
+class KeyReused(KeepwarmError):
+    """An idempotency key came with another request than the first time."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"the idempotency key {key!r} was used for another request; use a new one")
+        self.key = key
+
+
 class GeneratorFailed(KeepwarmError):
     """The model raised while this request's row was in the batch. Other requests are served on."""
 

@@ -28,8 +28,9 @@ class CacheReport:
     """Where the reused KV came from and why the rest was computed.
 
     `diverged_at` is the first prompt token whose KV was not there and `reason` says why: one of
-    `engine.chat.Reason`, or "evicted" when the ids were known and their KV had gone. `restored_s`
-    is the time spent copying blocks into the slab.
+    `engine.chat.Reason`, or "evicted" when the ids were known and their KV had gone. `message` is
+    the message that this token lies in, None where the prompt was not given as messages.
+    `restored_s` is the time spent copying blocks into the slab.
     """
 
     tier: Tier
@@ -38,6 +39,7 @@ class CacheReport:
     diverged_at: int
     reason: str
     restored_s: float
+    message: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,15 @@ class Timing:
     first_token_s: float | None
     total_s: float
     num_preemptions: int
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The request has its row, and everything that was kept of its prompt is in place."""
+
+    request_id: str
+    agent_id: str | None
+    cache: CacheReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +85,10 @@ class Delta:
 class Completed:
     """The reply, whole; `token_ids` without the stop token.
 
-    `durable`: the turn is on disk. It is not where there is no store, where the request was
-    anonymous, and where the disk refused; then it is tried again.
+    `stop_sequence` is the stop string that ended it. `turn` is the number of the agent's turn that
+    this was, where its main line took it. `num_dropped_turns` of a stateful agent were
+    forgotten to make room. `durable`: the turn is on disk. It is not where there is no store, where
+    the request was anonymous, and where the disk refused; then it is tried again.
     """
 
     request_id: str
@@ -87,6 +100,9 @@ class Completed:
     cache: CacheReport
     timing: Timing
     durable: bool = False
+    stop_sequence: str | None = None
+    num_dropped_turns: int = 0
+    turn: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,4 +115,4 @@ class Failed:
     text: str
 
 
-Event = Progress | Delta | Completed | Failed
+Event = Started | Progress | Delta | Completed | Failed

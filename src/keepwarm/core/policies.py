@@ -1,8 +1,10 @@
 """The engine's decisions, as pure functions over values."""
 
 import math
+from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import median
 
 from keepwarm.core.agent import AgentBlocks
 from keepwarm.core.block import Block, LineId
@@ -30,7 +32,7 @@ class EngineConfig:
     max_waiting: int = 1024
     prefill_chunk_tokens: int = BLOCK_TOKENS
     idle_prefill_tokens: int = 2 * BLOCK_TOKENS
-    max_step_stretch: float = 2.0
+    max_step_stretch: float = 2.2
     reserve_reply_tokens: int = 2 * BLOCK_TOKENS
     restore_bytes_per_step: int = 128 << 20
     fresh_bytes_per_step: int = 16 << 20
@@ -72,6 +74,24 @@ def grown_capacity(capacity_tokens: int, max_tokens: int) -> int:
     """
     step = max(BLOCK_TOKENS, capacity_for(capacity_tokens // 8))
     return min(capacity_tokens + step, capacity_for(max_tokens))
+
+
+def reply_room(limit_tokens: int, max_tokens: int | None) -> int:
+    """What a conversation must leave for the reply before its oldest turns are dropped.
+
+    As asked for, at most half of all; an eighth where nothing was asked for.
+    """
+    if max_tokens is None:
+        return limit_tokens // 8
+    return min(max_tokens, limit_tokens // 2)
+
+
+def shortened_limit(limit_tokens: int) -> int:
+    """How long a conversation may be after turns were dropped.
+
+    Half of all: what follows the gap is computed anew, so it should not happen at every turn.
+    """
+    return limit_tokens // 2
 
 
 def demotion_order(lines: Iterable[AgentBlocks]) -> list[AgentBlocks]:
@@ -198,19 +218,22 @@ def _smoothed(before: float | None, now: float) -> float:
 class PrefillThrottle:
     """How many tokens to prefill beside decode, learnt from how long steps took.
 
-    The time that prefill may add to a step is `(max_step_stretch - 1)` decode steps. The budget is
-    corrected towards that by at most a factor of 1.5 after each step that used most of it, so it
-    follows a prompt that becomes dearer as it gets longer.
+    The time that prefill may add to a step is `(max_step_stretch - 1)` times what a decode step has
+    taken lately. After each step that used most of the budget it is corrected towards that: down by
+    at most a third, and up by a tenth, because a chunk that takes too long is seen only when
+    everybody has waited for it. So it follows a prompt that becomes dearer as it gets longer.
     """
 
     max_step_stretch: float
     budget_tokens: float = 24.0
+    recent_decode_s: deque[float] = field(default_factory=lambda: deque(maxlen=9))
 
     def observe(self, *, num_tokens: int, prefill_s: float, decode_s: float) -> None:
         """A step prefilled `num_tokens` in `prefill_s`, after a decode of `decode_s`."""
-        allowed_s = (self.max_step_stretch - 1.0) * decode_s
+        self.recent_decode_s.append(decode_s)
+        allowed_s = (self.max_step_stretch - 1.0) * median(self.recent_decode_s)
         if 2 * num_tokens > self.num_tokens and prefill_s > 0.0:
-            ratio = min(max(allowed_s / prefill_s, 1 / 1.5), 1.5)
+            ratio = min(max(allowed_s / prefill_s, 1 / 1.5), 1.1)
             self.budget_tokens = max(self.budget_tokens * ratio, 1.0)
 
     @property

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -69,14 +70,29 @@ class Record(NamedTuple):
         return self.depth * BLOCK_TOKENS + self.stop
 
 
+class Overflow(StrEnum):
+    """What a stateful agent does when its conversation outgrows the context.
+
+    It refuses the message, or forgets its oldest turns and keeps its system prompt.
+    """
+
+    ERROR = "error"
+    DROP_OLDEST = "drop_oldest"
+
+
 @dataclass(frozen=True, slots=True)
 class AgentSettings:
-    """What people decide about an agent. `quota_bytes`: of its own blocks on disk, None: any."""
+    """What people decide about an agent.
+
+    `quota_bytes`: of its own blocks on disk, None: any. `overflow`: what happens when its
+    conversation outgrows the model's context.
+    """
 
     pinned: bool = False
     priority: int = 0
     quota_bytes: int | None = None
     policy: str = EXACT
+    overflow: Overflow = Overflow.ERROR
 
 
 DEFAULT_SETTINGS = AgentSettings()

@@ -59,8 +59,24 @@ EMPTY = Transcript()
 
 
 @dataclass(frozen=True, slots=True)
+class Receipt:
+    """What a request left behind that may be sent twice: its key, and what its answer said.
+
+    `digest` tells the same request from another one under the same key.
+    """
+
+    key: str
+    digest: str
+    finish_reason: str
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Turn:
     """Where a line stood when a turn had ended; `messages` None where they were not given."""
 
     num_tokens: int
     messages: tuple[Message, ...] | None
+    receipt: Receipt | None = None

@@ -9,14 +9,17 @@ from keepwarm.core.events import (
     Failed,
     FinishReason,
     Progress,
+    Started,
     Timing,
     Usage,
 )
 from keepwarm.core.ports import Message
 from keepwarm.core.sequence import TokenSequence
+from keepwarm.core.transcript import Receipt
 from keepwarm.engine.agents import Line
 from keepwarm.engine.chat import Prompt
 from keepwarm.engine.output import Emitted, ReplyText
+from keepwarm.engine.requests import ReceiptKey
 
 EVICTED = "evicted"
 CACHED = "cached"
@@ -31,6 +34,10 @@ class ActiveRequest:
     prompt: Prompt
     messages: tuple[Message, ...] | None
     reply: ReplyText
+    message: int | None = None
+    num_dropped_turns: int = 0
+    receipt_key: ReceiptKey | None = None
+    has_started: bool = False
 
     @property
     def request_id(self) -> str:
@@ -44,6 +51,9 @@ class ActiveRequest:
     def num_kept_tokens(self) -> int:
         """Prompt and reply as the line will remember them."""
         return self.sequence.num_prompt_tokens + len(self.reply.reply.token_ids)
+
+    def started(self) -> Started:
+        return Started(self.request_id, self.agent_id, self._cache_report())
 
     def progress(self) -> Progress:
         sequence = self.sequence
@@ -71,6 +81,21 @@ class ActiveRequest:
             ),
             cache=self._cache_report(),
             timing=self._timing(now_s),
+            stop_sequence=self.reply.stopped_by,
+            num_dropped_turns=self.num_dropped_turns,
+        )
+
+    def receipt(self, reason: FinishReason) -> Receipt | None:
+        """For a request that may be sent again; a cancelled one has to run again."""
+        if self.receipt_key is None or reason is FinishReason.CANCELLED:
+            return None
+        return Receipt(
+            key=self.receipt_key.key,
+            digest=self.receipt_key.digest,
+            finish_reason=reason,
+            prompt_tokens=self.sequence.num_prompt_tokens,
+            cached_tokens=self.sequence.cached_tokens or 0,
+            completion_tokens=len(self.sequence.reply_ids),
         )
 
     def _cache_report(self) -> CacheReport:
@@ -91,6 +116,7 @@ class ActiveRequest:
             diverged_at=diverged_at,
             reason=reason,
             restored_s=self.sequence.restored_s,
+            message=self.message,
         )
 
     def _timing(self, now_s: float) -> Timing:

@@ -4,6 +4,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from keepwarm.core.agent import in_namespace
 from keepwarm.core.agent_store import AgentStore
 from keepwarm.core.errors import InvariantBroken
 from keepwarm.core.ports import LoadedModel
@@ -60,14 +61,14 @@ class AgentPorter:
             agent.agent_id, path, written.file_bytes, written.num_records, sum(stored), sum(missing)
         )
 
-    def import_agent(self, path: Path, agent_id: str | None) -> ImportSummary:
+    def import_agent(self, path: Path, agent_id: str | None, namespace: str) -> ImportSummary:
         """Nobody else finds its KV before it was verified. None keeps its name."""
         self._book.check_is_new(valid_agent_id(agent_id))
         terms = private_terms(self._family, self._tokenizer, self._vocab_size)
         bundle = self._link.answer(self._store.read_bundle(path, terms), BundleRead).bundle
         if bundle is None:
             raise InvariantBroken(f"the store answered for {path} without a bundle")
-        name = agent_id or name_of(bundle)
+        name = agent_id or in_namespace(namespace, name_of(bundle))
         self._book.check_is_new(name)
         stored = self._link.answer(self._store.store_bundle(bundle, name), BundleStored)
         state = imported_state(bundle, name, stored.num_records)
@@ -136,7 +137,7 @@ class AgentVerifier:
             bound=self._bound,
             blocks=cold.checks,
         )
-        return replace(report, became_shared=report.passed and bool(main.blocks.namespace))
+        return replace(report, became_shared=report.passed and main.blocks.is_private)
 
     def _drop_differing(self, main: Line, cold: ColdRun, report: VerifyReport) -> None:
         depth = report.differing[0]

@@ -1,7 +1,7 @@
 """Agents, their lines and turns: who said what, and which line a request continues."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from keepwarm.core.agent import AgentBlocks, Tier
 from keepwarm.core.block import common_prefix
@@ -9,8 +9,8 @@ from keepwarm.core.errors import AgentBusy, AgentExists, InvalidRequest, Unknown
 from keepwarm.core.layout import BLOCK_TOKENS
 from keepwarm.core.ports import Message
 from keepwarm.core.stored import DEFAULT_SETTINGS, AgentSettings, AgentSummary, LineState
-from keepwarm.core.transcript import EMPTY, Transcript, Turn
-from keepwarm.engine.chat import Prompt
+from keepwarm.core.transcript import EMPTY, Receipt, Transcript, Turn
+from keepwarm.engine.chat import Prompt, opening
 
 MakePrompt = Callable[[Transcript], Prompt]
 
@@ -69,7 +69,7 @@ class Agent:
         if not 0 <= turn <= len(self.turns):
             raise InvalidRequest("turn", f"{turn} is not from 0 to {len(self.turns)}")
         if turn == 0:
-            return 0, ()
+            return 0, opening(self.main.messages)
         end = self.turns[turn - 1]
         return end.num_tokens, end.messages
 
@@ -112,7 +112,7 @@ class AgentBook:
     def __init__(
         self,
         *,
-        new_blocks: Callable[[str | None], AgentBlocks],
+        new_blocks: Callable[[str | None, str | None], AgentBlocks],
         forget: Callable[[AgentBlocks], None],
         load: Callable[[str], Agent | None],
         max_side_lines: int,
@@ -166,19 +166,20 @@ class AgentBook:
         """Whether it is in memory."""
         return agent_id in self._agents
 
-    def lines_of(self, agent_id: str | None) -> list[Line]:
+    def lines_of(self, agent_id: str | None, namespace: str = "") -> list[Line]:
+        """`namespace` is for those who give no name."""
         if agent_id is None:
-            return self._anonymous
+            return [line for line in self._anonymous if line.blocks.namespace == namespace]
         agent = self.find(agent_id)
         return agent.lines if agent else []
 
-    def choose(self, agent_id: str | None, make_prompt: MakePrompt) -> Choice:
+    def choose(self, agent_id: str | None, namespace: str, make_prompt: MakePrompt) -> Choice:
         """The idle line with the longest shared prefix, if the request continues it.
 
         A request that would throw away most of a line gets a line of its own, but takes over the
         ids of whatever line it agrees with, so that their blocks are found.
         """
-        lines = self.lines_of(agent_id)
+        lines = self.lines_of(agent_id, namespace)
         if not lines:
             return Choice(None, make_prompt(EMPTY))
         prompts = [(line, make_prompt(line.transcript)) for line in lines]
@@ -189,9 +190,9 @@ class AgentBook:
                 return Choice(line, prompt)
         return Choice(None, max((prompt for _, prompt in prompts), key=lambda p: p.num_shared))
 
-    def open_line(self, agent_id: str | None) -> Line:
+    def open_line(self, agent_id: str | None, namespace: str = "") -> Line:
         """A new line: an anonymous one, the agent's main line, or a side line if it has that."""
-        line = Line(self._new_blocks(agent_id))
+        line = Line(self._new_blocks(agent_id, namespace if agent_id is None else None))
         if agent_id is None:
             self._anonymous.append(line)
         elif (agent := self.find(agent_id)) is not None:
@@ -220,7 +221,12 @@ class AgentBook:
             self._drop_oldest(self._agents[agent_id].sides, self._max_side_lines)
 
     def record_turn(
-        self, agent_id: str | None, line: Line, num_kept: int, messages: tuple[Message, ...] | None
+        self,
+        agent_id: str | None,
+        line: Line,
+        num_kept: int,
+        messages: tuple[Message, ...] | None,
+        receipt: Receipt | None = None,
     ) -> None:
         """A turn has ended on this line, which had kept its first `num_kept` tokens."""
         line.messages = messages
@@ -228,11 +234,11 @@ class AgentBook:
         if agent is None or agent.main is not line:
             return
         agent.turns = [
-            Turn(min(turn.num_tokens, num_kept), turn.messages)
+            replace(turn, num_tokens=min(turn.num_tokens, num_kept))
             for turn in agent.turns
             if turn.num_tokens <= num_kept or _begins_with(messages, turn.messages)
         ]
-        agent.turns.append(Turn(line.transcript.num_tokens, messages))
+        agent.turns.append(Turn(line.transcript.num_tokens, messages, receipt))
 
     def view(self, agent: Agent, stored_tokens: Callable[[Sequence[int]], int]) -> AgentView:
         """`stored_tokens`: how many of a line's first ids the store has the KV of."""
@@ -250,7 +256,7 @@ class AgentBook:
             num_side_lines=len(agent.sides),
             in_use=agent.in_use,
             pinned=blocks.pinned,
-            is_private=bool(blocks.namespace),
+            is_private=blocks.is_private,
         )
 
     def _drop_oldest(self, lines: list[Line], limit: int) -> None:

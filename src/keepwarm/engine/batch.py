@@ -38,6 +38,13 @@ class Sampled:
 
 
 @dataclass(frozen=True, slots=True)
+class Opened:
+    """The sequence has its row; all of its prompt that was kept somewhere is in its slab."""
+
+    sequence: TokenSequence
+
+
+@dataclass(frozen=True, slots=True)
 class Advanced:
     """More of the sequence's prompt has its KV."""
 
@@ -59,7 +66,7 @@ class Restored:
     sequence: TokenSequence
 
 
-Outcome = Sampled | Advanced | Broken | Restored
+Outcome = Sampled | Opened | Advanced | Broken | Restored
 
 
 @dataclass(slots=True)
@@ -231,6 +238,7 @@ class Batch:
         self._next_row += 1
         self._open_row(sequence, RowId(self._next_row))
         sequence.phase = Phase.PREFILLING if sequence.num_missing else Phase.DECODING
+        self._outcomes.append(Opened(sequence))
 
     def _open_row(self, sequence: TokenSequence, row: RowId) -> None:
         self._tiers.generator.open_row(row, self._slab_of(sequence))

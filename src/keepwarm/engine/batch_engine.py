@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from keepwarm.core.agent_store import AgentStore, NoStore
@@ -14,21 +14,24 @@ from keepwarm.core.policies import EngineConfig
 from keepwarm.core.pool import BlockPool, PoolSnapshot
 from keepwarm.core.ports import BatchGenFactory, LoadedModel, Message
 from keepwarm.core.sequence import TokenSequence, prefetch_sequence
-from keepwarm.core.stored import AgentSettings, KVFamily, StoreHealth
+from keepwarm.core.stored import DEFAULT_SETTINGS, AgentSettings, KVFamily, Overflow, StoreHealth
+from keepwarm.core.transcript import Turn
 from keepwarm.engine.active import ActiveRequest
 from keepwarm.engine.agent_data import AgentPorter, AgentVerifier
 from keepwarm.engine.agents import Agent, AgentBook, AgentView, Line, view_of_summary
 from keepwarm.engine.batch import Batch, BatchCounters, Broken, Outcome, Restored
 from keepwarm.engine.bundles import ExportSummary, ImportSummary
-from keepwarm.engine.chat import truncate
+from keepwarm.engine.chat import opening, truncate, validate_messages
 from keepwarm.engine.counters import TierCounters
 from keepwarm.engine.intake import Intake
 from keepwarm.engine.keeper import AgentKeeper
 from keepwarm.engine.output import ReplyText, validate_stop
 from keepwarm.engine.requests import (
     PromptSource,
+    ReceiptKey,
     valid_agent_id,
     valid_max_tokens,
+    valid_namespace,
     valid_priority,
     valid_sampling,
 )
@@ -47,7 +50,6 @@ class EngineSnapshot:
 
     num_waiting: int
     num_running: int
-    agents: tuple[AgentView, ...]
     pool: PoolSnapshot
     tiers: TierCounters
     batch: BatchCounters
@@ -160,13 +162,16 @@ class BlockPoolBatchEngine:
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         priority: int | None = None,
+        namespace: str = "",
+        receipt_key: ReceiptKey | None = None,
     ) -> str:
         """Queue a request and return its id; its events come from `step`.
 
         The prompt is one of `messages` (the whole conversation), `append` (new messages for the
         agent's main line), `text` or `token_ids`. Without `agent_id` it is anonymous: blocks are
-        found by content. `max_tokens` None lets the reply fill the context; `priority` None is the
-        agent's own.
+        found by content, in the `namespace`; an agent's is a part of its name. `max_tokens` None
+        lets the reply fill the context; `priority` None is the agent's own. `receipt_key` is kept
+        with the turn, for `receipt`.
 
         Raises InvalidRequest (ContextTooLong, NeverFits), AgentBusy (`append` while the main line
         runs), UnknownAgent (`append` to nobody) and QueueFull; nothing is taken when it raises.
@@ -181,11 +186,14 @@ class BlockPoolBatchEngine:
         priority = self._intake.priority(agent_id, priority)
         if len(self.batch.waiting) >= self.config.max_waiting:
             raise QueueFull(num_waiting=len(self.batch.waiting))
-        choice, conversation = self._intake.choose(agent_id, source)
-        prompt_ids = list(choice.prompt.token_ids)
+        namespace = valid_namespace(namespace)
+        wanted = self._intake.choose(
+            agent_id, source, namespace=namespace, max_tokens=wanted_tokens
+        )
+        prompt_ids = list(wanted.prompt.token_ids)
         max_tokens = self._intake.reply_tokens(len(prompt_ids), wanted_tokens)
 
-        line = choice.line or self._book.open_line(agent_id)
+        line = wanted.line or self._book.open_line(agent_id, namespace)
         line.in_use = True
         number = next(self._ids)
         sequence = TokenSequence(
@@ -202,9 +210,19 @@ class BlockPoolBatchEngine:
             submitted_s=self._clock(),
         )
         reply = ReplyText(self._tokenizer.detokenizer(), stops)
-        self._turns.begin(ActiveRequest(sequence, line, choice.prompt, conversation, reply))
+        active = ActiveRequest(sequence, line, wanted.prompt, wanted.conversation, reply)
+        active.message = wanted.message
+        active.num_dropped_turns = wanted.num_dropped_turns
+        active.receipt_key = receipt_key
+        self._turns.begin(active)
         self._stalled = False
         return sequence.request_id
+
+    def count_tokens(
+        self, *, messages: Sequence[Message] | None = None, text: str | None = None
+    ) -> int:
+        """How many tokens such a prompt has. Raises InvalidRequest."""
+        return self._intake.num_tokens(PromptSource(messages=messages, text=text))
 
     def cancel(self, request_id: str) -> bool:
         """End a request now; its Completed comes with the next step. False when it had ended."""
@@ -214,6 +232,11 @@ class BlockPoolBatchEngine:
     def has_work(self) -> bool:
         """Whether a step would do anything, or events wait to be fetched."""
         return bool(self._active or self._events or self._link.is_committing or self._prefetching)
+
+    @property
+    def has_chores(self) -> bool:
+        """Whether the store is still taking KV: `step` has to be called now and then."""
+        return self.tiers.saves.is_busy or bool(len(self.tiers.saves))
 
     def step(self) -> list[Event]:
         """One decode step for every ready row, some prefill beside it, and what came of them.
@@ -251,6 +274,48 @@ class BlockPoolBatchEngine:
     def _view(self, agent: Agent) -> AgentView:
         namespace = agent.main.blocks.namespace
         return self._book.view(agent, lambda ids: self.tiers.saver.stored_tokens(ids, namespace))
+
+    def knows(self, agent_id: str) -> bool:
+        """Whether there is such an agent, here or on disk."""
+        return agent_id in self._book
+
+    def turns(self, agent_id: str) -> tuple[Turn, ...]:
+        """What the agent's main line has said and heard so far. Raises UnknownAgent."""
+        return tuple(self._book.get(agent_id).turns)
+
+    def settings(self, agent_id: str) -> AgentSettings:
+        """Raises UnknownAgent."""
+        return self._book.get(agent_id).settings
+
+    def system(self, agent_id: str) -> str | None:
+        """The system prompt that the agent's conversation opens with. Raises UnknownAgent."""
+        messages = opening(self._book.get(agent_id).main.messages)
+        return "\n".join(str(message["content"]) for message in messages) or None
+
+    def receipt(self, agent_id: str, key: str) -> Turn | None:
+        """The turn that a request with this key ended with, in this run or an earlier one."""
+        agent = self._book.find(agent_id)
+        turns = reversed(agent.turns) if agent is not None else ()
+        return next((turn for turn in turns if turn.receipt and turn.receipt.key == key), None)
+
+    def create(
+        self,
+        agent_id: str,
+        *,
+        system: str | None = None,
+        settings: AgentSettings = DEFAULT_SETTINGS,
+    ) -> None:
+        """A new agent that has said nothing yet. Raises InvalidRequest and AgentExists."""
+        if valid_agent_id(agent_id) is None:
+            raise InvalidRequest("agent_id", "an agent needs a name")
+        self._book.check_is_new(agent_id)
+        messages: tuple[Message, ...] = ()
+        if system is not None:
+            messages = validate_messages([{"role": "system", "content": system}])
+        line = Line(self.tiers.new_line(agent_id), messages=messages)
+        line.blocks.pinned = settings.pinned
+        agent = Agent(agent_id, line, settings=settings)
+        self._link.commit(self._book.add(agent))
 
     def fork(self, agent_id: str, new_id: str, *, at_turn: int | None = None) -> None:
         """A new agent that knows what this one knew after `at_turn` turns (None: all of them).
@@ -333,6 +398,7 @@ class BlockPoolBatchEngine:
         pinned: bool | None = None,
         priority: int | None = None,
         quota_bytes: int | None = None,
+        overflow: Overflow | None = None,
     ) -> None:
         """Change the agent's settings; None leaves one as it is. Raises UnknownAgent."""
         agent = self._book.get(agent_id)
@@ -342,6 +408,7 @@ class BlockPoolBatchEngine:
             priority=old.priority if priority is None else valid_priority(priority),
             quota_bytes=old.quota_bytes if quota_bytes is None else quota_bytes,
             policy=old.policy,
+            overflow=old.overflow if overflow is None else overflow,
         )
         agent.main.blocks.pinned = agent.settings.pinned
         self._link.commit(agent)
@@ -366,14 +433,18 @@ class BlockPoolBatchEngine:
         agent = self._book.get_idle(agent_id, "export it")
         return self._porter.export(agent, Path(path), timeout_s=timeout_s)
 
-    def import_agent(self, path: Path | str, agent_id: str | None = None) -> ImportSummary:
+    def import_agent(
+        self, path: Path | str, agent_id: str | None = None, *, namespace: str = ""
+    ) -> ImportSummary:
         """Make an agent of a file that `export` wrote, anywhere; None keeps its name.
+
+        `namespace` is then that of the name.
 
         Nobody else finds its KV before `verify` has recomputed it. Of another model only what was
         said is kept. Waits for the disk, so nothing else runs meanwhile. Raises BadBundle (nothing
         is left behind), AgentExists, InvalidRequest, NoAgentStore, BundleFailed.
         """
-        return self._porter.import_agent(Path(path), agent_id)
+        return self._porter.import_agent(Path(path), agent_id, valid_namespace(namespace))
 
     def verify(self, agent_id: str) -> VerifyReport:
         """Compute the agent's main line cold and compare with what memory and disk hold of it.
@@ -405,10 +476,9 @@ class BlockPoolBatchEngine:
         return EngineSnapshot(
             num_waiting=len(self.batch.waiting),
             num_running=len(self.batch.running),
-            agents=self.agents(),
             pool=self.tiers.pool.snapshot(),
-            tiers=self.tiers.counters,
-            batch=self.batch.counters,
+            tiers=replace(self.tiers.counters),
+            batch=replace(self.batch.counters),
             store=self._store.health(),
         )
 

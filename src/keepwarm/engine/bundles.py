@@ -4,6 +4,7 @@ import secrets
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from keepwarm.core.agent import PRIVATE, home_namespace
 from keepwarm.core.errors import BadBundle, InvalidRequest
 from keepwarm.core.stored import AgentState, Bundle, BundleTerms, KVFamily
 from keepwarm.engine.requests import valid_agent_id
@@ -44,7 +45,7 @@ class ImportSummary:
 
 def private_terms(family: KVFamily, tokenizer: str, vocab_size: int) -> BundleTerms:
     """Terms under which nobody else can ever find the imported KV."""
-    namespace = f"import:{secrets.token_hex(16)}"
+    namespace = f"{PRIVATE}{secrets.token_hex(16)}"
     return BundleTerms(replace(family, namespace=namespace), tokenizer, vocab_size)
 
 
@@ -58,8 +59,10 @@ def name_of(bundle: Bundle) -> str:
 
 
 def imported_state(bundle: Bundle, agent_id: str, num_records: int) -> AgentState:
-    """The agent under its name here; without any KV it has no secrets to keep."""
-    lines = bundle.state.lines
-    if not num_records:
-        lines = tuple(replace(line, namespace="") for line in lines)
+    """The agent under its name here; lines without any KV have no secrets to keep."""
+    home = home_namespace(agent_id)
+    lines = tuple(
+        replace(line, namespace=line.namespace if num_records and line.namespace else home)
+        for line in bundle.state.lines
+    )
     return replace(bundle.state, agent_id=agent_id, lines=lines)

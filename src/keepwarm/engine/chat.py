@@ -248,6 +248,12 @@ def validate_messages(messages: object) -> tuple[Message, ...]:
     return tuple(_valid_message(index, message) for index, message in enumerate(messages))
 
 
+def opening(messages: Sequence[Message] | None) -> tuple[Message, ...]:
+    """The system messages that a conversation begins with."""
+    spoken = (n for n, m in enumerate(messages or ()) if m["role"] not in ("system", "developer"))
+    return tuple(messages or ())[: next(spoken, None)]
+
+
 def _valid_message(index: int, message: object) -> Message:
     if not isinstance(message, Mapping):
         raise InvalidRequest("messages", f"message {index} is a {_kind(message)}, not an object")

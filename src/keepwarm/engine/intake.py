@@ -1,16 +1,43 @@
 """What a request asks for: the line that it continues, its prompt and the length of its reply."""
 
-from collections.abc import Callable
-from functools import cache
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 
 from keepwarm.core.errors import AgentBusy, ContextTooLong, InvalidRequest, NeverFits
 from keepwarm.core.layout import BLOCK_TOKENS, capacity_for
+from keepwarm.core.policies import reply_room, shortened_limit
 from keepwarm.core.ports import LoadedModel, Message
-from keepwarm.core.transcript import Transcript
-from keepwarm.engine.agents import AgentBook, Choice
-from keepwarm.engine.chat import Prompt, continue_ids, continue_line, validate_messages
+from keepwarm.core.stored import Overflow
+from keepwarm.core.transcript import EMPTY, Transcript
+from keepwarm.engine.agents import Agent, AgentBook, Line
+from keepwarm.engine.chat import (
+    Prompt,
+    continue_ids,
+    continue_line,
+    opening,
+    validate_messages,
+)
+from keepwarm.engine.locating import message_of_divergence
 from keepwarm.engine.requests import PromptSource, valid_priority, valid_text, valid_token_ids
 from keepwarm.engine.tiers import Tiers
+
+Conversation = tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A line to continue (None: one of its own) with its prompt, and the whole conversation.
+
+    `message` is the one in which the prompt leaves what the line knows.
+    """
+
+    line: Line | None
+    prompt: Prompt
+    conversation: Conversation | None = None
+    message: int | None = None
+    num_dropped_turns: int = 0
 
 
 class Intake:
@@ -30,13 +57,27 @@ class Intake:
         return agent.settings.priority if agent is not None else 0
 
     def choose(
-        self, agent_id: str | None, source: PromptSource
-    ) -> tuple[Choice, tuple[Message, ...] | None]:
-        """The line to continue and its prompt, and the conversation where it is known."""
+        self,
+        agent_id: str | None,
+        source: PromptSource,
+        *,
+        namespace: str = "",
+        max_tokens: int | None = None,
+    ) -> Wanted:
+        """`namespace` is for requests without an agent; `max_tokens` as it was asked for."""
         if source.append is not None:
-            return self._choose_main(agent_id, validate_messages(source.append))
+            return self._choose_main(agent_id, validate_messages(source.append), max_tokens)
         conversation = None if source.messages is None else validate_messages(source.messages)
-        return self._book.choose(agent_id, self._prompt_maker(source, conversation)), conversation
+        make_prompt = self._prompt_maker(source, conversation)
+        choice = self._book.choose(agent_id, namespace, make_prompt)
+        known = choice.line.messages if choice.line is not None else None
+        message = self._message(choice.prompt, conversation, known)
+        return Wanted(choice.line, choice.prompt, conversation, message)
+
+    def num_tokens(self, source: PromptSource) -> int:
+        """Of the prompt, for an agent that knows nothing yet."""
+        conversation = None if source.messages is None else validate_messages(source.messages)
+        return len(self._prompt_maker(source, conversation)(EMPTY).token_ids)
 
     def reply_tokens(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
         """How long the reply may be: as asked for, within the context and the memory budget."""
@@ -47,28 +88,58 @@ class Intake:
         needed = self._slab_bytes(num_prompt_tokens + 1)
         if needed > budget:
             raise NeverFits(needed_bytes=needed, budget_bytes=budget)
-        num_blocks = budget // self._loaded.layout.block_bytes
-        while self._slab_bytes(num_blocks * BLOCK_TOKENS) > budget:
-            num_blocks -= 1
-        room = min(context, num_blocks * BLOCK_TOKENS) - num_prompt_tokens
+        room = self.max_tokens() - num_prompt_tokens
         return room if max_tokens is None else min(max_tokens, room)
 
+    def max_tokens(self) -> int:
+        """The longest that a line can become: the context, or what the memory budget holds."""
+        budget = self._tiers.pool.budget_bytes
+        num_blocks = budget // self._loaded.layout.block_bytes
+        while num_blocks and self._slab_bytes(num_blocks * BLOCK_TOKENS) > budget:
+            num_blocks -= 1
+        return min(self._loaded.max_context_tokens, num_blocks * BLOCK_TOKENS)
+
+    # -- an agent that is sent its new messages only ---------------------------------------------
+
     def _choose_main(
-        self, agent_id: str | None, new: tuple[Message, ...]
-    ) -> tuple[Choice, tuple[Message, ...]]:
+        self, agent_id: str | None, new: Conversation, max_tokens: int | None
+    ) -> Wanted:
         if agent_id is None:
             raise InvalidRequest("append", "needs an agent_id: only an agent has a history")
-        main = self._book.get(agent_id).main
-        if main.in_use:
+        agent = self._book.get(agent_id)
+        if agent.main.in_use:
             raise AgentBusy(agent_id, "append to it")
-        if main.messages is None:
+        if agent.main.messages is None:
             raise InvalidRequest("append", "this agent's last prompt was not given as messages")
-        conversation = (*main.messages, *new)
+        wanted = self._appended(agent, new, 0)
+        if agent.settings.overflow is Overflow.DROP_OLDEST:
+            limit = self.max_tokens()
+            if len(wanted.prompt.token_ids) + reply_room(limit, max_tokens) > limit:
+                return self._shortened(agent, new, limit)
+        return wanted
+
+    def _shortened(self, agent: Agent, new: Conversation, limit: int) -> Wanted:
+        """Without its oldest turns: more of them than now, or every next turn would drop some."""
+        appended = cache(partial(self._appended, agent, new))
+        most = len(_turn_ends(agent))
+        target = shortened_limit(limit)
+        num_dropped = bisect_left(
+            range(most), True, key=lambda n: len(appended(n).prompt.token_ids) <= target
+        )
+        return appended(num_dropped)
+
+    def _appended(self, agent: Agent, new: Conversation, num_dropped: int) -> Wanted:
+        history = _without_turns(agent, num_dropped)
+        conversation = (*history, *new)
         make_prompt = self._prompt_maker(PromptSource(messages=conversation), conversation)
-        return Choice(main, make_prompt(main.transcript)), conversation
+        prompt = make_prompt(agent.main.transcript)
+        message = self._message(prompt, conversation, agent.main.messages)
+        return Wanted(agent.main, prompt, conversation, message, num_dropped)
+
+    # -- prompts ---------------------------------------------------------------------------------
 
     def _prompt_maker(
-        self, source: PromptSource, conversation: tuple[Message, ...] | None
+        self, source: PromptSource, conversation: Conversation | None
     ) -> Callable[[Transcript], Prompt]:
         if source.token_ids is not None:
             ids = valid_token_ids(source.token_ids, self._loaded.vocab_size)
@@ -81,5 +152,26 @@ class Intake:
         encode = cache(self._tokenizer.encode)
         return lambda known: continue_line(known, pieces, encode)
 
+    def _message(
+        self, prompt: Prompt, conversation: Conversation | None, known: Sequence[Message] | None
+    ) -> int | None:
+        if conversation is None:
+            return None
+        render = partial(self._tokenizer.render, add_generation_prompt=False)
+        return message_of_divergence(prompt, conversation, known, render)
+
     def _slab_bytes(self, num_tokens: int) -> int:
         return self._tiers.generator.slab_bytes(capacity_for(num_tokens))
+
+
+def _turn_ends(agent: Agent) -> list[int]:
+    """How many messages there were after each turn, as far as they are known."""
+    return [len(turn.messages) for turn in agent.turns if turn.messages is not None]
+
+
+def _without_turns(agent: Agent, num_dropped: int) -> Conversation:
+    """The agent's messages without its oldest turns; what opens as its system prompt stays."""
+    messages = agent.main.messages or ()
+    if not num_dropped:
+        return messages
+    return (*opening(messages), *messages[_turn_ends(agent)[num_dropped - 1] :])

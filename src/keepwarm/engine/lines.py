@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-from keepwarm.core.agent import AgentBlocks
+from keepwarm.core.agent import AgentBlocks, home_namespace
 from keepwarm.core.block import Block, BlockHash, LineId, chain_hashes, child_hash
 from keepwarm.core.errors import InvariantBroken
 from keepwarm.core.layout import BLOCK_TOKENS, whole_blocks
@@ -42,9 +42,12 @@ class Lines(Mapping[LineId, AgentBlocks]):
     def __len__(self) -> int:
         return len(self._lines)
 
-    def new(self, agent_id: str | None = None) -> AgentBlocks:
+    def new(self, agent_id: str | None = None, namespace: str | None = None) -> AgentBlocks:
+        """`namespace` None is the agent's own."""
         self._next_line += 1
-        line = AgentBlocks(LineId(self._next_line), agent_id)
+        if namespace is None:
+            namespace = home_namespace(agent_id)
+        line = AgentBlocks(LineId(self._next_line), agent_id, namespace=namespace)
         self._lines[line.line] = line
         self.touch(line)
         return line

@@ -4,15 +4,56 @@ import math
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TypeGuard
+from dataclasses import dataclass, fields
+from typing import Any, TypeGuard
 
 from keepwarm.core.errors import InvalidRequest
 from keepwarm.core.ports import Message, Sampling
 
-AGENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+-]{0,127}")
+NAME = r"[A-Za-z0-9][A-Za-z0-9._:@+-]{0,127}"
+NAMESPACE = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+AGENT_ID = re.compile(f"(?:{NAMESPACE}/)?{NAME}")
 MAX_SEED = (1 << 64) - 1
 _ENTROPY = random.SystemRandom()
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiptKey:
+    """By which a request is known when it is sent again; `digest` is of what it asks for."""
+
+    key: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """What every protocol translates to: `submit`'s arguments, whose checks are `submit`'s.
+
+    `queue_timeout_s`: how long it may wait for its row; `deadline_s`: for its last token.
+    """
+
+    agent_id: str | None = None
+    namespace: str = ""
+    messages: Sequence[Message] | None = None
+    append: Sequence[Message] | None = None
+    text: str | None = None
+    token_ids: Sequence[int] | None = None
+    max_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float = 0.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: Sequence[str] | None = None
+    priority: int | None = None
+    receipt_key: ReceiptKey | None = None
+    queue_timeout_s: float | None = None
+    deadline_s: float | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """For `BlockPoolBatchEngine.submit`."""
+        limits = ("queue_timeout_s", "deadline_s")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in limits}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +79,10 @@ class PromptSource:
 
 
 def valid_agent_id(agent_id: object) -> str | None:
-    """A name is 1 to 128 letters, digits and . _ : @ + - and begins with a letter or digit."""
+    """A name is 1 to 128 letters, digits and . _ : @ + - and begins with a letter or digit.
+
+    A namespace, of 1 to 64 letters, digits and . _ -, may stand before it and a slash.
+    """
     if agent_id is None:
         return None
     if not isinstance(agent_id, str) or not AGENT_ID.fullmatch(agent_id):
@@ -48,6 +92,27 @@ def valid_agent_id(agent_id: object) -> str | None:
             "beginning with a letter or digit",
         )
     return agent_id
+
+
+def valid_name(name: object) -> str:
+    """A name without a namespace."""
+    if isinstance(name, str) and "/" in name:
+        raise InvalidRequest("agent_id", f"{name!r} is no agent's name: it has a slash")
+    valid = valid_agent_id(name)
+    if valid is None:
+        raise InvalidRequest("agent_id", "must be an agent's name")
+    return valid
+
+
+def valid_namespace(namespace: object) -> str:
+    """Empty, or 1 to 64 letters, digits and . _ - that begin with a letter or digit."""
+    if namespace == "":
+        return ""
+    if not isinstance(namespace, str) or not re.fullmatch(NAMESPACE, namespace):
+        raise InvalidRequest(
+            "namespace", f"{namespace!r} is none: use 1 to 64 letters, digits and . _ -"
+        )
+    return namespace
 
 
 def valid_max_tokens(max_tokens: object) -> int | None:

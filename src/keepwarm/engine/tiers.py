@@ -74,8 +74,9 @@ class Tiers:
 
     # -- lines -----------------------------------------------------------------------------------
 
-    def new_line(self, agent_id: str | None = None) -> AgentBlocks:
-        return self._lines.new(agent_id)
+    def new_line(self, agent_id: str | None = None, namespace: str | None = None) -> AgentBlocks:
+        """`namespace` None is the agent's own."""
+        return self._lines.new(agent_id, namespace)
 
     def family_of(self, namespace: str) -> KVFamily:
         """The model's KV in that namespace, which is a line's."""
@@ -104,8 +105,7 @@ class Tiers:
         room for it.
         """
         num_tokens = min(num_tokens, parent.num_tokens)
-        child = self._lines.new(agent_id)
-        child.namespace = parent.namespace
+        child = self._lines.new(agent_id, parent.namespace)
         self._lines.extend(child, parent.blocks[: whole_blocks(num_tokens)])
         with busy(child):
             tail = self._cutter.copy_tail(parent, num_tokens, self.generator)

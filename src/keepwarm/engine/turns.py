@@ -1,12 +1,13 @@
 """The requests in the engine: their replies, token by token, and what each leaves to its line."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from keepwarm.core.events import Event, FinishReason
 from keepwarm.core.ports import Tokenizer
 from keepwarm.engine.active import ActiveRequest
 from keepwarm.engine.agents import AgentBook, history
-from keepwarm.engine.batch import Advanced, Batch, Broken, Outcome, Sampled
+from keepwarm.engine.batch import Advanced, Batch, Broken, Opened, Outcome, Sampled
 from keepwarm.engine.chat import with_reply
 from keepwarm.engine.store_link import StoreLink
 from keepwarm.engine.tiers import Tiers
@@ -55,10 +56,18 @@ class Turns:
         """A step of the batch brought this request on, or broke it."""
         if isinstance(outcome, Sampled):
             self._take_token(active, outcome.token_id)
+        elif isinstance(outcome, Opened):
+            self._start(active)
         elif isinstance(outcome, Advanced):
             self._emit(active.progress())
         elif isinstance(outcome, Broken):
             self._fail(active, outcome.error)
+
+    def _start(self, active: ActiveRequest) -> None:
+        """Once, however often the row opens anew."""
+        if not active.has_started:
+            active.has_started = True
+            self._emit(active.started())
 
     def _take_token(self, active: ActiveRequest, token_id: int) -> None:
         sequence = active.sequence
@@ -81,15 +90,18 @@ class Turns:
         if reason is not FinishReason.CANCELLED and (emitted := active.reply.finish()):
             self._emit(active.delta(emitted))
         self._batch.leave(active.sequence)
-        is_kept = active.sequence.admitted_s is not None and self._keep(active)
+        is_kept = active.sequence.admitted_s is not None and self._keep(active, reason)
         completed = active.completed(reason, self._clock())
         self._close(active)
         if is_kept and active.agent_id is not None:
-            self._link.commit(self._book.get(active.agent_id), completed)
+            agent = self._book.get(active.agent_id)
+            if agent.main is active.line:
+                completed = replace(completed, turn=len(agent.turns))
+            self._link.commit(agent, completed)
         else:
             self._emit(completed)
 
-    def _keep(self, active: ActiveRequest) -> bool:
+    def _keep(self, active: ActiveRequest, reason: FinishReason) -> bool:
         """The line knows the prompt and the reply as sent, by the ids that were fed for them.
 
         A request that was cancelled before its first token leaves the conversation as it was; what
@@ -108,7 +120,8 @@ class Turns:
         )
         line.transcript = with_reply(active.prompt.transcript, reply, echo)
         num_kept = active.prompt.num_shared
-        self._book.record_turn(active.agent_id, line, num_kept, conversation)
+        receipt = active.receipt(reason)
+        self._book.record_turn(active.agent_id, line, num_kept, conversation, receipt)
         return True
 
     def _fail(self, active: ActiveRequest, error: Exception) -> None:

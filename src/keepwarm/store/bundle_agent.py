@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeGuard
 
 from keepwarm.core.block import EXACT
 from keepwarm.core.ports import ROLES, Message
-from keepwarm.core.stored import AgentSettings, AgentState, LineState
+from keepwarm.core.stored import AgentSettings, AgentState, LineState, Overflow
 from keepwarm.core.transcript import Span, Transcript, Turn
 from keepwarm.store.catalog_plan import MessageTree
 
@@ -59,6 +59,7 @@ def encode_agent(state: AgentState) -> bytes:
             "priority": settings.priority,
             "quota_bytes": settings.quota_bytes,
             "policy": settings.policy,
+            "overflow": settings.overflow,
         },
         "lines": [_line_document(line) for line in state.lines],
     }
@@ -135,13 +136,15 @@ class _Budget:
 
 
 def _settings(value: object) -> AgentSettings:
-    fields = _fields(value, ("pinned", "priority", "quota_bytes", "policy"))
+    fields = _fields(value, ("pinned", "priority", "quota_bytes", "policy", "overflow"))
     pinned, quota_bytes = fields["pinned"], fields["quota_bytes"]
     priority = _number(fields["priority"], "the priority", -100, 100)
     if quota_bytes is not None:
         quota_bytes = _number(quota_bytes, "the quota", 0, MAX_QUOTA_BYTES)
     require(fields["policy"] == EXACT, f"its policy is not {EXACT!r}")
-    return AgentSettings(_flag(pinned, "pinned"), priority, quota_bytes)
+    require(fields["overflow"] in list(Overflow), "its overflow policy is none")
+    overflow = Overflow(fields["overflow"])
+    return AgentSettings(_flag(pinned, "pinned"), priority, quota_bytes, overflow=overflow)
 
 
 def _line(value: object, budget: _Budget) -> LineState:

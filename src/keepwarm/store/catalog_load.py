@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from keepwarm.core.block import BlockHash
-from keepwarm.core.stored import AgentSettings, AgentState, AgentSummary, LineState
+from keepwarm.core.stored import AgentSettings, AgentState, AgentSummary, LineState, Overflow
 from keepwarm.core.transcript import Span, Transcript, Turn
 from keepwarm.store.catalog_errors import CatalogCorrupt
 from keepwarm.store.catalog_plan import CommittedAgent, CommittedLine, Head, MessageTree
-from keepwarm.store.catalog_rows import decode_message, span_of_row
+from keepwarm.store.catalog_rows import decode_message, decode_receipt, span_of_row
 
 _SUMMARIES = """
-    SELECT name, pinned, priority, quota_bytes, policy,
+    SELECT name, pinned, priority, quota_bytes, policy, overflow,
         coalesce(max(CASE number WHEN 0 THEN num_tokens END), 0),
         coalesce(max(CASE number WHEN 0 THEN num_turns END), 0),
         count(line), coalesce(max(last_used), 0),
-        coalesce(max(CASE number WHEN 0 THEN namespace <> '' END), 0)
+        coalesce(max(CASE number WHEN 0 THEN namespace GLOB 'import:*' END), 0)
     FROM agents LEFT JOIN lines USING (agent) GROUP BY agents.agent ORDER BY name
 """
 
@@ -27,7 +27,8 @@ _SUMMARIES = """
 def read_agent(db: sqlite3.Connection, path: Path, name: str) -> CommittedAgent | None:
     """Inside a transaction, so that all rows are of one commit. Raises CatalogCorrupt."""
     found = db.execute(
-        "SELECT agent, pinned, priority, quota_bytes, policy FROM agents WHERE name = ?", (name,)
+        "SELECT agent, pinned, priority, quota_bytes, policy, overflow FROM agents WHERE name = ?",
+        (name,),
     ).fetchone()
     if found is None:
         return None
@@ -43,11 +44,11 @@ def read_summaries(db: sqlite3.Connection) -> list[AgentSummary]:
 
 
 def _summary(row: tuple[Any, ...]) -> AgentSummary:
-    name, pinned, priority, quota_bytes, policy, *numbers, is_private = row
+    name, pinned, priority, quota_bytes, policy, overflow, *numbers, is_private = row
     num_tokens, num_turns, num_lines, last_used = numbers
     return AgentSummary(
         agent_id=name,
-        settings=_settings(pinned, priority, quota_bytes, policy),
+        settings=_settings(pinned, priority, quota_bytes, policy, overflow),
         num_tokens=num_tokens,
         num_turns=num_turns,
         num_lines=num_lines,
@@ -65,8 +66,10 @@ def decoding(path: Path, what: str) -> Iterator[None]:
         raise CatalogCorrupt(path, f"{what} cannot be decoded: {error!r}") from error
 
 
-def _settings(pinned: int, priority: int, quota_bytes: int | None, policy: str) -> AgentSettings:
-    return AgentSettings(bool(pinned), priority, quota_bytes, policy)
+def _settings(
+    pinned: int, priority: int, quota_bytes: int | None, policy: str, overflow: str
+) -> AgentSettings:
+    return AgentSettings(bool(pinned), priority, quota_bytes, policy, Overflow(overflow))
 
 
 def _read_lines(db: sqlite3.Connection, agent_row: int) -> Iterator[CommittedLine]:
@@ -78,20 +81,23 @@ def _read_lines(db: sqlite3.Connection, agent_row: int) -> Iterator[CommittedLin
     for line_id, number, tokenizer, head, last_used, namespace in rows:
         tree = _read_tree(db, line_id)
         turn_rows = _read_turns(db, line_id)
-        for turn_head in (*(turn_head for _, turn_head in turn_rows), head):
+        for turn_head in (*(turn_head for _, turn_head, _ in turn_rows), head):
             tree.hold_stored(turn_head)
         conversation = tree.conversations()
         state = LineState(
             number=number,
             tokenizer=tokenizer,
             transcript=_read_transcript(db, line_id),
-            turns=tuple(Turn(num_tokens, conversation(h)) for num_tokens, h in turn_rows),
+            turns=tuple(
+                Turn(num_tokens, conversation(turn_head), decode_receipt(receipt))
+                for num_tokens, turn_head, receipt in turn_rows
+            ),
             messages=conversation(head),
             block_hashes=_read_blocks(db, line_id),
             last_used=last_used,
             namespace=namespace,
         )
-        yield CommittedLine(line_id, state, tree, head, [h for _, h in turn_rows])
+        yield CommittedLine(line_id, state, tree, head, [h for _, h, _ in turn_rows])
 
 
 def _read_tree(db: sqlite3.Connection, line_id: int) -> MessageTree:
@@ -103,9 +109,9 @@ def _read_tree(db: sqlite3.Connection, line_id: int) -> MessageTree:
     return tree
 
 
-def _read_turns(db: sqlite3.Connection, line_id: int) -> list[tuple[int, Head]]:
+def _read_turns(db: sqlite3.Connection, line_id: int) -> list[tuple[int, Head, bytes | None]]:
     return db.execute(
-        "SELECT num_tokens, head FROM turns WHERE line = ? ORDER BY position", (line_id,)
+        "SELECT num_tokens, head, receipt FROM turns WHERE line = ? ORDER BY position", (line_id,)
     ).fetchall()
 
 

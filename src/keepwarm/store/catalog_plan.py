@@ -9,7 +9,7 @@ from keepwarm.core.errors import InvariantBroken
 from keepwarm.core.ports import Message
 from keepwarm.core.stored import AgentState, LineKey, LineState
 from keepwarm.core.transcript import Transcript, Turn
-from keepwarm.store.catalog_rows import encode_message, span_row
+from keepwarm.store.catalog_rows import encode_message, encode_receipt, span_row
 
 NodeId = int
 Head = NodeId | None
@@ -18,10 +18,10 @@ Head = NodeId | None
 ROOT: NodeId = 0
 
 _PUT_AGENT = """
-    INSERT INTO agents (agent, name, pinned, priority, quota_bytes, policy)
-    VALUES (?, ?, ?, ?, ?, ?)
+    INSERT INTO agents (agent, name, pinned, priority, quota_bytes, policy, overflow)
+    VALUES (?, ?, ?, ?, ?, ?, ?)
     ON CONFLICT (agent) DO UPDATE SET pinned = excluded.pinned, priority = excluded.priority,
-        quota_bytes = excluded.quota_bytes, policy = excluded.policy
+        quota_bytes = excluded.quota_bytes, policy = excluded.policy, overflow = excluded.overflow
 """
 _PUT_LINE = """
     INSERT INTO lines
@@ -40,7 +40,8 @@ _PUT_SPAN = """
 """
 _DROP_SPANS = "DELETE FROM spans WHERE line = ? AND position >= ?"
 _PUT_TURN = """
-    INSERT OR REPLACE INTO turns (line, position, num_tokens, head) VALUES (?, ?, ?, ?)
+    INSERT OR REPLACE INTO turns (line, position, num_tokens, head, receipt)
+    VALUES (?, ?, ?, ?, ?)
 """
 _DROP_TURNS = "DELETE FROM turns WHERE line = ? AND position >= ?"
 _PUT_BLOCK = "INSERT OR REPLACE INTO line_blocks (line, depth, hash) VALUES (?, ?, ?)"
@@ -235,6 +236,7 @@ def _agent_row(agent_row: int, state: AgentState) -> tuple[Any, ...]:
         settings.priority,
         settings.quota_bytes,
         settings.policy,
+        settings.overflow,
     )
 
 
@@ -304,8 +306,13 @@ def _turn_writes(known: CommittedLine, line: CommittedLine) -> Iterator[Write]:
         yield Write(_PUT_TURN, [(line.line_id, i, *row) for i, row in enumerate(new[kept:], kept)])
 
 
-def _turn_rows(turns: Sequence[Turn], heads: Sequence[Head]) -> list[tuple[int, Head]]:
-    return [(turn.num_tokens, head) for turn, head in zip(turns, heads, strict=True)]
+def _turn_rows(
+    turns: Sequence[Turn], heads: Sequence[Head]
+) -> list[tuple[int, Head, bytes | None]]:
+    return [
+        (turn.num_tokens, head, encode_receipt(turn.receipt))
+        for turn, head in zip(turns, heads, strict=True)
+    ]
 
 
 def _block_writes(known: CommittedLine, line: CommittedLine) -> Iterator[Write]:

@@ -3,13 +3,14 @@
 import json
 import struct
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from keepwarm.core.block import BlockHash
 from keepwarm.core.layout import CacheLayout, LayerLayout
 from keepwarm.core.ports import Message
 from keepwarm.core.stored import KVFamily, Record
-from keepwarm.core.transcript import Span
+from keepwarm.core.transcript import Receipt, Span
 from keepwarm.store.catalog_errors import UnstorableMessage
 
 _ID_BYTES = 4
@@ -99,6 +100,15 @@ def encode_message(message: Message) -> bytes:
 def decode_message(data: bytes) -> Message:
     message: dict[str, Any] = json.loads(data.decode("utf-8", "surrogatepass"))
     return message
+
+
+def encode_receipt(receipt: Receipt | None) -> bytes | None:
+    return None if receipt is None else json.dumps(asdict(receipt)).encode()
+
+
+def decode_receipt(data: bytes | None) -> Receipt | None:
+    """Raises ValueError or TypeError for what is none."""
+    return None if data is None else Receipt(**json.loads(data))
 
 
 def span_row(span: Span) -> tuple[bytes | None, bytes, bool, bool]:

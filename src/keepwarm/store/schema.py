@@ -105,7 +105,12 @@ def _create_tables(db: sqlite3.Connection) -> None:
         db.execute(f"CREATE TABLE {name} {definition}")
 
 
-STEPS: tuple[Step, ...] = (_create_tables,)
+def _add_overflow_and_receipts(db: sqlite3.Connection) -> None:
+    db.execute("ALTER TABLE agents ADD COLUMN overflow TEXT NOT NULL DEFAULT 'error'")
+    db.execute("ALTER TABLE turns ADD COLUMN receipt BLOB")
+
+
+STEPS: tuple[Step, ...] = (_create_tables, _add_overflow_and_receipts)
 """Step n takes version n to n + 1; an empty file has version 0."""
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from keepwarm.core.agent import PRIVATE
 from keepwarm.core.block import BlockHash, child_hash
 from keepwarm.core.errors import BadBundle, BundleFailed
 from keepwarm.core.layout import BLOCK_TOKENS
@@ -148,7 +149,9 @@ class MemoryAgentStore:
                 num_turns=len(state.lines[0].turns) if state.lines else 0,
                 num_lines=len(state.lines),
                 last_used=max((line.last_used for line in state.lines), default=0),
-                is_private=any(line.namespace for line in state.lines if line.number == 0),
+                is_private=any(
+                    line.namespace.startswith(PRIVATE) for line in state.lines if line.number == 0
+                ),
             )
             for _, state in sorted(self._agents.items())
         ]

@@ -1,0 +1,79 @@
+"""The process of a server: its socket, its event loop, and its end."""
+
+import asyncio
+import socket
+
+import uvicorn
+from rich.console import Console
+
+from keepwarm.config import Settings
+from keepwarm.core.errors import ConfigError
+from keepwarm.home import keepwarm_home
+from keepwarm.server.logs import configure_logs
+from keepwarm.server.settings import ServerConfig
+from keepwarm.wiring import RunningServer, start_server
+
+_WATCH_S = 0.5
+
+
+def run_server(settings: Settings) -> bool:
+    """Serve until a signal says stop. Returns whether everything was saved in the end.
+
+    Raises ConfigError where it cannot listen, and what loading and opening raise.
+    """
+    configure_logs(settings.server.log_format)
+    with _bound(settings.server) as listener, asyncio.Runner(loop_factory=_new_loop) as runner:
+        return runner.run(_serve(settings, listener))
+
+
+async def _serve(settings: Settings, listener: socket.socket) -> bool:
+    """Returns whether it ended because it was told to."""
+    console = Console(stderr=True)
+    with console.status(f"Loading {settings.model.name} and the agents' catalogue"):
+        running = await start_server(settings, keepwarm_home())
+    config = uvicorn.Config(
+        running.app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="on",
+        timeout_graceful_shutdown=int(settings.server.shutdown_grace_s),
+    )
+    server = uvicorn.Server(config)
+    _announce(console, running, listener)
+    watching = asyncio.create_task(_stop_with_engine(running, server))
+    await server.serve(sockets=[listener])
+    watching.cancel()
+    return running.has_stopped_well
+
+
+async def _stop_with_engine(running: RunningServer, server: uvicorn.Server) -> None:
+    """A server whose engine has ended for good would be deaf; it ends as well."""
+    while not running.engine.has_ended:  # noqa: ASYNC110 - a thread ends, and sets no event here
+        await asyncio.sleep(_WATCH_S)
+    server.should_exit = True
+
+
+def _announce(console: Console, running: RunningServer, listener: socket.socket) -> None:
+    host, port = listener.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    console.print(f"[bold]keepwarm[/bold] serves [bold]{running.model}[/bold] at {url}/v1")
+    console.print(f"  page {url}/   API {url}/docs   agents kept: {running.num_agents}")
+
+
+def _bound(config: ServerConfig) -> socket.socket:
+    """Listening before the model is loaded, so that a port in use is known at once."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        return socket.create_server((config.host, config.port), family=family, backlog=2048)
+    except OSError as error:
+        problem = f"cannot listen on {config.host}:{config.port}: {error.strerror}"
+        raise ConfigError("server.port", f"{problem}; choose another with --port") from error
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:  # there is none for some platforms
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()

@@ -1,0 +1,244 @@
+"""The async door to the engine's thread: what servers call, on their event loop."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TypeVar
+
+from keepwarm.core.agent import Tier
+from keepwarm.core.errors import EngineBroke, EngineStopped, KeyReused
+from keepwarm.core.events import (
+    CacheReport,
+    Completed,
+    Event,
+    Failed,
+    FinishReason,
+    Timing,
+    Usage,
+)
+from keepwarm.core.transcript import Turn
+from keepwarm.engine.batch_engine import BlockPoolBatchEngine
+from keepwarm.engine.loop import EngineLoop
+from keepwarm.engine.mailbox import Call
+from keepwarm.engine.requests import GenerateRequest, ReceiptKey
+from keepwarm.engine.stream import EventStream, replayed
+from keepwarm.engine.turnstile import Turnstile
+
+T = TypeVar("T")
+
+OpenEngine = Callable[[], tuple[BlockPoolBatchEngine, Callable[[], None]]]
+Beginning = asyncio.Task[EventStream]
+
+ABORT_S = 10.0
+"""How long requests that were cut off by a shutdown may take to end."""
+SAVE_S = 120.0
+"""How long saving every agent's KV may take at a shutdown."""
+
+
+class Engine:
+    """Requests in, streams of events out. Belongs to the event loop's thread.
+
+    `on_end` hears of every request's end. The requests' streams are known by their ids on the
+    engine's thread only, which enters them in the same command that submits them.
+    """
+
+    def __init__(
+        self,
+        open_engine: OpenEngine,
+        *,
+        on_end: Callable[[Completed | Failed], None] = lambda event: None,
+    ) -> None:
+        self._thread = EngineLoop(open_engine, deliver=self._deliver, lost=self._lose)
+        self._on_end = on_end
+        self._running: set[EventStream] = set()
+        self._turnstile = Turnstile()
+        self._once: dict[tuple[str | None, str], tuple[ReceiptKey, Beginning]] = {}
+        self._is_stopping = False
+        self.has_stopped_well = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._streams: dict[str, EventStream] = {}
+
+    def __repr__(self) -> str:
+        return f"Engine({len(self._running)} requests, {self._thread!r})"
+
+    @property
+    def is_serving(self) -> bool:
+        return self._loop is not None and not self._is_stopping and not self._thread.has_ended
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether its thread has ended, because it was stopped or because it broke for good."""
+        return self._thread.has_ended
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._running)
+
+    async def start(self) -> None:
+        """Open the engine on its thread. Raises what opening raises."""
+        self._loop = asyncio.get_running_loop()
+        await asyncio.wrap_future(self._thread.start())
+
+    async def stop(self, grace_s: float) -> bool:
+        """Refuse new requests, let those that run end, and save every agent.
+
+        What has not ended after `grace_s` is cut off; its agent keeps what was said. Returns
+        whether everything was saved in time.
+        """
+        self._is_stopping = True
+        if self._thread.has_ended:
+            return False
+        await self._wait_for_ends(grace_s)
+        for stream in self._running:
+            stream.hang_up()
+        await self._wait_for_ends(ABORT_S)
+        self.has_stopped_well = await asyncio.to_thread(self._thread.stop, SAVE_S)
+        return self.has_stopped_well
+
+    async def call(self, call: Call[T]) -> T:
+        """Call it on the engine's thread between two steps."""
+        return await asyncio.wrap_future(self._thread.ask(call))
+
+    async def submit(self, request: GenerateRequest) -> EventStream:
+        """Raises what `BlockPoolBatchEngine.submit` raises, and EngineStopped.
+
+        What is appended to an agent waits until what was appended to it before has ended.
+        """
+        if self._is_stopping:
+            raise EngineStopped
+        if request.append is None or request.agent_id is None:
+            return await self._submit(request)
+        await self._turnstile.enter(request.agent_id, request.queue_timeout_s)
+        try:
+            stream = await self._submit(request)
+        except BaseException:
+            self._turnstile.leave(request.agent_id)
+            raise
+        stream.end.add_done_callback(partial(self._leave, request.agent_id))
+        return stream
+
+    async def _submit(self, request: GenerateRequest) -> EventStream:
+        request_id: list[str] = []
+        stream = EventStream(lambda: self._cancel(request_id))
+
+        def command(engine: BlockPoolBatchEngine) -> None:
+            request_id.append(engine.submit(**request.arguments()))
+            self._streams[request_id[0]] = stream
+
+        try:
+            await self.call(command)
+        except asyncio.CancelledError:
+            self._cancel(request_id)
+            raise
+        self._running.add(stream)
+        stream.end.add_done_callback(partial(self._ended, stream))
+        stream.limit(queue_s=request.queue_timeout_s, total_s=request.deadline_s)
+        return stream
+
+    async def submit_once(self, request: GenerateRequest, key: ReceiptKey) -> EventStream:
+        """The same for a request that may be sent twice, which runs once.
+
+        It runs on when nobody reads any more. Whoever sends it again gets the same reply, when
+        there is one, also from a turn of an earlier run of the server. Raises KeyReused.
+        """
+        name = (request.agent_id, key.key)
+        if name in self._once:
+            known, beginning = self._once[name]
+            if known.digest != key.digest:
+                raise KeyReused(key.key)
+            running = await asyncio.shield(beginning)
+            return _repeat(await asyncio.shield(running.end))
+        beginning = asyncio.ensure_future(self._find_or_submit(request, key))
+        self._once[name] = (key, beginning)
+        beginning.add_done_callback(lambda _: self._forget_at_end(name, beginning))
+        return await asyncio.shield(beginning)
+
+    async def _find_or_submit(self, request: GenerateRequest, key: ReceiptKey) -> EventStream:
+        agent_id = request.agent_id
+        if agent_id is not None:
+            turn = await self.call(lambda engine: engine.receipt(agent_id, key.key))
+            if turn is not None:
+                return _answer_of(turn, key)
+        return await self.submit(replace(request, receipt_key=key))
+
+    def _forget_at_end(self, name: tuple[str | None, str], begun: Beginning) -> None:
+        """The key is free again when its request has ended, or was refused."""
+        if begun.cancelled() or begun.exception() is not None:
+            self._once.pop(name, None)
+        else:
+            begun.result().end.add_done_callback(lambda _: self._once.pop(name, None))
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _leave(self, agent_id: str, _: object) -> None:
+        self._turnstile.leave(agent_id)
+
+    def _ended(self, stream: EventStream, end: "asyncio.Future[Completed | Failed]") -> None:
+        self._running.discard(stream)
+        self._on_end(end.result())
+
+    def _cancel(self, request_id: Sequence[str]) -> None:
+        """Behind the command that submits it, so that the id is known by then, if ever."""
+        self._thread.ask(lambda engine: engine.cancel(request_id[0]) if request_id else False)
+
+    async def _wait_for_ends(self, timeout_s: float) -> None:
+        ends = [stream.end for stream in self._running]
+        if ends:
+            await asyncio.wait(ends, timeout=timeout_s)
+
+    # -- on the engine's thread ------------------------------------------------------------------
+
+    def _deliver(self, events: Sequence[Event]) -> None:
+        pairs: list[tuple[EventStream, Event]] = []
+        for event in events:
+            is_end = isinstance(event, Completed | Failed)
+            find = self._streams.pop if is_end else self._streams.get
+            stream = find(event.request_id, None)
+            if stream is not None:
+                pairs.append((stream, event))
+        self._post(pairs)
+
+    def _lose(self, error: Exception) -> None:
+        streams, self._streams = self._streams, {}
+        broke = EngineBroke(error)
+        self._post([(s, Failed(i, None, broke, "")) for i, s in streams.items()])
+
+    def _post(self, pairs: Sequence[tuple[EventStream, Event]]) -> None:
+        if pairs and self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_put_all, pairs)
+
+
+def _put_all(pairs: Sequence[tuple[EventStream, Event]]) -> None:
+    for stream, event in pairs:
+        stream.put(event)
+
+
+def _repeat(end: Completed | Failed) -> EventStream:
+    if isinstance(end, Failed):
+        raise end.error
+    return replayed(end.text, end)
+
+
+def _answer_of(turn: Turn, key: ReceiptKey) -> EventStream:
+    """The reply that the turn ended with, as it was reported then."""
+    receipt = turn.receipt
+    if receipt is None or receipt.digest != key.digest:
+        raise KeyReused(key.key)
+    text = str(turn.messages[-1]["content"]) if turn.messages else ""
+    usage = Usage(receipt.prompt_tokens, receipt.cached_tokens, receipt.completion_tokens)
+    cache = CacheReport(
+        Tier.NONE, usage.cached_tokens, usage.prompt_tokens, usage.prompt_tokens, "repeated", 0.0
+    )
+    completed = Completed(
+        request_id=key.key,
+        agent_id=None,
+        text=text,
+        token_ids=(),
+        finish_reason=FinishReason(receipt.finish_reason),
+        usage=usage,
+        cache=cache,
+        timing=Timing(queued_s=0.0, first_token_s=0.0, total_s=0.0, num_preemptions=0),
+        durable=True,
+    )
+    return replayed(text, completed)

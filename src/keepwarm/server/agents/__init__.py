@@ -1,0 +1,1 @@
+"""Keepwarm's own API: agents with names, turns and memory that they keep."""

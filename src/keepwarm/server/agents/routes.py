@@ -1,0 +1,267 @@
+"""`/v1/agents` and everything below it. Names in paths are the caller's own."""
+
+import hashlib
+import json
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from fastapi import APIRouter, Depends, Header, Query, Request
+from starlette.background import BackgroundTask
+from starlette.responses import FileResponse, Response
+
+from keepwarm.core.errors import AgentExists, InvalidRequest
+from keepwarm.core.stored import DEFAULT_SETTINGS, AgentSettings
+from keepwarm.engine.batch_engine import BlockPoolBatchEngine
+from keepwarm.engine.requests import GenerateRequest, ReceiptKey
+from keepwarm.server.agents.encode import (
+    AgentEncoder,
+    agent_fields,
+    import_fields,
+    turn_fields,
+    verify_fields,
+)
+from keepwarm.server.agents.schema import AgentBody, ForkBody, MessagesBody, RollbackBody
+from keepwarm.server.problems import Unsupported
+from keepwarm.server.serving import Serving, serving_of
+
+T = TypeVar("T")
+
+router = APIRouter(prefix="/v1/agents", tags=["agents"])
+
+ServingOf = Annotated[Serving, Depends(serving_of)]
+
+MAX_PAGE = 1000
+MAX_KEY_CHARS = 255
+BUNDLE_TYPE = "application/x-tar"
+
+
+@router.get("", response_class=Response)
+async def list_agents(
+    serving: ServingOf,
+    limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 100,
+    after: str | None = None,
+) -> Response:
+    """The caller's agents by name, a page at a time: `after` is the last name one has."""
+    views = await serving.engine.call(lambda engine: engine.agents())
+    mine = {
+        serving.caller.shown(view.agent_id): view
+        for view in views
+        if serving.caller.owns(view.agent_id)
+    }
+    names = sorted(name for name in mine if after is None or name > after)
+    page = [agent_fields(mine[name], None, None, name) for name in names[:limit]]
+    return _json({"agents": page, "has_more": len(names) > limit})
+
+
+@router.put("/{name}", response_class=Response)
+async def put_agent(name: str, body: AgentBody, serving: ServingOf) -> Response:
+    """Create the agent, or change the settings of one that is there. The same again is the same."""
+    if body.kv_policy not in (None, "exact"):
+        raise Unsupported("kv_policy", f"{body.kv_policy!r} does not exist yet; only exact does")
+    agent_id = serving.caller.agent(name)
+    created = await serving.engine.call(lambda engine: _put(engine, agent_id, body))
+    return await _shown(serving, agent_id, 201 if created else 200)
+
+
+@router.get("/{name}", response_class=Response)
+async def get_agent(name: str, serving: ServingOf) -> Response:
+    """The agent with its settings."""
+    return await _shown(serving, serving.caller.agent(name))
+
+
+@router.delete("/{name}", response_class=Response)
+async def delete_agent(name: str, serving: ServingOf) -> Response:
+    """The agent and what only it owned are gone, from the disk as well."""
+    agent_id = serving.caller.agent(name)
+    await serving.engine.call(lambda engine: engine.delete(agent_id))
+    return _json({"id": name, "deleted": True})
+
+
+@router.post("/{name}/messages", response_class=Response)
+async def send(
+    name: str,
+    body: MessagesBody,
+    serving: ServingOf,
+    idempotency_key: Annotated[str | None, Header()] = None,
+) -> Response:
+    """Send the new message only; the agent knows the rest. One after the other for each agent.
+
+    With an `Idempotency-Key` a request that is sent again runs once, also across a restart; it
+    then runs to its end when the client hangs up.
+    """
+    agent_id = serving.caller.agent(name)
+    temperature = body.temperature
+    request = GenerateRequest(
+        agent_id=agent_id,
+        append=body.new_messages(),
+        max_tokens=body.max_tokens,
+        temperature=serving.config.default_temperature if temperature is None else temperature,
+        top_p=body.top_p,
+        top_k=body.top_k,
+        min_p=body.min_p,
+        seed=body.seed,
+        stop=[body.stop] if isinstance(body.stop, str) else body.stop,
+        priority=body.priority,
+        queue_timeout_s=serving.config.queue_timeout_s,
+        deadline_s=serving.config.deadline_s or None,
+    )
+    key = _receipt_key(idempotency_key, body)
+    return await serving.answer([request], AgentEncoder(name), stream=body.stream, key=key)
+
+
+@router.post("/{name}/fork", response_class=Response)
+async def fork(name: str, body: ForkBody, serving: ServingOf) -> Response:
+    """A new agent that knows what this one knew after `at_turn` turns; nothing is copied."""
+    agent_id, new_id = serving.caller.agent(name), serving.caller.agent(body.new_id)
+    await serving.engine.call(lambda engine: engine.fork(agent_id, new_id, at_turn=body.at_turn))
+    return await _shown(serving, new_id, 201)
+
+
+@router.post("/{name}/rollback", response_class=Response)
+async def rollback(name: str, body: RollbackBody, serving: ServingOf) -> Response:
+    """Forget everything after so many turns."""
+    return await _changed(serving, name, lambda engine, i: engine.rollback(i, turn=body.turn))
+
+
+@router.post("/{name}/park", response_class=Response)
+async def park(name: str, serving: ServingOf) -> Response:
+    """Save the agent and free its memory; its next turn comes from the disk."""
+    return await _changed(serving, name, lambda engine, i: engine.park(i))
+
+
+@router.post("/{name}/prefetch", response_class=Response)
+async def prefetch(name: str, serving: ServingOf) -> Response:
+    """Bring the agent's KV back in the background, so that its next turn begins at once."""
+    return await _changed(serving, name, lambda engine, i: engine.prefetch(i))
+
+
+@router.post("/{name}/verify", response_class=Response)
+async def verify(name: str, serving: ServingOf) -> Response:
+    """Compute the agent's KV anew and compare; takes a prefill, and nothing else runs meanwhile."""
+    agent_id = serving.caller.agent(name)
+    report = await serving.engine.call(lambda engine: engine.verify(agent_id))
+    return _json(verify_fields(report, name))
+
+
+@router.get("/{name}/turns", response_class=Response)
+async def turns(name: str, serving: ServingOf) -> Response:
+    """What was said in each turn."""
+    agent_id = serving.caller.agent(name)
+    found = await serving.engine.call(lambda engine: engine.turns(agent_id))
+    before = (None, *found)
+    rows = [
+        turn_fields(number, turn, earlier)
+        for number, (turn, earlier) in enumerate(zip(found, before, strict=False), 1)
+    ]
+    return _json({"agent": name, "turns": rows})
+
+
+@router.get("/{name}/export", response_class=FileResponse)
+async def export(name: str, serving: ServingOf) -> Response:
+    """The agent with its KV as one file, for another machine."""
+    agent_id = serving.caller.agent(name)
+    path = _new_transfer(serving)
+    try:
+        summary = await serving.engine.call(lambda engine: engine.export(agent_id, path))
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return FileResponse(
+        path,
+        media_type=BUNDLE_TYPE,
+        filename=f"{name}.keepwarm",
+        headers={"X-Keepwarm-Left-Out-Tokens": str(summary.num_left_out)},
+        background=BackgroundTask(path.unlink, missing_ok=True),
+    )
+
+
+@router.post("/import", response_class=Response)
+async def import_agent(
+    request: Request, serving: ServingOf, name: Annotated[str | None, Query(alias="id")] = None
+) -> Response:
+    """An agent out of a file that `export` gave, anywhere: the body. `id` gives it another name."""
+    agent_id = None if name is None else serving.caller.agent(name)
+    path = _new_transfer(serving)
+    try:
+        with path.open("xb") as file:
+            async for chunk in request.stream():
+                file.write(chunk)
+        summary = await serving.engine.call(
+            lambda engine: engine.import_agent(path, agent_id, namespace=serving.caller.namespace)
+        )
+    finally:
+        path.unlink(missing_ok=True)
+    return _json(import_fields(summary, serving.caller.shown(summary.agent_id)), 201)
+
+
+# -- inside ----------------------------------------------------------------------------------------
+
+
+def _put(engine: BlockPoolBatchEngine, agent_id: str, body: AgentBody) -> bool:
+    """Returns whether the agent is new. Raises AgentExists for one with another system prompt."""
+    if not engine.knows(agent_id):
+        engine.create(agent_id, system=body.system, settings=_settings(body))
+        return True
+    if body.system is not None and body.system != engine.system(agent_id):
+        raise AgentExists(agent_id)
+    engine.configure(
+        agent_id,
+        pinned=body.pinned,
+        priority=body.priority,
+        quota_bytes=body.quota_bytes,
+        overflow=body.overflow,
+    )
+    return False
+
+
+def _settings(body: AgentBody) -> AgentSettings:
+    default = DEFAULT_SETTINGS
+    return AgentSettings(
+        pinned=default.pinned if body.pinned is None else body.pinned,
+        priority=default.priority if body.priority is None else body.priority,
+        quota_bytes=body.quota_bytes,
+        overflow=default.overflow if body.overflow is None else body.overflow,
+    )
+
+
+async def _changed(
+    serving: Serving, name: str, change: Callable[[BlockPoolBatchEngine, str], None]
+) -> Response:
+    agent_id = serving.caller.agent(name)
+    await serving.engine.call(lambda engine: change(engine, agent_id))
+    return await _shown(serving, agent_id)
+
+
+async def _shown(serving: Serving, agent_id: str, status: int = 200) -> Response:
+    shown = serving.caller.shown(agent_id)
+
+    def look(engine: BlockPoolBatchEngine) -> dict[str, Any]:
+        view = engine.agent(agent_id)
+        return agent_fields(view, engine.settings(agent_id), engine.system(agent_id), shown)
+
+    return _json(await serving.engine.call(look), status)
+
+
+def _receipt_key(key: str | None, body: MessagesBody) -> ReceiptKey | None:
+    """The digest is of what the request asks for, not of how it wants to have it."""
+    if key is None:
+        return None
+    if not key or len(key) > MAX_KEY_CHARS or not key.isprintable():
+        raise InvalidRequest("Idempotency-Key", f"must have 1 to {MAX_KEY_CHARS} characters")
+    asked = body.model_dump(exclude={"stream"}, mode="json")
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    return ReceiptKey(key, digest[:32])
+
+
+def _new_transfer(serving: Serving) -> Path:
+    """A path for a file on its way in or out, that nobody else uses."""
+    folder = serving.house.transfers
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder / f"{secrets.token_hex(16)}.keepwarm"
+
+
+def _json(value: object, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value), status_code=status, media_type="application/json")

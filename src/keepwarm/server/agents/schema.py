@@ -1,0 +1,79 @@
+"""What the agents API takes. A field that is not here is an error that names it."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from keepwarm.core.stored import Overflow
+
+Priority = Annotated[int, Field(ge=-100, le=100)]
+Bytes = Annotated[int, Field(ge=0, le=1 << 62)]
+
+
+class Strict(BaseModel):
+    """Ours alone: a misspelt field would be silently without effect."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class AgentBody(Strict):
+    """What `PUT /v1/agents/{id}` sets; what is left out stays as it is, or at its default."""
+
+    system: str | None = None
+    priority: Priority | None = None
+    pinned: bool | None = None
+    overflow: Overflow | None = None
+    kv_policy: str | None = None
+    quota_bytes: Bytes | None = None
+
+
+class NewMessage(Strict):
+    """A message to an agent, or the result of a tool that it asked for."""
+
+    role: Literal["user", "system", "assistant", "tool"] = "user"
+    content: str
+    name: str | None = None
+    tool_call_id: str | None = None
+
+    def as_message(self) -> dict[str, Any]:
+        return self.model_dump(exclude_none=True)
+
+
+class MessagesBody(Strict):
+    """The new message only: `content` as a user's, or `messages`."""
+
+    content: str | None = None
+    messages: list[NewMessage] | None = Field(default=None, min_length=1)
+    stream: bool = False
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0.0, le=100.0)
+    top_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    top_k: int = Field(default=0, ge=0)
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    seed: int | None = Field(default=None, ge=0, lt=1 << 64)
+    stop: str | list[str] | None = None
+    priority: Priority | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> "MessagesBody":
+        if (self.content is None) == (self.messages is None):
+            raise ValueError("give either content or messages")
+        return self
+
+    def new_messages(self) -> list[dict[str, Any]]:
+        if self.messages is not None:
+            return [message.as_message() for message in self.messages]
+        return [{"role": "user", "content": self.content}]
+
+
+class ForkBody(Strict):
+    """`at_turn`: after so many turns; all of them where it is left out."""
+
+    new_id: str
+    at_turn: int | None = Field(default=None, ge=0)
+
+
+class RollbackBody(Strict):
+    """The number of turns to keep."""
+
+    turn: int = Field(ge=0)

@@ -1,0 +1,65 @@
+"""The application: which router answers which path, and how errors look."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from keepwarm.core.errors import KeepwarmError
+from keepwarm.server import admin
+from keepwarm.server.agents import routes as agents
+from keepwarm.server.anthropic import routes as anthropic
+from keepwarm.server.dialects import error_response
+from keepwarm.server.guard import Guard
+from keepwarm.server.openai import routes as openai
+from keepwarm.server.problems import problem_of
+from keepwarm.server.serving import VERSION, House
+
+DESCRIPTION = "A local LLM server in which every agent keeps its memory warm."
+
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+
+
+def build_app(house: House) -> ASGIApp:
+    """Everything but the socket. The engine is started and stopped with the application."""
+    api = FastAPI(
+        title="Keepwarm",
+        version=VERSION,
+        description=DESCRIPTION,
+        lifespan=_lifespan_of(house),
+        redirect_slashes=False,
+    )
+    api.state.house = house
+    for module in (openai, anthropic, agents, admin):
+        api.include_router(module.router)
+    for error_type in (KeepwarmError, RequestValidationError, HTTPException, Exception):
+        api.add_exception_handler(error_type, _answer_error)
+    guarded: ASGIApp = Guard(api, house.config, house.metrics.observe_http)
+    if house.config.allowed_origins:
+        guarded = CORSMiddleware(
+            guarded,
+            allow_origins=house.config.allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Keepwarm-Cache", "X-Request-ID", "X-Keepwarm-Ignored"],
+        )
+    return guarded
+
+
+def _lifespan_of(house: House) -> Lifespan:
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await house.engine.stop(house.config.shutdown_grace_s)
+
+    return lifespan
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    return error_response(request.scope, problem_of(error))

@@ -1,0 +1,32 @@
+"""Who sent a request: whose namespace it is in, and how it names its agent."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from keepwarm.core.agent import home_namespace, in_namespace
+from keepwarm.engine.requests import valid_name
+from keepwarm.server.identity import agent_of
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """`namespace` comes from the key, and is empty where none is asked for."""
+
+    namespace: str
+    headers: Mapping[str, str]
+
+    def agent_of(self, *fields: object) -> str | None:
+        """The agent's whole name, by the headers or the fields. Raises InvalidRequest."""
+        agent_id = agent_of(self.headers, *fields)
+        return None if agent_id is None else in_namespace(self.namespace, agent_id)
+
+    def agent(self, name: str) -> str:
+        """The whole name of an agent that is named in a path. Raises InvalidRequest."""
+        return in_namespace(self.namespace, valid_name(name))
+
+    def owns(self, agent_id: str) -> bool:
+        return home_namespace(agent_id) == self.namespace
+
+    def shown(self, agent_id: str) -> str:
+        """An agent's name as its owner knows it."""
+        return in_namespace("", agent_id)

@@ -1,0 +1,43 @@
+"""Which dialect a path speaks, for errors that no route has seen."""
+
+from starlette.datastructures import Headers
+from starlette.responses import Response
+from starlette.types import Scope
+
+from keepwarm.server.agents import encode as agents
+from keepwarm.server.anthropic import encode as anthropic
+from keepwarm.server.openai import encode as openai
+from keepwarm.server.problems import Problem
+
+
+def error_response(scope: Scope, problem: Problem) -> Response:
+    """In the shape that the client of this path expects."""
+    headers = {}
+    if problem.retry_after_s is not None:
+        headers["Retry-After"] = str(problem.retry_after_s)
+    if problem.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return Response(
+        _body(scope, problem),
+        status_code=problem.status,
+        media_type="application/json",
+        headers=headers,
+    )
+
+
+def is_anthropic(scope: Scope) -> bool:
+    """By its path, or by its header where both dialects have the path."""
+    path: str = scope["path"]
+    shared = path.startswith("/v1/models")
+    return path.startswith("/v1/messages") or (
+        shared and "anthropic-version" in Headers(scope=scope)
+    )
+
+
+def _body(scope: Scope, problem: Problem) -> bytes:
+    if is_anthropic(scope):
+        return anthropic.error_body(problem, scope.get("keepwarm.request_id", ""))
+    path: str = scope["path"]
+    if path.startswith("/v1/agents"):
+        return agents.error_body(problem)
+    return openai.error_body(problem)

@@ -1,0 +1,188 @@
+"""What happens to every request before anything reads it: its id, who may send it, how much of it.
+
+Plain ASGI, because it must not stand between a stream and its client.
+"""
+
+import hashlib
+import hmac
+import logging
+import re
+import secrets
+import time
+from collections.abc import Callable
+from contextvars import ContextVar
+from urllib.parse import urlsplit
+
+from limits import RateLimitItemPerMinute
+from limits.storage import MemoryStorage
+from limits.strategies import MovingWindowRateLimiter
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from keepwarm.server.dialects import error_response
+from keepwarm.server.problems import Kind, NotAllowed, Problem
+from keepwarm.server.settings import LOOPBACK, ServerConfig
+
+request_id_of_context: ContextVar[str] = ContextVar("request_id", default="")
+
+DEFAULT_NAMESPACE = "default"
+OPEN_PATHS = frozenset({"/", "/health", "/health/live", "/health/ready", "/favicon.ico"})
+"""Answered without a key: they say nothing about anyone."""
+IMPORT_PATH = "/v1/agents/import"
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_access = logging.getLogger("keepwarm.access")
+
+
+class Guard:
+    """Wraps the whole application."""
+
+    def __init__(
+        self, app: ASGIApp, config: ServerConfig, observe: Callable[[str, int, float], None]
+    ) -> None:
+        self._app = app
+        self._config = config
+        self._observe = observe
+        self._namespaces = {_digest(key): name for name, key in config.api_keys.items()}
+        self._limiter = MovingWindowRateLimiter(MemoryStorage())
+        self._limit = RateLimitItemPerMinute(max(config.rate_per_minute, 1))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+        scope["keepwarm.request_id"] = request_id
+        request_id_of_context.set(request_id)
+        watched = _Watched(send, request_id)
+        started = time.perf_counter()
+        try:
+            await self._let_in(scope, headers, receive, watched)
+        except NotAllowed as error:
+            response: Response = error_response(scope, error.problem)
+            await response(scope, receive, watched)
+        finally:
+            self._note(scope, watched.status, time.perf_counter() - started)
+
+    async def _let_in(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
+        self._check_host(headers)
+        self._check_origin(headers)
+        client = self._check_key(scope, headers)
+        self._check_rate(scope, client)
+        limit = self._limit_of_body(scope)
+        length = headers.get("content-length", "")
+        if length.isdigit() and int(length) > limit:
+            raise NotAllowed(_too_large(limit))
+        await self._app(scope, _bounded(receive, limit), send)
+
+    def _check_host(self, headers: Headers) -> None:
+        """Against pages whose name was made to point here (DNS rebinding)."""
+        if not self._config.is_loopback:
+            return
+        host = _host_of(f"//{headers.get('host', '')}")
+        if host not in LOOPBACK and host not in self._config.allowed_hosts:
+            raise NotAllowed(
+                Problem(403, Kind.FORBIDDEN, f"the Host {host!r} is not allowed; see allowed_hosts")
+            )
+
+    def _check_origin(self, headers: Headers) -> None:
+        """Against pages that send here without being allowed to read the answer."""
+        origin = headers.get("origin")
+        if origin is None or origin in self._config.allowed_origins:
+            return
+        if "*" in self._config.allowed_origins or urlsplit(origin).netloc == headers.get("host"):
+            return
+        raise NotAllowed(
+            Problem(403, Kind.FORBIDDEN, f"the origin {origin!r} is not in allowed_origins")
+        )
+
+    def _check_key(self, scope: Scope, headers: Headers) -> str:
+        """Sets the caller's namespace; returns what requests are counted by."""
+        address = scope["client"][0] if scope.get("client") else ""
+        if not self._namespaces or scope["path"] in OPEN_PATHS:
+            return address
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        key = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+        digest = _digest(key)
+        for known, namespace in self._namespaces.items():
+            if hmac.compare_digest(known, digest):
+                scope["keepwarm.namespace"] = "" if namespace == DEFAULT_NAMESPACE else namespace
+                return f"key:{namespace}"
+        raise NotAllowed(
+            Problem(
+                401,
+                Kind.UNAUTHENTICATED,
+                "no valid API key; send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'",
+            )
+        )
+
+    def _check_rate(self, scope: Scope, client: str) -> None:
+        if not self._config.rate_per_minute or scope["path"] in OPEN_PATHS:
+            return
+        if self._limiter.hit(self._limit, client):
+            return
+        reset_at, _ = self._limiter.get_window_stats(self._limit, client)
+        wait_s = max(int(reset_at - time.time()) + 1, 1)
+        message = f"more than {self._config.rate_per_minute} requests in a minute"
+        raise NotAllowed(Problem(429, Kind.RATE_LIMITED, message, retry_after_s=wait_s))
+
+    def _limit_of_body(self, scope: Scope) -> int:
+        is_import = scope["path"] == IMPORT_PATH
+        return self._config.max_import_bytes if is_import else self._config.max_body_bytes
+
+    def _note(self, scope: Scope, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", "other")
+        self._observe(route, status, seconds)
+        _access.info("%s %s %d %.1f ms", scope["method"], scope["path"], status, 1e3 * seconds)
+
+
+class _Watched:
+    """Passes on what is sent, with the request's id, and remembers the status."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send = send
+        self._request_id = request_id
+        self.status = 499
+        """Until an answer begins: the client has gone."""
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = MutableHeaders(scope=message)
+            headers["X-Request-ID"] = self._request_id
+            headers["X-Content-Type-Options"] = "nosniff"
+        await self._send(message)
+
+
+def _bounded(receive: Receive, limit: int) -> Receive:
+    """Raises NotAllowed when more comes than its length had said."""
+    num_bytes = 0
+
+    async def bounded() -> Message:
+        nonlocal num_bytes
+        message = await receive()
+        num_bytes += len(message.get("body", b""))
+        if num_bytes > limit:
+            raise NotAllowed(_too_large(limit))
+        return message
+
+    return bounded
+
+
+def _too_large(limit: int) -> Problem:
+    return Problem(413, Kind.TOO_LARGE, f"the body is larger than {limit:,} bytes", "body")
+
+
+def _host_of(url: str) -> str:
+    """Without its port; empty where there is none."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()

@@ -1,0 +1,33 @@
+"""Whose request it is: the agent that a standard client names, in whichever way it does."""
+
+import hashlib
+import re
+from collections.abc import Mapping
+
+from keepwarm.engine.requests import NAME, valid_name
+
+EXPLICIT = "x-agent-id"
+SESSION_HEADERS = ("x-session-id", "session-id", "session_id")
+
+_MAX_READABLE = 96
+
+
+def agent_of(headers: Mapping[str, str], *fields: object) -> str | None:
+    """By the header `X-Agent-ID`, else a session's header, else the first of `fields` with a name.
+
+    `X-Agent-ID` must be an agent's name; of anything else a name is made. Raises InvalidRequest.
+    """
+    explicit = headers.get(EXPLICIT)
+    if explicit is not None:
+        return valid_name(explicit)
+    named = (*(headers.get(name) for name in SESSION_HEADERS), *fields)
+    return next((name_of(value) for value in named if isinstance(value, str) and value), None)
+
+
+def name_of(value: str) -> str:
+    """The value itself where it may be an agent's name, else a name that only it has."""
+    if re.fullmatch(NAME, value):
+        return value
+    readable = re.sub(r"[^A-Za-z0-9._:@+-]+", "-", value).strip("-._:@+")[:_MAX_READABLE]
+    digest = hashlib.sha256(value.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return f"{readable or 'agent'}-{digest}"

@@ -1,0 +1,219 @@
+"""From the engine's events to OpenAI's chunks and documents."""
+
+import secrets
+import time
+from collections.abc import Sequence
+
+import msgspec
+
+from keepwarm.core.events import Completed, Delta, Event, FinishReason, Started
+from keepwarm.server.problems import Kind, Problem
+
+_TYPES = {
+    Kind.UNAUTHENTICATED: "authentication_error",
+    Kind.FORBIDDEN: "permission_error",
+    Kind.RATE_LIMITED: "rate_limit_error",
+    Kind.QUEUE_FULL: "rate_limit_error",
+    Kind.OVERLOADED: "server_error",
+    Kind.TIMEOUT: "server_error",
+    Kind.INTERNAL: "server_error",
+}
+_CODES = {Kind.TOO_LONG: "context_length_exceeded", Kind.UNAUTHENTICATED: "invalid_api_key"}
+
+_encode = msgspec.json.Encoder().encode
+DONE = b"data: [DONE]\n\n"
+
+
+class PromptDetails(msgspec.Struct):
+    """How much of the prompt was reused."""
+
+    cached_tokens: int
+
+
+class Usage(msgspec.Struct):
+    """Token counts."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+
+    @classmethod
+    def of(cls, ends: Sequence[Completed]) -> "Usage":
+        """The prompt counts once, however many replies it has."""
+        prompt = ends[0].usage.prompt_tokens
+        completion = sum(end.usage.completion_tokens for end in ends)
+        details = PromptDetails(ends[0].usage.cached_tokens)
+        return cls(prompt, completion, prompt + completion, details)
+
+
+class ReplyDelta(msgspec.Struct, omit_defaults=True):
+    """What a chunk adds to its reply."""
+
+    role: str | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(msgspec.Struct):
+    """One reply's part of a chunk."""
+
+    index: int
+    delta: ReplyDelta
+    finish_reason: str | None = None
+    logprobs: None = None
+
+
+class TextChoice(msgspec.Struct):
+    """A completion, or a part of it."""
+
+    index: int
+    text: str
+    finish_reason: str | None = None
+    logprobs: None = None
+
+
+class Chunk(msgspec.Struct):
+    """An event of a stream."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: Sequence[ChatChunkChoice | TextChoice]
+    usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
+
+
+class ReplyMessage(msgspec.Struct):
+    """A whole reply."""
+
+    role: str
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(msgspec.Struct):
+    """A whole reply and why it ended."""
+
+    index: int
+    message: ReplyMessage
+    finish_reason: str
+    logprobs: None = None
+
+
+class Document(msgspec.Struct):
+    """The answer to a request that is not streamed."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: Sequence[ChatChoice | TextChoice]
+    usage: Usage
+
+
+class _Encoder:
+    """`with_usage`: a last chunk has the token counts, and all others say that they have none."""
+
+    prefix: str
+
+    def __init__(self, model: str, *, with_usage: bool) -> None:
+        self._id = f"{self.prefix}-{secrets.token_hex(12)}"
+        self._created = int(time.time())
+        self._model = model
+        self._with_usage = with_usage
+        self._ends: dict[int, Completed] = {}
+
+    def finish(self) -> bytes:
+        ends = [self._ends[choice] for choice in sorted(self._ends)]
+        usage = self._frame((), Usage.of(ends)) if self._with_usage else b""
+        return usage + DONE
+
+    def failed(self, problem: Problem) -> bytes:
+        return frame(error_body(problem))
+
+    def _frame(
+        self, choices: Sequence[ChatChunkChoice | TextChoice], usage: Usage | None = None
+    ) -> bytes:
+        chunk = Chunk(self._id, self.chunk_object, self._created, self._model, choices)
+        if self._with_usage:
+            chunk.usage = usage
+        return frame(_encode(chunk))
+
+    @property
+    def chunk_object(self) -> str:
+        raise NotImplementedError
+
+
+class ChatEncoder(_Encoder):
+    """`chat.completion` and its chunks."""
+
+    prefix = "chatcmpl"
+
+    def event(self, choice: int, event: Event) -> bytes:
+        if isinstance(event, Started):
+            return self._chunk(choice, ReplyDelta(role="assistant", content=""))
+        if isinstance(event, Delta) and event.text:
+            return self._chunk(choice, ReplyDelta(content=event.text))
+        if isinstance(event, Completed):
+            self._ends[choice] = event
+            return self._chunk(choice, ReplyDelta(), finish_reason(event))
+        return b""
+
+    def whole(self, ends: Sequence[Completed]) -> bytes:
+        choices = [
+            ChatChoice(index, ReplyMessage("assistant", end.text), finish_reason(end))
+            for index, end in enumerate(ends)
+        ]
+        usage = Usage.of(ends)
+        name = "chat.completion"
+        return _encode(Document(self._id, name, self._created, self._model, choices, usage))
+
+    @property
+    def chunk_object(self) -> str:
+        return "chat.completion.chunk"
+
+    def _chunk(self, choice: int, delta: ReplyDelta, reason: str | None = None) -> bytes:
+        return self._frame((ChatChunkChoice(choice, delta, reason),))
+
+
+class TextEncoder(_Encoder):
+    """`text_completion`, whole and in chunks."""
+
+    prefix = "cmpl"
+
+    def event(self, choice: int, event: Event) -> bytes:
+        if isinstance(event, Delta) and event.text:
+            return self._frame((TextChoice(choice, event.text),))
+        if isinstance(event, Completed):
+            self._ends[choice] = event
+            return self._frame((TextChoice(choice, "", finish_reason(event)),))
+        return b""
+
+    def whole(self, ends: Sequence[Completed]) -> bytes:
+        choices = [
+            TextChoice(index, end.text, finish_reason(end)) for index, end in enumerate(ends)
+        ]
+        name, usage = self.chunk_object, Usage.of(ends)
+        return _encode(Document(self._id, name, self._created, self._model, choices, usage))
+
+    @property
+    def chunk_object(self) -> str:
+        return "text_completion"
+
+
+def finish_reason(end: Completed) -> str:
+    return "length" if end.finish_reason is FinishReason.LENGTH else "stop"
+
+
+def frame(data: bytes) -> bytes:
+    return b"data: " + data + b"\n\n"
+
+
+def error_body(problem: Problem) -> bytes:
+    error = {
+        "message": problem.message,
+        "type": _TYPES.get(problem.kind, "invalid_request_error"),
+        "param": problem.param,
+        "code": _CODES.get(problem.kind, problem.kind.value),
+    }
+    return _encode({"error": error})

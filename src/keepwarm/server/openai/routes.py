@@ -1,0 +1,49 @@
+"""`/v1/chat/completions` and `/v1/completions`."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+from starlette.responses import Response
+
+from keepwarm.server.openai.encode import ChatEncoder, TextEncoder
+from keepwarm.server.openai.schema import ChatRequest, CompletionRequest, Sampled
+from keepwarm.server.openai.translate import translate_chat, translate_completion
+from keepwarm.server.problems import Unsupported
+from keepwarm.server.serving import Serving, serving_of
+
+router = APIRouter(tags=["OpenAI"])
+
+ServingOf = Annotated[Serving, Depends(serving_of)]
+
+
+@router.post("/v1/chat/completions", response_class=Response)
+async def chat_completions(body: ChatRequest, serving: ServingOf) -> Response:
+    """A reply to a conversation, streamed with `stream`."""
+    serving.check_model(body.model)
+    translated = translate_chat(body, serving.caller, serving.config)
+    encoder = ChatEncoder(body.model, with_usage=_with_usage(body))
+    return await serving.answer(
+        translated.requests, encoder, stream=bool(body.stream), ignored=translated.ignored
+    )
+
+
+@router.post("/v1/completions", response_class=Response)
+async def completions(body: CompletionRequest, serving: ServingOf) -> Response:
+    """A continuation of bare text, whose special tokens count as such."""
+    serving.check_model(body.model)
+    translated = translate_completion(body, serving.caller, serving.config)
+    encoder = TextEncoder(body.model, with_usage=_with_usage(body))
+    return await serving.answer(
+        translated.requests, encoder, stream=bool(body.stream), ignored=translated.ignored
+    )
+
+
+@router.api_route("/v1/responses", methods=["POST", "GET"], include_in_schema=False)
+@router.api_route("/v1/embeddings", methods=["POST"], include_in_schema=False)
+async def not_yet() -> Response:
+    """Named, so that a client is told what to use instead."""
+    raise Unsupported("path", "is not served yet; use /v1/chat/completions")
+
+
+def _with_usage(body: Sampled) -> bool:
+    return bool(body.stream_options and body.stream_options.include_usage)

@@ -1,0 +1,171 @@
+"""From OpenAI's requests to the engine's."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from keepwarm.core.errors import InvalidRequest
+from keepwarm.core.ports import Message
+from keepwarm.engine.requests import MAX_SEED, GenerateRequest
+from keepwarm.server.caller import Caller
+from keepwarm.server.openai.schema import (
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    ContentPart,
+    Sampled,
+)
+from keepwarm.server.problems import Unsupported
+from keepwarm.server.settings import ServerConfig
+
+HARMLESS = frozenset(
+    {"metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "verbosity"}
+)
+"""Fields that change nothing here and that everybody sends; not worth a note."""
+
+_ROLES = {"developer": "system", "function": "tool"}
+_TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
+
+
+@dataclass(frozen=True, slots=True)
+class Translated:
+    """One request for each choice, and the fields that were ignored."""
+
+    requests: tuple[GenerateRequest, ...]
+    ignored: tuple[str, ...]
+
+
+def translate_chat(body: ChatRequest, caller: Caller, config: ServerConfig) -> Translated:
+    """Raises InvalidRequest, and Unsupported for what would change the reply and cannot yet."""
+    _refuse_sampling(body)
+    _refuse_chat(body)
+    request = _request(
+        body,
+        caller,
+        config,
+        agent_id=caller.agent_of(body.prompt_cache_key, body.user),
+        max_tokens=body.max_completion_tokens or body.max_tokens,
+        messages=[message_of(index, message) for index, message in enumerate(body.messages)],
+    )
+    offered = {"tools": body.tools, "functions": body.functions}
+    ignored = (*unknown_fields(body), *(name for name, value in offered.items() if value))
+    return Translated(_choices(request, body.n, config), ignored)
+
+
+def translate_completion(
+    body: CompletionRequest, caller: Caller, config: ServerConfig
+) -> Translated:
+    """The same for bare prompts; several prompts are several choices."""
+    _refuse_sampling(body)
+    for name in ("echo", "suffix", "logprobs"):
+        if getattr(body, name) not in (None, False):
+            raise Unsupported(name, "is not supported here")
+    if body.best_of not in (None, 1, body.n):
+        raise Unsupported("best_of", "is not supported here")
+    requests: list[GenerateRequest] = []
+    for prompt in _prompts(body.prompt):
+        agent_id = caller.agent_of(body.prompt_cache_key, body.user) if not requests else None
+        max_tokens = 16 if body.max_tokens is None else body.max_tokens
+        prompt_fields = {"text": prompt} if isinstance(prompt, str) else {"token_ids": prompt}
+        request = _request(
+            body, caller, config, agent_id=agent_id, max_tokens=max_tokens, **prompt_fields
+        )
+        requests += _choices(request, body.n, config)
+    if len(requests) > config.max_choices:
+        raise InvalidRequest("prompt", f"asks for more than {config.max_choices} choices")
+    return Translated(tuple(requests), unknown_fields(body))
+
+
+def message_of(index: int, message: ChatMessage) -> Message:
+    """As the chat template wants it: known roles, content as one text."""
+    fields: dict[str, Any] = {
+        "role": _ROLES.get(message.role, message.role),
+        "content": _text(index, message.content),
+    }
+    for name in ("name", "tool_calls", "tool_call_id"):
+        if getattr(message, name) is not None:
+            fields[name] = getattr(message, name)
+    return fields
+
+
+def unknown_fields(body: Sampled) -> tuple[str, ...]:
+    return tuple(name for name in body.model_extra or () if name not in HARMLESS)
+
+
+def _text(index: int, content: str | Sequence[str | ContentPart] | None) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "".join(_text_of_part(index, n, part) for n, part in enumerate(content))
+
+
+def _text_of_part(index: int, number: int, part: str | ContentPart) -> str:
+    if isinstance(part, str):
+        return part
+    text = part.refusal if part.type == "refusal" else part.text
+    if part.type in (*_TEXT_PARTS, "refusal") and text is not None:
+        return text
+    where = f"messages.{index}.content.{number}"
+    raise Unsupported(where, f"has the type {part.type!r}; this model takes text only")
+
+
+def _request(body: Sampled, caller: Caller, config: ServerConfig, **fields: Any) -> GenerateRequest:
+    temperature = config.default_temperature if body.temperature is None else body.temperature
+    return GenerateRequest(
+        namespace=caller.namespace,
+        temperature=0.0 if body.top_p == 0.0 else temperature,
+        top_p=body.top_p or 0.0,
+        top_k=max(body.top_k or 0, 0),
+        min_p=body.min_p or 0.0,
+        seed=None if body.seed is None else body.seed & MAX_SEED,
+        stop=[body.stop] if isinstance(body.stop, str) else body.stop,
+        queue_timeout_s=config.queue_timeout_s,
+        deadline_s=config.deadline_s or None,
+        **fields,
+    )
+
+
+def _choices(
+    request: GenerateRequest, n: int | None, config: ServerConfig
+) -> tuple[GenerateRequest, ...]:
+    """The first is the agent's; the others find its KV by content, and differ by their seeds."""
+    num_choices = n or 1
+    if num_choices > config.max_choices:
+        raise InvalidRequest("n", f"must be at most {config.max_choices}, not {num_choices}")
+    others = (_another(request, number) for number in range(1, num_choices))
+    return (request, *others)
+
+
+def _another(request: GenerateRequest, number: int) -> GenerateRequest:
+    seed = None if request.seed is None else (request.seed + number) & MAX_SEED
+    return replace(request, agent_id=None, seed=seed)
+
+
+def _prompts(prompt: object) -> list[Any]:
+    if isinstance(prompt, str):
+        return [prompt]
+    items: list[Any] = prompt  # type: ignore[assignment]
+    if not items:
+        raise InvalidRequest("prompt", "is empty")
+    return [items] if isinstance(items[0], int) else items
+
+
+def _refuse_sampling(body: Sampled) -> None:
+    for name in ("presence_penalty", "frequency_penalty", "logit_bias"):
+        if getattr(body, name):
+            raise Unsupported(name, "is not supported here; leave it out")
+
+
+def _refuse_chat(body: ChatRequest) -> None:
+    """What would have to change the reply. Tools that a model may leave unused are ignored."""
+    if (body.response_format or {}).get("type", "text") != "text":
+        raise Unsupported("response_format", "only text is supported yet")
+    if _is_forced(body.tool_choice) or _is_forced(body.function_call):
+        raise Unsupported("tool_choice", "tools cannot be called yet; only auto and none work")
+    if body.logprobs or body.top_logprobs:
+        raise Unsupported("logprobs", "is not supported yet")
+    if set(body.modalities or ()) - {"text"}:
+        raise Unsupported("modalities", "only text is supported")
+
+
+def _is_forced(choice: str | Mapping[str, Any] | None) -> bool:
+    return choice not in (None, "auto", "none")

@@ -1,0 +1,131 @@
+"""What went wrong, once, for every dialect to say in its own shape."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from keepwarm.core.errors import (
+    AgentBusy,
+    AgentExists,
+    BadBundle,
+    BundleFailed,
+    ContextTooLong,
+    DeadlineExceeded,
+    EngineBroke,
+    EngineStopped,
+    GeneratorFailed,
+    InvalidRequest,
+    KeepwarmError,
+    KeyReused,
+    NeverFits,
+    NoAgentStore,
+    PoolExhausted,
+    QueueFull,
+    QueueTimeout,
+    UnknownAgent,
+)
+
+
+class Kind(StrEnum):
+    """What a client can do about it."""
+
+    INVALID = "invalid_request"
+    UNSUPPORTED = "unsupported"
+    TOO_LONG = "context_too_long"
+    NEVER_FITS = "never_fits"
+    UNAUTHENTICATED = "unauthenticated"
+    FORBIDDEN = "forbidden"
+    NOT_FOUND = "not_found"
+    EXISTS = "agent_exists"
+    BUSY = "agent_busy"
+    CONFLICT = "conflict"
+    TOO_LARGE = "request_too_large"
+    RATE_LIMITED = "rate_limited"
+    QUEUE_FULL = "queue_full"
+    OVERLOADED = "overloaded"
+    TIMEOUT = "timeout"
+    INTERNAL = "internal_error"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """An error as every dialect needs to know it; `param` names the field that is wrong."""
+
+    status: int
+    kind: Kind
+    message: str
+    param: str | None = None
+    retry_after_s: int | None = None
+
+
+class Unsupported(InvalidRequest):
+    """Something that this server cannot do yet, and does not pretend to."""
+
+
+class UnknownModel(KeepwarmError):
+    """The request names a model that is not served here."""
+
+    def __init__(self, model: str, served: str) -> None:
+        super().__init__(f"the model {model!r} is not served here; this server has {served!r}")
+        self.model = model
+
+
+class NotAllowed(KeepwarmError):
+    """The request was refused before it was read: its key, its Host, its size, its rate."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.message)
+        self.problem = problem
+
+
+_STATUS: tuple[tuple[type[Exception], int, Kind], ...] = (
+    (Unsupported, 400, Kind.UNSUPPORTED),
+    (ContextTooLong, 400, Kind.TOO_LONG),
+    (NeverFits, 400, Kind.NEVER_FITS),
+    (InvalidRequest, 400, Kind.INVALID),
+    (UnknownAgent, 404, Kind.NOT_FOUND),
+    (UnknownModel, 404, Kind.NOT_FOUND),
+    (AgentExists, 409, Kind.EXISTS),
+    (AgentBusy, 409, Kind.BUSY),
+    (KeyReused, 409, Kind.CONFLICT),
+    (QueueFull, 429, Kind.QUEUE_FULL),
+    (QueueTimeout, 503, Kind.OVERLOADED),
+    (PoolExhausted, 503, Kind.OVERLOADED),
+    (EngineStopped, 503, Kind.OVERLOADED),
+    (EngineBroke, 503, Kind.OVERLOADED),
+    (DeadlineExceeded, 504, Kind.TIMEOUT),
+    (BadBundle, 400, Kind.INVALID),
+    (NoAgentStore, 400, Kind.UNSUPPORTED),
+    (BundleFailed, 507, Kind.INTERNAL),
+    (GeneratorFailed, 500, Kind.INTERNAL),
+)
+_RETRY_AFTER_S = {Kind.QUEUE_FULL: 2, Kind.OVERLOADED: 5, Kind.BUSY: 1}
+_KIND_OF_STATUS = {401: Kind.UNAUTHENTICATED, 403: Kind.FORBIDDEN, 404: Kind.NOT_FOUND}
+
+
+def problem_of(error: Exception) -> Problem:
+    """What a request that ended with this error is told."""
+    if isinstance(error, NotAllowed):
+        return error.problem
+    if isinstance(error, RequestValidationError):
+        return _of_validation(error)
+    if isinstance(error, HTTPException):
+        kind = _KIND_OF_STATUS.get(error.status_code, Kind.INVALID)
+        return Problem(error.status_code, kind, str(error.detail))
+    for error_type, status, kind in _STATUS:
+        if isinstance(error, error_type):
+            param = error.field if isinstance(error, InvalidRequest) else None
+            return Problem(status, kind, str(error), param, _RETRY_AFTER_S.get(kind))
+    return Problem(500, Kind.INTERNAL, "an error inside the server; its log has the details")
+
+
+def _of_validation(error: RequestValidationError) -> Problem:
+    """The first field that is wrong, by its path in the body."""
+    first = error.errors()[0]
+    where, *path = (str(part) for part in first["loc"])
+    if first["type"] == "json_invalid":
+        return Problem(400, Kind.INVALID, f"the body is not JSON: {first['ctx']['error']}", "body")
+    param = ".".join(path) or where
+    return Problem(400, Kind.INVALID, f"{param}: {first['msg']}", param)

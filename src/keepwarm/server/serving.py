@@ -1,0 +1,105 @@
+"""What a route has at hand: the engine, the caller, and the one way to answer."""
+
+import fnmatch
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from keepwarm.engine.engine import Engine
+from keepwarm.engine.requests import GenerateRequest, ReceiptKey
+from keepwarm.server.caller import Caller
+from keepwarm.server.choices import Choices
+from keepwarm.server.metrics import Metrics
+from keepwarm.server.problems import UnknownModel
+from keepwarm.server.reply import Encoder, StreamedReply, WholeReply
+from keepwarm.server.settings import ServerConfig
+
+VERSION = version("keepwarm")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """The model that is served, as clients ask for it."""
+
+    name: str
+    max_context_tokens: int
+    created: int
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class House:
+    """What all requests share. Belongs to the event loop's thread."""
+
+    engine: Engine
+    model: ModelCard
+    config: ServerConfig
+    metrics: Metrics
+    transfers: Path
+    """A folder for agents on their way in and out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What one request has at hand."""
+
+    house: House
+    caller: Caller
+
+    @property
+    def engine(self) -> Engine:
+        return self.house.engine
+
+    @property
+    def config(self) -> ServerConfig:
+        return self.house.config
+
+    def check_model(self, name: str) -> None:
+        """Raises UnknownModel. A hub id may be given by its last part."""
+        served = self.house.model.name
+        names = (served, served.rpartition("/")[2], *self.config.model_aliases)
+        if not any(fnmatch.fnmatchcase(name, known) for known in names):
+            raise UnknownModel(name, served)
+
+    async def answer(
+        self,
+        requests: Sequence[GenerateRequest],
+        encoder: Encoder,
+        *,
+        stream: bool,
+        ignored: Sequence[str] = (),
+        key: ReceiptKey | None = None,
+    ) -> Response:
+        """Submit them and reply as the encoder says. Raises what `submit` raises."""
+        headers: dict[str, str] = {}
+        if ignored:
+            names = ", ".join(sorted({_safe(name) for name in ignored}))
+            _log.info("ignored fields: %s", names)
+            headers["X-Keepwarm-Ignored"] = names
+        if key is None:
+            choices = await Choices.open(self.engine, requests)
+        else:
+            choices = Choices(self.engine, await self.engine.submit_once(requests[0], key), ())
+            choices.outlives_its_reader = True
+        if stream:
+            return StreamedReply(choices, encoder, headers, self.config)
+        return WholeReply(choices, encoder, headers)
+
+
+def serving_of(request: Request) -> Serving:
+    """A dependency of the routes."""
+    house: House = request.app.state.house
+    namespace: str = request.scope.get("keepwarm.namespace", "")
+    return Serving(house, Caller(namespace, request.headers))
+
+
+def _safe(name: str) -> str:
+    """A field's name, which is the client's, for a header."""
+    return "".join(c for c in name if c.isascii() and c.isprintable())[:64]

@@ -1,0 +1,168 @@
+"""Servers on free loopback ports: on the fake generator in a thread, or a process of their own."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+
+from engines import FakeFactory, fake_loaded
+from keepwarm.config import Settings, load_settings
+from keepwarm.engine.engine import Engine
+from keepwarm.wiring import RunningServer, start_server
+
+START_S = 60.0
+MODEL = "fake"
+
+
+@dataclass(slots=True)
+class FakeServer:
+    """A server in a thread of this process, on the fake generator and a real store."""
+
+    url: str
+    engine: Engine
+    factory: FakeFactory
+    loop: asyncio.AbstractEventLoop
+    server: uvicorn.Server
+
+    def client(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=30.0, trust_env=False, **options)
+
+    def call(self, function: Any) -> Any:
+        """On the engine's thread, between two steps."""
+        future = asyncio.run_coroutine_threadsafe(self.engine.call(function), self.loop)
+        return future.result(30.0)
+
+
+@contextmanager
+def fake_server(
+    home: Path, *, factory: FakeFactory | None = None, loaded: Any = None, **flags: object
+) -> Iterator[FakeServer]:
+    """`flags` are settings, with two underscores for the dot: `server__heartbeat_s=0.1`."""
+    factory = factory or FakeFactory()
+    values = {name.replace("__", "."): value for name, value in flags.items()}
+    settings = load_settings(
+        {"memory.budget_bytes": 1 << 22, "server.default_temperature": 0.0, **values},
+        environment={},
+    )
+    model = loaded or fake_loaded(factory=factory)
+    with socket.create_server(("127.0.0.1", 0), backlog=2048) as listener:
+        opened: list[FakeServer] = []
+        ready = threading.Event()
+        failed: list[BaseException] = []
+
+        async def serve() -> None:
+            running = await start_server(settings, home, load=lambda _: model)
+            server = uvicorn.Server(_uvicorn_config(running, settings))
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            loop = asyncio.get_running_loop()
+            opened.append(FakeServer(url, running.engine, factory, loop, server))
+            ready.set()
+            await server.serve(sockets=[listener])
+
+        def run() -> None:
+            try:
+                asyncio.run(serve())
+            except BaseException as error:  # noqa: BLE001 - the test shows it
+                failed.append(error)
+            finally:
+                ready.set()
+
+        thread = threading.Thread(target=run, name="fake-server")
+        thread.start()
+        try:
+            assert ready.wait(START_S)
+            if failed:
+                raise failed[0]
+            yield opened[0]
+        finally:
+            if opened:
+                opened[0].server.should_exit = True
+            thread.join(60.0)
+            assert not thread.is_alive()
+        if failed:
+            raise failed[0]
+
+
+def _uvicorn_config(running: RunningServer, settings: Settings) -> uvicorn.Config:
+    return uvicorn.Config(
+        running.app,
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        timeout_graceful_shutdown=int(settings.server.shutdown_grace_s),
+    )
+
+
+@dataclass(slots=True)
+class ServerProcess:
+    """`keepwarm serve` as a user starts it."""
+
+    url: str
+    process: "subprocess.Popen[bytes]"
+    log: Path
+
+    def client(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=120.0, trust_env=False, **options)
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait(30.0)
+
+    def stop(self) -> int:
+        """As `kill PID` does; returns the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60.0)
+
+
+@contextmanager
+def server_process(
+    home: Path,
+    log: Path,
+    *arguments: str,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[ServerProcess]:
+    """On SmolLM2, with a home of its own, listening on a port that was free a moment ago."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "keepwarm.cli.main", "serve", "--port", str(port), *arguments]
+    env = {**os.environ, "KEEPWARM_HOME": str(home), **(environment or {})}
+    with log.open("ab") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=env)
+    server = ServerProcess(f"http://127.0.0.1:{port}", process, log)
+    try:
+        _wait_until_ready(server)
+        yield server
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(60.0)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(30.0)
+
+
+def _wait_until_ready(server: ServerProcess) -> None:
+    until = time.monotonic() + START_S
+    with server.client() as client:
+        while time.monotonic() < until:
+            if server.process.poll() is not None:
+                break
+            try:
+                if client.get("/health").status_code == 200:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.1)
+    raise AssertionError(f"the server did not start:\n{server.log.read_text()}")
