@@ -13,7 +13,10 @@ else
 EXTRAS := dev
 endif
 
-.PHONY: demo test check bench install clean
+.PHONY: serve demo test check bench install clean
+
+serve: $(STAMP)
+	$(BIN)/keepwarm serve
 
 demo: $(STAMP)
 	$(BIN)/keepwarm demo

@@ -1,5 +1,7 @@
 """Agents that are created before they speak: settings, system prompt, overflow, receipts."""
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +104,7 @@ class TestOverflow:
         engine = fake_engine(max_context_tokens=512)
         engine.create("ada", settings=DROPPING)
         dropped = [end.num_dropped_turns > 0 for end in self.talk(engine, 24)]
-        assert not any(one and other for one, other in zip(dropped, dropped[1:], strict=False))
+        assert not any(one and other for one, other in itertools.pairwise(dropped))
 
     def test_a_message_that_never_fits_is_an_error(self) -> None:
         engine = fake_engine(max_context_tokens=256)
@@ -145,7 +147,7 @@ class TestReceipts:
 
 
 class TestNamespaces:
-    PROMPT = [user("x" * 600)]
+    PROMPT = (user("x" * 600),)
 
     def test_nothing_is_shared_across(self) -> None:
         engine = fake_engine()
@@ -194,9 +196,9 @@ class TestNamespaces:
 
 
 class TestWhereItDiverged:
-    HISTORY = [SYSTEM, user("One"), assistant("Uno"), user("Two"), assistant("Dos"), user("Three")]
+    HISTORY = (SYSTEM, user("One"), assistant("Uno"), user("Two"), assistant("Dos"), user("Three"))
 
-    def message_of(self, changed: list[Any]) -> int | None:
+    def message_of(self, changed: Sequence[Any]) -> int | None:
         engine = scripted(*b"Tres")
         run(engine, agent_id="ada", messages=self.HISTORY, max_tokens=4)
         return run(engine, agent_id="ada", messages=changed, max_tokens=4).cache.message

@@ -1,10 +1,14 @@
 """The process of a server: its socket, its event loop, and its end."""
 
 import asyncio
+import signal
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import uvicorn
 from rich.console import Console
+from uvicorn.server import HANDLED_SIGNALS
 
 from keepwarm.config import Settings
 from keepwarm.core.errors import ConfigError
@@ -14,6 +18,19 @@ from keepwarm.server.settings import ServerConfig
 from keepwarm.wiring import RunningServer, start_server
 
 _WATCH_S = 0.5
+
+
+class _Server(uvicorn.Server):
+    """Ends with an exit code of its own: uvicorn's would raise the signal again at the end."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        kept = {number: signal.signal(number, self.handle_exit) for number in HANDLED_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in kept.items():
+                signal.signal(number, handler)
 
 
 def run_server(settings: Settings) -> bool:
@@ -39,7 +56,7 @@ async def _serve(settings: Settings, listener: socket.socket) -> bool:
         lifespan="on",
         timeout_graceful_shutdown=int(settings.server.shutdown_grace_s),
     )
-    server = uvicorn.Server(config)
+    server = _Server(config)
     _announce(console, running, listener)
     watching = asyncio.create_task(_stop_with_engine(running, server))
     await server.serve(sockets=[listener])

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Depends, Header, Query, Request
 from starlette.background import BackgroundTask
 from starlette.responses import FileResponse, Response
 
-from keepwarm.core.errors import AgentExists, InvalidRequest
+from keepwarm.core.errors import AgentExists, BadBundle, InvalidRequest
 from keepwarm.core.stored import DEFAULT_SETTINGS, AgentSettings
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
 from keepwarm.engine.requests import GenerateRequest, ReceiptKey
@@ -192,6 +192,8 @@ async def import_agent(
         summary = await serving.engine.call(
             lambda engine: engine.import_agent(path, agent_id, namespace=serving.caller.namespace)
         )
+    except BadBundle as error:
+        raise InvalidRequest("body", f"cannot be imported: {error.problem}") from error
     finally:
         path.unlink(missing_ok=True)
     return _json(import_fields(summary, serving.caller.shown(summary.agent_id)), 201)

@@ -1,0 +1,100 @@
+"""`keepwarm serve` as a user runs it, on SmolLM2: killed, stopped, started again."""
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from keepwarm.home import keepwarm_home
+from servers import ServerProcess, server_process
+
+pytest.importorskip("mlx.core")
+
+STORY = "Tell me about rivers. " * 30
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """Empty but for the converted model, which is that of the other tests."""
+    (tmp_path / "home").mkdir()
+    converted = keepwarm_home() / "models"
+    if converted.is_dir():
+        (tmp_path / "home" / "models").symlink_to(converted)
+    return tmp_path / "home"
+
+
+def say(client: httpx.Client, content: str, **more: Any) -> dict[str, Any]:
+    body = {"content": content, "max_tokens": 8, "temperature": 0, **more}
+    response = client.post("/v1/agents/ada/messages", json=body)
+    assert response.status_code == 200, response.text
+    document: dict[str, Any] = response.json()
+    return document
+
+
+def test_an_agent_outlives_its_server(home: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with server_process(home, log) as server, server.client() as client:
+        client.put("/v1/agents/ada", json={"system": "Be brief."})
+        first = say(client, STORY)
+        assert first["durable"]
+        num_first = first["usage"]["prompt_tokens"] + first["usage"]["completion_tokens"]
+        server.kill()
+    with server_process(home, log) as server, server.client() as client:
+        second = say(client, "Go on.")
+        assert second["turn"] == 2
+        assert second["usage"]["cached_tokens"] > num_first - 256 - 1
+        num_second = second["usage"]["prompt_tokens"] + second["usage"]["completion_tokens"]
+        assert server.stop() == 0
+    with server_process(home, log) as server, server.client() as client:
+        third = say(client, "Go on.")
+        assert third["turn"] == 3
+        assert third["cache"]["tier"] == "cold"
+        assert third["usage"]["cached_tokens"] == num_second - 1
+    assert STORY not in log.read_text()
+
+
+def test_a_stop_lets_replies_end(home: Path, tmp_path: Path) -> None:
+    with server_process(home, tmp_path / "log") as server, server.client() as client:
+        client.put("/v1/agents/ada", json={})
+        lines: list[str] = []
+        has_begun = threading.Event()
+
+        def read() -> None:
+            body = {"content": "Count.", "max_tokens": 40, "temperature": 0, "stream": True}
+            with client.stream("POST", "/v1/agents/ada/messages", json=body) as response:
+                for line in response.iter_lines():
+                    lines.append(line)
+                    if line == "event: delta":
+                        has_begun.set()
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        assert has_begun.wait(60)
+        assert server.stop() == 0
+        reader.join(60)
+        end = lines[lines.index("event: completed") + 1]
+        assert json.loads(end.removeprefix("data: "))["durable"]
+
+
+def test_a_port_in_use_is_said_at_once(home: Path, tmp_path: Path) -> None:
+    with server_process(home, tmp_path / "log") as server:
+        port = server.url.rpartition(":")[2]
+        with pytest.raises(AssertionError, match=r"cannot listen on .*choose another with --port"):
+            _start_at(home, tmp_path / "second.log", port)
+
+
+def test_a_home_in_use_is_said(home: Path, tmp_path: Path) -> None:
+    with (
+        server_process(home, tmp_path / "log"),
+        pytest.raises(AssertionError, match="keepwarm: "),
+        server_process(home, tmp_path / "second.log"),
+    ):
+        pass
+
+
+def _start_at(home: Path, log: Path, port: str) -> ServerProcess:
+    with server_process(home, log, "--port", port) as server:
+        return server
