@@ -10,6 +10,7 @@ import pytest
 
 from servers import FakeServer, fake_server
 
+KEY = {"Idempotency-Key": "key-1"}
 OTHER_KEY = {"Authorization": "Bearer other-key"}
 
 
@@ -275,12 +276,10 @@ class TestChanges:
 
 
 class TestIdempotency:
-    KEY = {"Idempotency-Key": "key-1"}
-
     def test_the_same_request_runs_once(self, client: httpx.Client) -> None:
         client.put("/v1/agents/ada", json={})
-        first = say(client, "ada", "Hello", headers=self.KEY)
-        again = say(client, "ada", "Hello", headers=self.KEY)
+        first = say(client, "ada", "Hello", headers=KEY)
+        again = say(client, "ada", "Hello", headers=KEY)
         for field in ("message", "finish_reason", "usage"):
             assert again[field] == first[field]
         assert len(client.get("/v1/agents/ada/turns").json()["turns"]) == 1
@@ -288,10 +287,10 @@ class TestIdempotency:
     def test_also_after_a_restart_and_streamed(self, tmp_path: Path) -> None:
         with fake_server(tmp_path / "home") as server, server.client() as client:
             client.put("/v1/agents/ada", json={})
-            first = say(client, "ada", "Hello", headers=self.KEY)
+            first = say(client, "ada", "Hello", headers=KEY)
         with fake_server(tmp_path / "home") as server, server.client() as client:
             body = {"content": "Hello", "max_tokens": 4, "stream": True}
-            response = client.post("/v1/agents/ada/messages", json=body, headers=self.KEY)
+            response = client.post("/v1/agents/ada/messages", json=body, headers=KEY)
             events = events_of(response)
             assert events[-1][1]["message"] == first["message"]
             assert server.factory.num_prefilled == 0
@@ -299,15 +298,15 @@ class TestIdempotency:
 
     def test_another_request_under_the_key_is_refused(self, client: httpx.Client) -> None:
         client.put("/v1/agents/ada", json={})
-        say(client, "ada", "Hello", headers=self.KEY)
+        say(client, "ada", "Hello", headers=KEY)
         body = {"content": "Other", "max_tokens": 4}
-        refused = client.post("/v1/agents/ada/messages", json=body, headers=self.KEY)
+        refused = client.post("/v1/agents/ada/messages", json=body, headers=KEY)
         assert error_of(refused)[:2] == (409, "conflict")
 
     def test_a_key_is_its_agents_own(self, client: httpx.Client) -> None:
         for name in ("ada", "eve"):
             client.put(f"/v1/agents/{name}", json={})
-            assert say(client, name, "Hello", headers=self.KEY)["turn"] == 1
+            assert say(client, name, "Hello", headers=KEY)["turn"] == 1
 
 
 def test_two_keys_are_two_worlds(tmp_path: Path) -> None:
