@@ -4,14 +4,17 @@ it belongs: `server.port`, `KEEPWARM_SERVER_PORT`, `port` under `[server]`.
 Every section is a dataclass that lies next to the code that it configures.
 """
 
+import math
 import os
+import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
+from decimal import Decimal
 from pathlib import Path
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
-from pydantic import ByteSize, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from keepwarm.core.errors import ConfigError
 from keepwarm.core.policies import EngineConfig
@@ -19,14 +22,22 @@ from keepwarm.home import keepwarm_home
 from keepwarm.server.settings import ServerConfig
 from keepwarm.store.agent_cache_store import StoreConfig
 
-T = TypeVar("T")
-
 FILE_NAME = "keepwarm.toml"
 PREFIX = "KEEPWARM_"
 OTHER_VARIABLES = frozenset(
     {"KEEPWARM_HOME", "KEEPWARM_BLAS", "KEEPWARM_URL", "KEEPWARM_API_KEY", "KEEPWARM_CONFIG"}
 )
 """Variables that are no settings of a server: where state lies, and what clients need."""
+
+DTYPES = ("", "float32", "float16", "bfloat16")
+
+MAX_WHOLE_NUMBER = 1 << 62
+"""What a database, a clock and a format can all hold."""
+
+_UNITS = {"": 1, "b": 1}
+_UNITS |= {f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)}
+_UNITS |= {f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", 1)}
+_SIZE = re.compile(rf"([0-9]+|[0-9]+\.[0-9]+(?=\s*[kmgt]))\s*({'|'.join(filter(None, _UNITS))})?")
 
 Values = Mapping[str, object]
 """By `section.key`."""
@@ -44,6 +55,13 @@ class ModelConfig:
     name: str = "smollm2"
     dtype: str = ""
     deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.name.strip():
+            raise ConfigError("name", "must name a model: smollm2, a folder, or a hub id")
+        if self.dtype not in DTYPES:
+            known = ", ".join(filter(None, DTYPES))
+            raise ConfigError("dtype", f"must be empty or one of {known}, not {self.dtype!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,16 +106,13 @@ def load_settings(
 ) -> Settings:
     """Raises ConfigError, which names the setting, and where a wrong value comes from."""
     path = config_file or find_file(environment)
-    sources = {
-        str(path): _from_file(path) if path is not None else {},
-        "the environment": dict(_from_environment(environment)),
-        "the command line": dict(flags or {}),
-    }
+    from_flags = {name: Given(value, "the command line") for name, value in (flags or {}).items()}
     values: dict[str, object] = {}
-    for source, given in sources.items():
-        for name, value in given.items():
-            values[name] = _valid(name, value, source)
-    return Settings(**{name: _section(name, values) for name in SECTIONS})
+    given: dict[str, Given] = {}
+    for source in (_from_file(path) if path else {}, _from_environment(environment), from_flags):
+        values |= {name: _valid(name, one) for name, one in source.items()}
+        given |= source
+    return Settings(**{name: _section(name, values, given) for name in SECTIONS})
 
 
 def find_file(environment: Mapping[str, str] = os.environ) -> Path | None:
@@ -122,63 +137,134 @@ def default_of(setting: "Field[Any]") -> object:
     return setting.default
 
 
+def variable_of(name: str) -> str:
+    """The environment variable of a setting."""
+    return PREFIX + name.replace(".", "_").upper()
+
+
+def is_secret(setting: "Field[Any]") -> bool:
+    """Whether its value is shown nowhere, not even where it is wrong."""
+    return not setting.repr
+
+
 # -- sources ---------------------------------------------------------------------------------------
 
 
-def _from_file(path: Path) -> dict[str, object]:
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A value as somebody wrote it, and where."""
+
+    value: object
+    source: str
+
+
+def _from_file(path: Path) -> dict[str, Given]:
     try:
-        document = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        document = tomllib.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:  # neither UTF-8, nor TOML, nor numbers for Python
         raise ConfigError(str(path), f"cannot be read: {error}") from error
-    values: dict[str, object] = {}
+    values: dict[str, Given] = {}
     for section, table in document.items():
         if section not in SECTIONS or not isinstance(table, dict):
             raise ConfigError(section, f"is no section of {path}; there are {_listed(SECTIONS)}")
-        values.update({f"{section}.{key}": value for key, value in table.items()})
+        for key, value in table.items():
+            values[f"{section}.{key}"] = Given(value, str(path))
     return values
 
 
-def _from_environment(environment: Mapping[str, str]) -> Iterator[tuple[str, object]]:
-    names = {PREFIX + name.replace(".", "_").upper(): name for name, _ in all_settings()}
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Given]:
+    names = {variable_of(name): name for name, _ in all_settings()}
+    values: dict[str, Given] = {}
     for variable, value in environment.items():
         if not variable.startswith(PREFIX) or variable in OTHER_VARIABLES:
             continue
         if variable not in names:
             raise ConfigError(variable, "is no setting; docs/configuration.md lists them")
-        yield names[variable], value
+        values[names[variable]] = Given(value, f"the environment's {variable}")
+    return values
 
 
 # -- values ----------------------------------------------------------------------------------------
 
 
-def _valid(name: str, value: object, source: str) -> object:
+class _WrongValue(Exception):
+    """What is wrong, without the value."""
+
+
+def _valid(name: str, given: Given) -> object:
+    setting = dict(all_settings()).get(name)
+    if setting is None:
+        problem = f"is no setting (from {given.source}); docs/configuration.md lists them"
+        raise ConfigError(name, problem)
     section, _, key = name.partition(".")
-    hints = get_type_hints(SECTIONS[section]) if section in SECTIONS else {}
-    if key not in hints:
-        raise ConfigError(name, f"is no setting (from {source}); docs/configuration.md lists them")
+    hint = get_type_hints(SECTIONS[section])[key]
     try:
-        return _adapter(key, hints[key]).validate_python(_from_text(value, hints[key]))
+        return _parsed(key, given.value, hint)
+    except _WrongValue as error:
+        shown = "" if is_secret(setting) else f", not {given.value!r}"
+        # Without its cause, which would quote the value.
+        raise ConfigError(name, f"{error}{shown} (from {given.source})") from None
+
+
+def _parsed(key: str, value: object, hint: Any) -> object:
+    if "bytes" in key.split("_"):
+        return _in_range(_size(value))
+    try:
+        parsed = _typed(value, hint)
     except ValidationError as error:
-        problem = error.errors()[0]["msg"]
-        raise ConfigError(name, f"{problem}, not {value!r} (from {source})") from error
+        raise _WrongValue(error.errors()[0]["msg"]) from None
+    return _in_range(parsed)
 
 
-def _adapter(key: str, hint: Any) -> TypeAdapter[Any]:
-    """Bytes may be written as 8GiB or 500MB."""
-    return TypeAdapter(ByteSize if key.endswith("_bytes") else hint)
+def _typed(value: object, hint: Any) -> object:
+    """Text may stand for any type; a value that has a type must have the right one."""
+    adapter: TypeAdapter[object] = TypeAdapter(hint)
+    if isinstance(value, str):
+        return adapter.validate_python(_from_text(value, hint))
+    if isinstance(value, list):
+        value = tuple(value)
+    return adapter.validate_python(value, strict=True)
 
 
-def _from_text(value: object, hint: Any) -> object:
+def _from_text(text: str, hint: Any) -> object:
     """`a,b` is a list and `name=value,other=value` a table, where one is wanted."""
-    if not isinstance(value, str) or get_origin(hint) is None:
+    if get_origin(hint) is None:
+        return text
+    items = [item.strip() for item in text.split(",") if item.strip()]
+    return items if get_origin(hint) is tuple else _table(items)
+
+
+def _table(items: Sequence[str]) -> dict[str, str]:
+    table: dict[str, str] = {}
+    for number, item in enumerate(items, 1):
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise _WrongValue(f"must be NAME=VALUE,NAME=VALUE; item {number} has no '='")
+        if table.setdefault(name.strip(), value.strip()) != value.strip():
+            raise _WrongValue(f"item {number} gives a name another value")
+    return table
+
+
+def _size(value: object) -> int:
+    """`8GiB`, `500MB`, or a whole number of bytes."""
+    if isinstance(value, int) and not isinstance(value, bool):
         return value
-    items = [item.strip() for item in value.split(",") if item.strip()]
-    if get_origin(hint) is tuple:
-        return items
-    return dict(item.partition("=")[::2] for item in items)
+    match = _SIZE.fullmatch(value.strip().lower()) if isinstance(value, str) else None
+    if match is None:
+        raise _WrongValue("must be a size like 8GiB or 500MB, or a whole number of bytes")
+    number, unit = match.groups()
+    return int(Decimal(number) * _UNITS[unit or ""])
 
 
-def _section(section: str, values: Values) -> Any:
+def _in_range(value: object) -> object:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise _WrongValue("must be a finite number")
+    if isinstance(value, int) and abs(value) > MAX_WHOLE_NUMBER:
+        raise _WrongValue(f"must not be beyond {MAX_WHOLE_NUMBER:,}")
+    return value
+
+
+def _section(section: str, values: Values, given: Mapping[str, Given]) -> Any:
     own = {
         name.partition(".")[2]: value
         for name, value in values.items()
@@ -187,7 +273,9 @@ def _section(section: str, values: Values) -> Any:
     try:
         return SECTIONS[section](**own)
     except ConfigError as error:
-        raise ConfigError(f"{section}.{error.key}", error.problem) from error
+        name = f"{section}.{error.key}"
+        source = f" (from {given[name].source})" if name in given else ""
+        raise ConfigError(name, f"{error.problem}{source}") from error
 
 
 def _listed(names: Mapping[str, object]) -> str:

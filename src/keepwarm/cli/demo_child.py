@@ -9,7 +9,6 @@ from keepwarm.core.events import Completed, Failed
 from keepwarm.core.pool import BlockPool
 from keepwarm.core.ports import LoadedModel
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
-from keepwarm.mlx_backend.loader import load_model
 from keepwarm.store.agent_cache_store import AgentCacheStore, StoreConfig
 
 RAM_BYTES = 1 << 30
@@ -59,6 +58,8 @@ def play(orders: Connection, model: str, folder: str) -> None:
 
 
 def _play(orders: Connection, model: str, folder: str) -> None:
+    from keepwarm import load_model
+
     loaded = load_model(model)
     config = StoreConfig(disk_budget_bytes=DISK_BYTES)
     with AgentCacheStore(folder, config=config) as store:

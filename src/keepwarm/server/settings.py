@@ -7,6 +7,7 @@ from enum import StrEnum
 from keepwarm.core.errors import ConfigError, InvalidRequest
 from keepwarm.engine.requests import valid_namespace
 
+MAX_TEMPERATURE = 100.0
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
@@ -37,7 +38,7 @@ class ServerConfig:
 
     host: str = "127.0.0.1"
     port: int = 8642
-    api_keys: Mapping[str, str] = field(default_factory=dict)
+    api_keys: Mapping[str, str] = field(default_factory=dict, repr=False)
     allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
     model_aliases: tuple[str, ...] = ()
@@ -55,8 +56,14 @@ class ServerConfig:
     log_prompts: bool = False
 
     def __post_init__(self) -> None:
+        if not self.host.strip():
+            raise ConfigError("host", "must not be empty; 0.0.0.0 listens on every address")
         if not 0 <= self.port <= 65535:
             raise ConfigError("port", f"must be from 0 to 65535, not {self.port}")
+        self._check_numbers()
+        self._check_keys()
+
+    def _check_numbers(self) -> None:
         for key in ("max_body_bytes", "max_import_bytes", "max_choices"):
             if getattr(self, key) < 1:
                 raise ConfigError(key, f"must be at least 1, not {getattr(self, key)}")
@@ -66,7 +73,8 @@ class ServerConfig:
         for key in ("rate_per_minute", "deadline_s", "shutdown_grace_s", "default_temperature"):
             if getattr(self, key) < 0:
                 raise ConfigError(key, f"must not be negative, as {getattr(self, key)} is")
-        self._check_keys()
+        if self.default_temperature > MAX_TEMPERATURE:
+            raise ConfigError("default_temperature", f"must be at most {MAX_TEMPERATURE:g}")
 
     def _check_keys(self) -> None:
         for namespace, key in self.api_keys.items():
