@@ -1,10 +1,14 @@
 """The process of a server: its socket, its event loop, and its end."""
 
 import asyncio
+import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from typing import NoReturn
 
 import uvicorn
 from rich.console import Console
@@ -39,12 +43,14 @@ def run_server(settings: Settings) -> bool:
     Raises ConfigError where it cannot listen, and what loading and opening raise.
     """
     configure_logs(settings.server.log_format)
+    # mlx-lm makes a stream when it is imported; one of a thread that has ended aborts the exit.
+    import_module("keepwarm.mlx_backend.loader")
     with _bound(settings.server) as listener, asyncio.Runner(loop_factory=_new_loop) as runner:
         return runner.run(_serve(settings, listener))
 
 
 async def _serve(settings: Settings, listener: socket.socket) -> bool:
-    """Returns whether it ended because it was told to."""
+    """Returns whether everything was saved in the end."""
     console = Console(stderr=True)
     with console.status(f"Loading {settings.model.name} and the agents' catalogue"):
         running = await start_server(settings, keepwarm_home())
@@ -61,7 +67,15 @@ async def _serve(settings: Settings, listener: socket.socket) -> bool:
     watching = asyncio.create_task(_stop_with_engine(running, server))
     await server.serve(sockets=[listener])
     watching.cancel()
+    if not running.engine.has_ended:
+        _leave_at_once()
     return running.has_stopped_well
+
+
+def _leave_at_once() -> NoReturn:
+    """Told to stop twice: the model's thread cannot be ended, and must not outlive Python."""
+    sys.stderr.write("keepwarm: stopped at once; what was not saved is computed again\n")
+    os._exit(1)
 
 
 async def _stop_with_engine(running: RunningServer, server: uvicorn.Server) -> None:

@@ -78,7 +78,11 @@ class Engine:
     async def start(self) -> None:
         """Open the engine on its thread. Raises what opening raises."""
         self._loop = asyncio.get_running_loop()
-        await asyncio.wrap_future(self._thread.start())
+        try:
+            await asyncio.wrap_future(self._thread.start())
+        except BaseException:
+            await asyncio.to_thread(self._thread.stop, ABORT_S)
+            raise
 
     async def stop(self, grace_s: float) -> bool:
         """Refuse new requests, let those that run end, and save every agent.
