@@ -30,7 +30,7 @@ from keepwarm.core.stored import (
 from keepwarm.core.transcript import NO_TEXT, Span, Transcript, Turn
 from keepwarm.store import catalog as catalog_module
 from keepwarm.store import schema
-from keepwarm.store.catalog import Catalog, CatalogReader, RecordRow, UsageRow, set_aside
+from keepwarm.store.catalog import Catalog, CatalogReader, RecordRow, set_aside
 from keepwarm.store.catalog_errors import (
     CatalogCorrupt,
     CatalogTooNew,
@@ -420,9 +420,9 @@ def test_usage_counts_lines_over_all_agents(catalog: Catalog) -> None:
     side = line(Transcript(), number=1, block_hashes=(shared,), last_used=6)
     catalog.commit(agent("ada", main, side))
     catalog.commit(agent("bob", replace(main, block_hashes=(shared, pinned)), pinned=True))
-    assert sorted(catalog.load_usage()) == sorted(
-        [UsageRow(shared, 3, 6, True), UsageRow(own, 1, 4, False), UsageRow(pinned, 1, 4, True)]
-    )
+    usage = catalog.load_usage()
+    assert usage.num_lines == {shared: 3, own: 1, pinned: 1}
+    assert usage.last_used == {shared: 6, own: 4, pinned: 4}
 
 
 def test_the_log_stays_small_and_the_files_private(catalog: Catalog, path: Path) -> None:

@@ -313,12 +313,12 @@ class AgentCacheStore:
     # -- opening ---------------------------------------------------------------------------------
 
     def _load(self, opened: Opened) -> None:
-        last_used = {row.hash: row.last_used for row in opened.usage}
+        last_used = opened.usage.last_used
         self._index.load(
             Entry(row.record, row.file_bytes, row.maker, last_used.get(row.hash, 0))
             for row in opened.rows
         )
-        self._index.usage.load((row.hash, row.num_lines) for row in opened.usage)
+        self._index.usage.load(opened.usage.num_lines)
         for state in opened.pinned:
             self._index.usage.know(state)
 

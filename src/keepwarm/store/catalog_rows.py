@@ -2,6 +2,7 @@
 
 import json
 import struct
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -53,22 +54,14 @@ class RecordRow(NamedTuple):
         return Record._make(self[:6])
 
 
-class UsageRow(NamedTuple):
-    """Who uses a block: how many lines, when the last of them did, and whether one is pinned."""
+class BlockUsage(NamedTuple):
+    """Of all blocks that lines use, stored or not: how many lines, and when the last of them did.
 
-    hash: BlockHash
-    num_lines: int
-    last_used: int
-    is_pinned: bool
+    `last_used` leaves out those that no line has used yet (0).
+    """
 
-    def together_with(self, other: "UsageRow") -> "UsageRow":
-        """The same block, used by the lines of both."""
-        return UsageRow(
-            self.hash,
-            self.num_lines + other.num_lines,
-            max(self.last_used, other.last_used),
-            self.is_pinned or other.is_pinned,
-        )
+    num_lines: Counter[BlockHash]
+    last_used: dict[BlockHash, int]
 
 
 def encode_text(text: str | None) -> bytes | None:

@@ -4,6 +4,7 @@ Every command returns what came of it. A disk that refuses is an answer (`fault`
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from keepwarm.store.bundle import Moved, read_bundle, read_records
 from keepwarm.store.bundle_export import Export, export_agent
 from keepwarm.store.catalog import Catalog
 from keepwarm.store.catalog_errors import CatalogCorrupt, CatalogUnavailable, UnstorableMessage
-from keepwarm.store.catalog_rows import RecordRow, UsageRow
+from keepwarm.store.catalog_rows import BlockUsage, RecordRow
 from keepwarm.store.disk import RecordFiles, StoredFile
 from keepwarm.store.errors import BadRecord, DiskTooFull, OverBudget
 from keepwarm.store.home_lock import HomeLock
@@ -54,13 +55,13 @@ class Opened:
     """What the catalogue knows."""
 
     rows: list[RecordRow]
-    usage: list[UsageRow]
+    usage: BlockUsage
     pinned: list[AgentState]
     clock: int
     other_bytes: int
 
 
-_NOTHING = Opened([], [], [], 0, 0)
+_NOTHING = Opened([], BlockUsage(Counter(), {}), [], 0, 0)
 
 
 @dataclass(frozen=True, slots=True)

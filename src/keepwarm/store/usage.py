@@ -1,7 +1,7 @@
 """Which lines use which blocks, and what their agents' owners have decided about them."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from keepwarm.core.block import BlockHash
@@ -34,9 +34,9 @@ class Usage:
         self._num_pins: Counter[BlockHash] = Counter()
         self._agents: dict[str, _Tables] = {}
 
-    def load(self, num_users: Iterable[tuple[BlockHash, int]]) -> None:
+    def load(self, num_users: Counter[BlockHash]) -> None:
         """The users of all committed lines, whose agents `know` will bring one by one."""
-        self._num_users = Counter(dict(num_users))
+        self._num_users = num_users
 
     def know(self, state: AgentState) -> None:
         """The tables of an agent whose lines have been counted by `load`."""
