@@ -25,9 +25,10 @@ from keepwarm.core.stored import (
     AgentSummary,
     KVFamily,
     LineState,
+    Overflow,
     Record,
 )
-from keepwarm.core.transcript import NO_TEXT, Span, Transcript, Turn
+from keepwarm.core.transcript import NO_TEXT, Receipt, Span, Transcript, Turn
 from keepwarm.store import catalog as catalog_module
 from keepwarm.store import schema
 from keepwarm.store.catalog import Catalog, CatalogReader, RecordRow, set_aside
@@ -130,6 +131,11 @@ text_spans = st.builds(Span, st.none() | texts, token_ids, st.booleans())
 special_spans = st.builds(
     lambda token_id: Span("<s>", (token_id,), is_special=True), st.integers(0, LAST_ID)
 )
+receipts = st.none() | st.builds(
+    Receipt,
+    *(texts.filter(lambda text: text.isprintable()) for _ in range(3)),
+    *(st.integers(0, 99) for _ in range(3)),
+)
 hashes = st.lists(st.integers(0, 5).map(block_hash), max_size=4, unique=True).map(tuple)
 
 
@@ -147,7 +153,7 @@ def lines(draw: st.DrawFn, number: int, before: LineState | None) -> LineState:
         start = turns[-1].messages if turns and draw(st.booleans()) else ()
         more = draw(conversations)
         joined = None if more is None or start is None else (*map(dict, start), *more)
-        turns.append(Turn(draw(st.integers(0, 99)), joined))
+        turns.append(Turn(draw(st.integers(0, 99)), joined, draw(receipts)))
     return LineState(
         number=number,
         tokenizer=draw(st.sampled_from(["tok", "other"])),
@@ -169,6 +175,7 @@ def states(draw: st.DrawFn, name: str, before: AgentState | None) -> AgentState:
         st.integers(-9, 9),
         st.none() | st.integers(0, 2**62),
         st.sampled_from(["exact", "q8"]),
+        st.sampled_from(Overflow),
     )
     return AgentState(
         name,

@@ -65,7 +65,8 @@ class Serving:
         """Raises UnknownModel. A hub id may be given by its last part."""
         served = self.house.model.name
         names = (served, served.rpartition("/")[2], *self.config.model_aliases)
-        if not any(fnmatch.fnmatchcase(name, known) for known in names):
+        is_text = name.isprintable()  # half a surrogate pair is not
+        if not is_text or not any(fnmatch.fnmatchcase(name, known) for known in names):
             raise UnknownModel(name, served)
 
     async def answer(
@@ -77,17 +78,16 @@ class Serving:
         ignored: Sequence[str] = (),
         key: ReceiptKey | None = None,
     ) -> Response:
-        """Submit them and reply as the encoder says. Raises what `submit` raises."""
+        """Replies as the encoder says. They are submitted, and may be refused, when it is sent."""
         headers: dict[str, str] = {}
         if ignored:
             names = ", ".join(sorted({_safe(name) for name in ignored}))
             _log.info("ignored fields: %s", names)
             headers["X-Keepwarm-Ignored"] = names
-        if key is None:
-            choices = await Choices.open(self.engine, requests)
-        else:
-            choices = Choices(self.engine, await self.engine.submit_once(requests[0], key), ())
-            choices.outlives_its_reader = True
+        if self.config.log_prompts:
+            for request in requests:
+                _log.info("request: %s", request)
+        choices = Choices(self.engine, requests, key)
         if stream:
             return StreamedReply(choices, encoder, headers, self.config)
         return WholeReply(choices, encoder, headers)

@@ -8,7 +8,7 @@ from typing import Any
 from keepwarm.core.errors import InvariantBroken
 from keepwarm.core.ports import Message
 from keepwarm.core.stored import AgentState, LineKey, LineState
-from keepwarm.core.transcript import Transcript, Turn
+from keepwarm.core.transcript import Receipt, Transcript, Turn
 from keepwarm.store.catalog_rows import encode_message, encode_receipt, span_row
 
 NodeId = int
@@ -303,16 +303,18 @@ def _turn_writes(known: CommittedLine, line: CommittedLine) -> Iterator[Write]:
     if len(new) < len(old):
         yield Write(_DROP_TURNS, [(line.line_id, len(new))])
     if kept < len(new):
-        yield Write(_PUT_TURN, [(line.line_id, i, *row) for i, row in enumerate(new[kept:], kept)])
+        rows = [
+            (line.line_id, position, num_tokens, head, encode_receipt(receipt))
+            for position, (num_tokens, head, receipt) in enumerate(new[kept:], kept)
+        ]
+        yield Write(_PUT_TURN, rows)
 
 
 def _turn_rows(
     turns: Sequence[Turn], heads: Sequence[Head]
-) -> list[tuple[int, Head, bytes | None]]:
-    return [
-        (turn.num_tokens, head, encode_receipt(turn.receipt))
-        for turn, head in zip(turns, heads, strict=True)
-    ]
+) -> list[tuple[int, Head, Receipt | None]]:
+    pairs = zip(turns, heads, strict=True)
+    return [(turn.num_tokens, head, turn.receipt) for turn, head in pairs]
 
 
 def _block_writes(known: CommittedLine, line: CommittedLine) -> Iterator[Write]:
