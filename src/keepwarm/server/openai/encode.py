@@ -112,30 +112,42 @@ class Document(msgspec.Struct):
 
 
 class _Encoder:
-    """`with_usage`: a last chunk has the token counts, and all others say that they have none."""
+    """`with_usage`: a last chunk has the token counts, and all others say that they have none.
+
+    Clients that do not say (None) get them with the chunk that ends the last choice: some show
+    token counts and never ask for them, and the others do not look.
+    """
 
     prefix: str
 
-    def __init__(self, model: str, *, with_usage: bool) -> None:
+    def __init__(self, model: str, *, num_choices: int, with_usage: bool | None) -> None:
         self._id = f"{self.prefix}-{secrets.token_hex(12)}"
         self._created = int(time.time())
         self._model = model
+        self._num_choices = num_choices
         self._with_usage = with_usage
         self._ends: dict[int, Completed] = {}
 
     def finish(self) -> bytes:
-        ends = [self._ends[choice] for choice in sorted(self._ends)]
-        usage = self._frame((), Usage.of(ends)) if self._with_usage else b""
+        usage = self._frame((), self._usage()) if self._with_usage else b""
         return usage + DONE
 
     def failed(self, problem: Problem) -> bytes:
         return frame(error_body(problem))
 
+    def _end(self, choice: int, end: Completed, last: ChatChunkChoice | TextChoice) -> bytes:
+        self._ends[choice] = end
+        is_unasked = self._with_usage is None and len(self._ends) == self._num_choices
+        return self._frame((last,), self._usage() if is_unasked else None)
+
+    def _usage(self) -> Usage:
+        return Usage.of([self._ends[choice] for choice in sorted(self._ends)])
+
     def _frame(
         self, choices: Sequence[ChatChunkChoice | TextChoice], usage: Usage | None = None
     ) -> bytes:
         chunk = Chunk(self._id, self.chunk_object, self._created, self._model, choices)
-        if self._with_usage:
+        if self._with_usage or usage is not None:
             chunk.usage = usage
         return frame(_encode(chunk))
 
@@ -155,8 +167,8 @@ class ChatEncoder(_Encoder):
         if isinstance(event, Delta) and event.text:
             return self._chunk(choice, ReplyDelta(content=event.text))
         if isinstance(event, Completed):
-            self._ends[choice] = event
-            return self._chunk(choice, ReplyDelta(), finish_reason(event))
+            last = ChatChunkChoice(choice, ReplyDelta(), finish_reason(event))
+            return self._end(choice, event, last)
         return b""
 
     def whole(self, ends: Sequence[Completed]) -> bytes:
@@ -172,8 +184,8 @@ class ChatEncoder(_Encoder):
     def chunk_object(self) -> str:
         return "chat.completion.chunk"
 
-    def _chunk(self, choice: int, delta: ReplyDelta, reason: str | None = None) -> bytes:
-        return self._frame((ChatChunkChoice(choice, delta, reason),))
+    def _chunk(self, choice: int, delta: ReplyDelta) -> bytes:
+        return self._frame((ChatChunkChoice(choice, delta),))
 
 
 class TextEncoder(_Encoder):
@@ -185,8 +197,7 @@ class TextEncoder(_Encoder):
         if isinstance(event, Delta) and event.text:
             return self._frame((TextChoice(choice, event.text),))
         if isinstance(event, Completed):
-            self._ends[choice] = event
-            return self._frame((TextChoice(choice, "", finish_reason(event)),))
+            return self._end(choice, event, TextChoice(choice, "", finish_reason(event)))
         return b""
 
     def whole(self, ends: Sequence[Completed]) -> bytes:

@@ -21,7 +21,9 @@ async def chat_completions(body: ChatRequest, serving: ServingOf) -> Response:
     """A reply to a conversation, streamed with `stream`."""
     serving.check_model(body.model)
     translated = translate_chat(body, serving.caller, serving.config)
-    encoder = ChatEncoder(body.model, with_usage=_with_usage(body))
+    encoder = ChatEncoder(
+        body.model, num_choices=len(translated.requests), with_usage=_with_usage(body)
+    )
     return await serving.answer(
         translated.requests, encoder, stream=bool(body.stream), ignored=translated.ignored
     )
@@ -32,7 +34,9 @@ async def completions(body: CompletionRequest, serving: ServingOf) -> Response:
     """A continuation of bare text, whose special tokens count as such."""
     serving.check_model(body.model)
     translated = translate_completion(body, serving.caller, serving.config)
-    encoder = TextEncoder(body.model, with_usage=_with_usage(body))
+    encoder = TextEncoder(
+        body.model, num_choices=len(translated.requests), with_usage=_with_usage(body)
+    )
     return await serving.answer(
         translated.requests, encoder, stream=bool(body.stream), ignored=translated.ignored
     )
@@ -45,5 +49,6 @@ async def not_yet() -> Response:
     raise Unsupported("path", "is not served yet; use /v1/chat/completions")
 
 
-def _with_usage(body: Sampled) -> bool:
-    return bool(body.stream_options and body.stream_options.include_usage)
+def _with_usage(body: Sampled) -> bool | None:
+    """None where the client does not say."""
+    return body.stream_options.include_usage if body.stream_options else None
