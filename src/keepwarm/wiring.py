@@ -1,6 +1,7 @@
 """Puts a server together: model, store and engine on their thread, and the application."""
 
 import os
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -62,8 +63,12 @@ async def start_server(
         return engine, close
 
     metrics = Metrics()
-    engine = Engine(open_engine, on_end=metrics.observe_end)
+    engine = Engine(
+        open_engine, on_end=metrics.observe_end, max_waiting=settings.engine.max_waiting
+    )
     await engine.start()
+    # The home is ours now; what an earlier run left half sent is nobody's.
+    shutil.rmtree(home / TRANSFERS_FOLDER, ignore_errors=True)
     num_agents = len(await engine.call(lambda engine: engine.agents()))
     app = build_app(House(engine, cards[0], settings.server, metrics, home / TRANSFERS_FOLDER))
     return RunningServer(app, engine, cards[0].name, num_agents)

@@ -18,9 +18,10 @@ import httpx
 import uvicorn
 
 from engines import FakeFactory, fake_loaded
-from keepwarm.config import Settings, load_settings
+from keepwarm.config import load_settings
 from keepwarm.engine.engine import Engine
-from keepwarm.wiring import RunningServer, start_server
+from keepwarm.server.sockets import uvicorn_config
+from keepwarm.wiring import start_server
 
 START_S = 60.0
 MODEL = "fake"
@@ -64,7 +65,7 @@ def fake_server(
 
         async def serve() -> None:
             running = await start_server(settings, home, load=lambda _: model)
-            server = uvicorn.Server(_uvicorn_config(running, settings))
+            server = uvicorn.Server(uvicorn_config(running.app, settings.server))
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"
             loop = asyncio.get_running_loop()
             opened.append(FakeServer(url, running.engine, factory, loop, server))
@@ -93,16 +94,6 @@ def fake_server(
             assert not thread.is_alive()
         if failed:
             raise failed[0]
-
-
-def _uvicorn_config(running: RunningServer, settings: Settings) -> uvicorn.Config:
-    return uvicorn.Config(
-        running.app,
-        log_config=None,
-        access_log=False,
-        lifespan="on",
-        timeout_graceful_shutdown=int(settings.server.shutdown_grace_s),
-    )
 
 
 @dataclass(slots=True)

@@ -19,6 +19,7 @@ from keepwarm.core.errors import ConfigError
 from keepwarm.home import keepwarm_home
 from keepwarm.server.logs import configure_logs
 from keepwarm.server.settings import ServerConfig
+from keepwarm.server.sockets import uvicorn_config
 from keepwarm.wiring import RunningServer, start_server
 
 _WATCH_S = 0.5
@@ -54,15 +55,7 @@ async def _serve(settings: Settings, listener: socket.socket) -> bool:
     console = Console(stderr=True)
     with console.status(f"Loading {settings.model.name} and the agents' catalogue"):
         running = await start_server(settings, keepwarm_home())
-    config = uvicorn.Config(
-        running.app,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        lifespan="on",
-        timeout_graceful_shutdown=int(settings.server.shutdown_grace_s),
-    )
-    server = _Server(config)
+    server = _Server(uvicorn_config(running.app, settings.server))
     _announce(console, running, listener)
     watching = asyncio.create_task(_stop_with_engine(running, server))
     await server.serve(sockets=[listener])

@@ -2,12 +2,13 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
 from keepwarm.core.agent import Tier
-from keepwarm.core.errors import EngineBroke, EngineStopped, KeyReused
+from keepwarm.core.errors import EngineStopped, KeyReused
 from keepwarm.core.events import (
     CacheReport,
     Completed,
@@ -31,7 +32,7 @@ OpenEngine = Callable[[], tuple[BlockPoolBatchEngine, Callable[[], None]]]
 Beginning = asyncio.Task[EventStream]
 
 ABORT_S = 10.0
-"""How long requests that were cut off by a shutdown may take to end."""
+"""How long the thread may take to end when the start was called off."""
 SAVE_S = 120.0
 """How long saving every agent's KV may take at a shutdown."""
 
@@ -39,8 +40,9 @@ SAVE_S = 120.0
 class Engine:
     """Requests in, streams of events out. Belongs to the event loop's thread.
 
-    `on_end` hears of every request's end. The requests' streams are known by their ids on the
-    engine's thread only, which enters them in the same command that submits them.
+    `on_end` hears of every request's end. `max_waiting` may wait for their agents' turns, beside
+    those that wait in the engine. The requests' streams are known by their ids on the engine's
+    thread only, which enters them in the same command that submits them.
     """
 
     def __init__(
@@ -48,11 +50,12 @@ class Engine:
         open_engine: OpenEngine,
         *,
         on_end: Callable[[Completed | Failed], None] = lambda event: None,
+        max_waiting: int = 1024,
     ) -> None:
         self._thread = EngineLoop(open_engine, deliver=self._deliver, lost=self._lose)
         self._on_end = on_end
         self._running: set[EventStream] = set()
-        self._turnstile = Turnstile()
+        self._turnstile = Turnstile(max_waiting)
         self._once: dict[tuple[str | None, str], tuple[ReceiptKey, Beginning]] = {}
         self._is_stopping = False
         self.has_stopped_well = False
@@ -94,9 +97,8 @@ class Engine:
         if self._thread.has_ended:
             return False
         await self._wait_for_ends(grace_s)
-        for stream in self._running:
-            stream.hang_up()
-        await self._wait_for_ends(ABORT_S)
+        for stream in tuple(self._running):
+            stream.fail(EngineStopped())
         self.has_stopped_well = await asyncio.to_thread(self._thread.stop, SAVE_S)
         return self.has_stopped_well
 
@@ -105,39 +107,41 @@ class Engine:
         return await asyncio.wrap_future(self._thread.ask(call))
 
     async def submit(self, request: GenerateRequest) -> EventStream:
-        """Raises what `BlockPoolBatchEngine.submit` raises, and EngineStopped.
+        """Raises what `BlockPoolBatchEngine.submit` raises, QueueTimeout and EngineStopped.
 
-        What is appended to an agent waits until what was appended to it before has ended.
+        What is appended to an agent waits until what was appended to it before has ended. When the
+        caller is cancelled meanwhile, so is the request.
         """
-        if self._is_stopping:
-            raise EngineStopped
+        arrived_s = asyncio.get_running_loop().time()
         if request.append is None or request.agent_id is None:
-            return await self._submit(request)
+            return await self._submit(request, arrived_s)
         await self._turnstile.enter(request.agent_id, request.queue_timeout_s)
         try:
-            stream = await self._submit(request)
+            stream = await self._submit(request, arrived_s)
         except BaseException:
             self._turnstile.leave(request.agent_id)
             raise
         stream.end.add_done_callback(partial(self._leave, request.agent_id))
         return stream
 
-    async def _submit(self, request: GenerateRequest) -> EventStream:
-        request_id: list[str] = []
-        stream = EventStream(lambda: self._cancel(request_id))
+    async def _submit(self, request: GenerateRequest, arrived_s: float) -> EventStream:
+        if self._is_stopping:
+            raise EngineStopped
+        stream = EventStream(self._cancel)
 
         def command(engine: BlockPoolBatchEngine) -> None:
-            request_id.append(engine.submit(**request.arguments()))
-            self._streams[request_id[0]] = stream
+            request_id = engine.submit(**request.arguments())
+            stream.request_id = request_id
+            self._streams[request_id] = stream
 
         try:
             await self.call(command)
         except asyncio.CancelledError:
-            self._cancel(request_id)
+            self._cancel(stream)
             raise
         self._running.add(stream)
         stream.end.add_done_callback(partial(self._ended, stream))
-        stream.limit(queue_s=request.queue_timeout_s, total_s=request.deadline_s)
+        stream.limit(since_s=arrived_s, queue_s=request.queue_timeout_s, total_s=request.deadline_s)
         return stream
 
     async def submit_once(self, request: GenerateRequest, key: ReceiptKey) -> EventStream:
@@ -182,9 +186,16 @@ class Engine:
         self._running.discard(stream)
         self._on_end(end.result())
 
-    def _cancel(self, request_id: Sequence[str]) -> None:
-        """Behind the command that submits it, so that the id is known by then, if ever."""
-        self._thread.ask(lambda engine: engine.cancel(request_id[0]) if request_id else False)
+    def _cancel(self, stream: EventStream) -> None:
+        """Behind the command that submits it, so that its id is known by then, if ever."""
+
+        def command(engine: BlockPoolBatchEngine) -> None:
+            # An engine that was opened again counts its ids from the start.
+            request_id = stream.request_id
+            if request_id is not None and self._streams.get(request_id) is stream:
+                engine.cancel(request_id)
+
+        self._thread.ask(command)
 
     async def _wait_for_ends(self, timeout_s: float) -> None:
         ends = [stream.end for stream in self._running]
@@ -205,12 +216,12 @@ class Engine:
 
     def _lose(self, error: Exception) -> None:
         streams, self._streams = self._streams, {}
-        broke = EngineBroke(error)
-        self._post([(s, Failed(i, None, broke, "")) for i, s in streams.items()])
+        self._post([(s, Failed(i, None, error, "")) for i, s in streams.items()])
 
     def _post(self, pairs: Sequence[tuple[EventStream, Event]]) -> None:
-        if pairs and self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(_put_all, pairs)
+        if pairs and self._loop is not None:
+            with suppress(RuntimeError):  # the loop has been closed, and nobody listens any more
+                self._loop.call_soon_threadsafe(_put_all, pairs)
 
 
 def _put_all(pairs: Sequence[tuple[EventStream, Event]]) -> None:

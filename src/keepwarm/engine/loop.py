@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
-from keepwarm.core.errors import EngineStopped
+from keepwarm.core.errors import EngineBroke, EngineStopped
 from keepwarm.core.events import Event
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
 from keepwarm.engine.mailbox import Call, Command, Mailbox
@@ -29,9 +29,10 @@ class EngineLoop:
     """Owns the engine: only this thread touches it, so nothing in it has a lock.
 
     `open_engine` runs on the thread, loads what has to be loaded there, and returns the engine
-    with what closes it. `deliver` gets each step's events on the thread, `lost` is called when
-    the engine broke and all that ran in it is gone: what it had on disk is not. A model that
-    raises does not break the engine; a bug in the engine does.
+    with what closes it. `deliver` gets each step's events on the thread. `lost` is called with
+    EngineBroke when all that ran in the engine is gone (what it had on disk is not), and with
+    EngineStopped when the loop ends. A model that raises does not break the engine; a bug in the
+    engine's step does. What a command raises is only for whoever asked.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class EngineLoop:
         self._mailbox = Mailbox()
         self._stopping = threading.Event()
         self._ended = threading.Event()
+        self._has_saved = False
         self._opened: Future[None] = Future()
         self._broken_at: list[float] = []
         self._thread = threading.Thread(target=self._run, name="keepwarm-engine", daemon=True)
@@ -73,21 +75,23 @@ class EngineLoop:
         return command.answer
 
     def stop(self, timeout_s: float) -> bool:
-        """End the loop: KV is saved and the store closed. Returns whether that was in time."""
+        """End the loop: KV is saved and the store closed. Returns whether all was, in time."""
         self._stopping.set()
         self._mailbox.put(Command(lambda engine: None))
         self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        return not self._thread.is_alive() and self._has_saved
 
     # -- on the thread ---------------------------------------------------------------------------
 
     def _run(self) -> None:
+        self._opened.set_running_or_notify_cancel()
         try:
             while self._serve():
                 pass
         finally:
             self._ended.set()
             self._refuse_commands()
+            self._lost(EngineStopped())
 
     def _serve(self) -> bool:
         """Open the engine and run it. Returns whether it broke and is to be opened again."""
@@ -99,28 +103,35 @@ class EngineLoop:
         if not self._opened.done():
             self._opened.set_result(None)
         try:
-            while not self._stopping.is_set():
-                self._turn(engine)
-            engine.close()
+            self._run_until_stopped(engine)
         except Exception as error:  # noqa: BLE001 - a bug must not leave a deaf server behind
             _log.exception("the engine broke; its agents are read from the disk again")
-            self._lost(error)
+            self._lost(EngineBroke(error))
             return self._may_rebuild()
         finally:
-            close()
+            _close_quietly(close)
         return False
 
+    def _run_until_stopped(self, engine: BlockPoolBatchEngine) -> None:
+        while not self._stopping.is_set():
+            self._turn(engine)
+        # What was asked for before the end, like cutting off a reply, is done before saving.
+        self._run_commands(engine, wait_s=0.0)
+        self._has_saved = engine.close()
+
     def _turn(self, engine: BlockPoolBatchEngine) -> None:
-        for command in self._mailbox.drain(wait_s=_wait_s(engine)):
-            command.run(engine)
+        self._run_commands(engine, wait_s=_wait_s(engine))
         events = engine.step()
         if events:
             self._deliver(events)
 
+    def _run_commands(self, engine: BlockPoolBatchEngine, *, wait_s: float) -> None:
+        for command in self._mailbox.drain(wait_s=wait_s):
+            command.run(engine)
+
     def _fail_to_open(self, error: Exception) -> None:
         if self._opened.done():
             _log.error("the engine could not be opened again: %s", error)
-            self._lost(error)
         else:
             self._opened.set_exception(error)
 
@@ -133,6 +144,14 @@ class EngineLoop:
     def _refuse_commands(self) -> None:
         for command in self._mailbox.drain(wait_s=0.0):
             command.refuse(EngineStopped())
+
+
+def _close_quietly(close: Callable[[], None]) -> None:
+    """What is left of a broken engine may not close; the next one says what stands in its way."""
+    try:
+        close()
+    except Exception:  # noqa: BLE001 - the loop goes on, or ends in order
+        _log.exception("the engine's store or model did not close")
 
 
 def _wait_s(engine: BlockPoolBatchEngine) -> float:

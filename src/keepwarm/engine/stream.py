@@ -1,6 +1,7 @@
 """One request's events on the event loop, whoever reads them and however slowly."""
 
 import asyncio
+from array import array
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -9,22 +10,30 @@ from typing import Self
 from keepwarm.core.errors import DeadlineExceeded, QueueTimeout
 from keepwarm.core.events import Completed, Delta, Event, Failed, Progress, Started
 
+_MAX_PIECES = 256
+
 
 class EventStream(AsyncIterator[Event]):
     """Ends after Completed or Failed. Belongs to the event loop's thread.
 
     What is not read yet is kept as one Delta and one Progress, so a slow reader costs as much
-    memory as its reply has text. `cancel_request` ends the request in the engine.
+    memory as its reply has text. `cancel_request` ends the request in the engine. `request_id` is
+    set and read on the engine's thread only.
     """
 
-    def __init__(self, cancel_request: Callable[[], None]) -> None:
+    def __init__(self, cancel_request: Callable[["EventStream"], None]) -> None:
+        self.request_id: str | None = None
         self._cancel_request = cancel_request
-        self._unread: deque[Event] = deque()
+        self._unread: deque[Event | _Deltas] = deque()
         self._news = asyncio.Event()
         self._timers: list[asyncio.TimerHandle] = []
-        self._sent_text: list[str] = []
+        self._said = _Text()
         self.has_started = False
         self.end: asyncio.Future[Completed | Failed] = asyncio.get_running_loop().create_future()
+
+    def __repr__(self) -> str:
+        state = "ended" if self.has_ended else "running" if self.has_started else "waiting"
+        return f"EventStream({state}, {len(self._unread)} unread)"
 
     def __aiter__(self) -> Self:
         return self
@@ -35,7 +44,8 @@ class EventStream(AsyncIterator[Event]):
                 raise StopAsyncIteration
             self._news.clear()
             await self._news.wait()
-        return self._unread.popleft()
+        event = self._unread.popleft()
+        return event.joined() if isinstance(event, _Deltas) else event
 
     @property
     def has_ended(self) -> bool:
@@ -44,39 +54,56 @@ class EventStream(AsyncIterator[Event]):
     def put(self, event: Event) -> None:
         if self.end.done():
             return
-        self.has_started |= isinstance(event, Started | Delta)
-        last = self._unread[-1] if self._unread else None
         if isinstance(event, Delta):
-            self._sent_text.append(event.text)
-        if isinstance(event, Delta) and isinstance(last, Delta):
-            self._unread[-1] = _joined(last, event)
-        elif isinstance(event, Progress) and isinstance(last, Progress):
+            self.has_started = True
+            self._said.add(event.text)
+            self._put_delta(event)
+        elif isinstance(event, Progress) and self._last_is_progress():
             self._unread[-1] = event
         else:
+            self.has_started |= isinstance(event, Started)
             self._unread.append(event)
         if isinstance(event, Completed | Failed):
             self._finish(event)
         self._news.set()
 
-    def limit(self, *, queue_s: float | None, total_s: float | None) -> None:
-        """End the request when it has not started, or not ended, so many seconds from now."""
+    def limit(self, *, since_s: float, queue_s: float | None, total_s: float | None) -> None:
+        """End the request when it has not started, or not ended, so long after `since_s`.
+
+        That is a time of the event loop.
+        """
         loop = asyncio.get_running_loop()
+        if self.end.done():
+            return
         if queue_s is not None:
-            self._timers.append(loop.call_later(queue_s, self._give_up_waiting, queue_s))
+            timer = loop.call_at(since_s + queue_s, self._give_up_waiting, queue_s)
+            self._timers.append(timer)
         if total_s is not None:
             error = DeadlineExceeded(deadline_s=total_s)
-            self._timers.append(loop.call_later(total_s, self.fail, error))
+            self._timers.append(loop.call_at(since_s + total_s, self.fail, error))
 
     def fail(self, error: Exception) -> None:
         """The request ends with this, whatever the engine has to say of it later."""
         if not self.end.done():
-            self._cancel_request()
-            self.put(Failed("", None, error, "".join(self._sent_text)))
+            self._cancel_request(self)
+            self.put(Failed("", None, error, self._said.joined()))
 
     def hang_up(self) -> None:
         """Nobody reads any more: the engine stops computing within a step."""
         if not self.end.done():
-            self._cancel_request()
+            self._cancel_request(self)
+
+    def _put_delta(self, delta: Delta) -> None:
+        last = self._unread[-1] if self._unread else None
+        if isinstance(last, _Deltas):
+            last.add(delta)
+        elif isinstance(last, Delta):
+            self._unread[-1] = _Deltas(last, delta)
+        else:
+            self._unread.append(delta)
+
+    def _last_is_progress(self) -> bool:
+        return bool(self._unread) and isinstance(self._unread[-1], Progress)
 
     def _give_up_waiting(self, waited_s: float) -> None:
         if not self.has_started:
@@ -88,15 +115,48 @@ class EventStream(AsyncIterator[Event]):
             timer.cancel()
 
 
+class _Text:
+    """Text that comes in pieces. They are joined now and then, for each has a header of its own."""
+
+    __slots__ = ("_pieces",)
+
+    def __init__(self) -> None:
+        self._pieces: list[str] = []
+
+    def add(self, piece: str) -> None:
+        self._pieces.append(piece)
+        if len(self._pieces) > _MAX_PIECES:
+            self._pieces = [self.joined()]
+
+    def joined(self) -> str:
+        return "".join(self._pieces)
+
+
+class _Deltas:
+    """Deltas that nobody has read yet, as one."""
+
+    __slots__ = ("_first", "_text", "_token_ids")
+
+    def __init__(self, first: Delta, second: Delta) -> None:
+        self._first = first
+        self._text = _Text()
+        self._token_ids = array("q")
+        self.add(first)
+        self.add(second)
+
+    def add(self, delta: Delta) -> None:
+        self._text.add(delta.text)
+        self._token_ids.extend(delta.token_ids)
+
+    def joined(self) -> Delta:
+        return replace(self._first, text=self._text.joined(), token_ids=tuple(self._token_ids))
+
+
 def replayed(text: str, completed: Completed) -> EventStream:
     """What a request that has ended said, for whoever asks again."""
-    stream = EventStream(lambda: None)
+    stream = EventStream(lambda _: None)
     stream.put(Started(completed.request_id, completed.agent_id, completed.cache))
     if text:
         stream.put(Delta(completed.request_id, completed.agent_id, text, completed.token_ids))
     stream.put(completed)
     return stream
-
-
-def _joined(one: Delta, other: Delta) -> Delta:
-    return replace(one, text=one.text + other.text, token_ids=one.token_ids + other.token_ids)

@@ -3,20 +3,28 @@
 import asyncio
 from collections import Counter
 
-from keepwarm.core.errors import QueueTimeout
+from keepwarm.core.errors import QueueFull, QueueTimeout
 
 
 class Turnstile:
-    """Belongs to the event loop's thread."""
+    """Belongs to the event loop's thread. `max_waiting` may wait, for all agents together."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_waiting: int) -> None:
+        self._max_waiting = max_waiting
         self._locks: dict[str, asyncio.Lock] = {}
         self._num_inside_or_waiting: Counter[str] = Counter()
+        self.num_waiting = 0
+
+    def __repr__(self) -> str:
+        return f"Turnstile({len(self._locks)} agents, {self.num_waiting} waiting)"
 
     async def enter(self, agent_id: str, timeout_s: float | None) -> None:
-        """Raises QueueTimeout. Whoever entered must leave."""
+        """Raises QueueTimeout and QueueFull. Whoever entered must leave."""
         lock = self._locks.setdefault(agent_id, asyncio.Lock())
+        if lock.locked() and self.num_waiting >= self._max_waiting:
+            raise QueueFull(num_waiting=self.num_waiting)
         self._num_inside_or_waiting[agent_id] += 1
+        self.num_waiting += 1
         try:
             async with asyncio.timeout(timeout_s):
                 await lock.acquire()
@@ -26,6 +34,8 @@ class Turnstile:
         except BaseException:
             self._forget(agent_id)
             raise
+        finally:
+            self.num_waiting -= 1
 
     def leave(self, agent_id: str) -> None:
         self._locks[agent_id].release()

@@ -7,7 +7,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
@@ -38,7 +38,13 @@ def build_app(house: House) -> ASGIApp:
     api.state.house = house
     for module in (openai, anthropic, agents, admin):
         api.include_router(module.router)
-    for error_type in (KeepwarmError, RequestValidationError, HTTPException, Exception):
+    for error_type in (
+        KeepwarmError,
+        RequestValidationError,
+        HTTPException,
+        ClientDisconnect,
+        Exception,
+    ):
         api.add_exception_handler(error_type, _answer_error)
     guarded: ASGIApp = Guard(api, house.config, house.metrics.observe_http)
     if house.config.allowed_origins:

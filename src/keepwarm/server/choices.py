@@ -1,83 +1,93 @@
 """The replies to one request: one, or as many as its `n` says, side by side."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
 
 from keepwarm.core.events import Completed, Delta, Event, Failed
 from keepwarm.engine.engine import Engine
-from keepwarm.engine.requests import GenerateRequest
+from keepwarm.engine.requests import GenerateRequest, ReceiptKey
 from keepwarm.engine.stream import EventStream
+
+Merged = asyncio.Queue[tuple[int, Event]]
 
 
 class Choices:
-    """The first reply computes the prompt; the others begin when that is done, and find its KV."""
+    """The first reply computes the prompt; the others begin when that is done, and find its KV.
+
+    With a `key` there is one reply, which runs on when nobody reads it any more.
+    """
 
     def __init__(
-        self, engine: Engine, first: EventStream, others: Sequence[GenerateRequest]
+        self, engine: Engine, requests: Sequence[GenerateRequest], key: ReceiptKey | None = None
     ) -> None:
         self._engine = engine
-        self._streams = [first]
-        self._others = others
-        self._is_abandoned = False
-        self.outlives_its_reader = False
-        self.has_failed = False
-
-    @classmethod
-    async def open(cls, engine: Engine, requests: Sequence[GenerateRequest]) -> "Choices":
-        """Raises what `submit` raises."""
-        first = await engine.submit(requests[0])
-        return cls(engine, first, requests[1:])
+        self._first, *self._others = requests
+        self._key = key
+        self._streams: list[EventStream] = []
 
     def hang_up(self) -> None:
         """Nobody reads them any more."""
-        if self.outlives_its_reader:
-            return
-        self._is_abandoned = True
-        for stream in self._streams:
-            stream.hang_up()
+        if self._key is None:
+            for stream in self._streams:
+                stream.hang_up()
 
-    async def events(self) -> AsyncIterator[tuple[int, Event]]:
-        """Each event with the number of its reply, until all have ended."""
+    async def events(self) -> AsyncGenerator[tuple[int, Event], None]:
+        """Submit, and give each event with the number of its reply until all have ended.
+
+        Raises what `submit` raises, and the error that a reply failed with.
+        """
+        if self._key is not None:
+            first = await self._engine.submit_once(self._first, self._key)
+        else:
+            first = await self._submit(self._first)
         if not self._others:
-            async for event in self._streams[0]:
-                self.has_failed |= isinstance(event, Failed)
-                yield 0, event
+            async for event in first:
+                yield 0, _checked(event)
             return
-        async for pair in self._merged():
-            self.has_failed |= isinstance(pair[1], Failed)
-            yield pair
+        async with aclosing(self._merged(first)) as merged:
+            async for choice, event in merged:
+                yield choice, _checked(event)
 
-    async def _merged(self) -> AsyncIterator[tuple[int, Event]]:
-        merged: asyncio.Queue[tuple[int, Event]] = asyncio.Queue(maxsize=1)
-        pumps = [asyncio.create_task(_pump(0, self._streams[0], merged))]
-        num_running, num_choices = 1, 1 + len(self._others)
-        try:
+    async def _submit(self, request: GenerateRequest) -> EventStream:
+        stream = await self._engine.submit(request)
+        self._streams.append(stream)
+        return stream
+
+    async def _merged(self, first: EventStream) -> AsyncGenerator[tuple[int, Event], None]:
+        merged: Merged = asyncio.Queue(maxsize=1)
+        waiting = list(enumerate(self._others, 1))
+        async with _pumps() as pumps:
+            pumps.append(asyncio.create_task(_pump(0, first, merged)))
+            num_running = 1
             while num_running:
                 choice, event = await merged.get()
                 yield choice, event
-                if len(pumps) < num_choices and isinstance(event, Delta | Completed):
-                    pumps += await self._open_others(merged)
-                    num_running += len(pumps) - 1
+                while waiting and isinstance(event, Delta | Completed):
+                    number, request = waiting.pop(0)
+                    stream = await self._submit(request)
+                    pumps.append(asyncio.create_task(_pump(number, stream, merged)))
+                    num_running += 1
                 num_running -= isinstance(event, Completed | Failed)
-        finally:
-            for pump in pumps:
-                pump.cancel()
-
-    async def _open_others(
-        self, merged: "asyncio.Queue[tuple[int, Event]]"
-    ) -> "list[asyncio.Task[None]]":
-        pumps: list[asyncio.Task[None]] = []
-        for number, request in enumerate(self._others, 1):
-            stream = await self._engine.submit(request)
-            self._streams.append(stream)
-            if self._is_abandoned:
-                stream.hang_up()
-            pumps.append(asyncio.create_task(_pump(number, stream, merged)))
-        return pumps
 
 
-async def _pump(
-    number: int, stream: EventStream, merged: "asyncio.Queue[tuple[int, Event]]"
-) -> None:
+@asynccontextmanager
+async def _pumps() -> AsyncIterator[list[asyncio.Task[None]]]:
+    """None of them outlives the block."""
+    pumps: list[asyncio.Task[None]] = []
+    try:
+        yield pumps
+    finally:
+        for pump in pumps:
+            pump.cancel()
+
+
+async def _pump(number: int, stream: EventStream, merged: Merged) -> None:
     async for event in stream:
         await merged.put((number, event))
+
+
+def _checked(event: Event) -> Event:
+    if isinstance(event, Failed):
+        raise event.error
+    return event

@@ -12,7 +12,7 @@ from keepwarm.server.problems import Problem
 
 def error_response(scope: Scope, problem: Problem) -> Response:
     """In the shape that the client of this path expects."""
-    headers = {}
+    headers = dict(problem.headers)
     if problem.retry_after_s is not None:
         headers["Retry-After"] = str(problem.retry_after_s)
     if problem.status == 401:

@@ -52,6 +52,9 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":
+            # The same answer as to GET; the protocol, which has a scope of its own, sends no body.
+            scope = {**scope, "method": "GET"}
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
@@ -74,7 +77,7 @@ class Guard:
         self._check_rate(scope, client)
         limit = self._limit_of_body(scope)
         length = headers.get("content-length", "")
-        if length.isdigit() and int(length) > limit:
+        if length.isdecimal() and int(length) > limit:
             raise NotAllowed(_too_large(limit))
         await self._app(scope, _bounded(receive, limit), send)
 
@@ -93,7 +96,8 @@ class Guard:
         origin = headers.get("origin")
         if origin is None or origin in self._config.allowed_origins:
             return
-        if "*" in self._config.allowed_origins or urlsplit(origin).netloc == headers.get("host"):
+        host = headers.get("host", "")
+        if "*" in self._config.allowed_origins or origin.partition("://")[2] == host != "":
             return
         raise NotAllowed(
             Problem(403, Kind.FORBIDDEN, f"the origin {origin!r} is not in allowed_origins")

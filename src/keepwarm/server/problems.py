@@ -1,10 +1,12 @@
 """What went wrong, once, for every dialect to say in its own shape."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from keepwarm.core.errors import (
     AgentBusy,
@@ -58,6 +60,7 @@ class Problem:
     message: str
     param: str | None = None
     retry_after_s: int | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 class Unsupported(InvalidRequest):
@@ -107,18 +110,36 @@ _KIND_OF_STATUS = {401: Kind.UNAUTHENTICATED, 403: Kind.FORBIDDEN, 404: Kind.NOT
 
 def problem_of(error: Exception) -> Problem:
     """What a request that ended with this error is told."""
+    problem = _problem_of(error)
+    param = None if problem.param is None else _encodable(problem.param)
+    return replace(problem, message=_encodable(problem.message), param=param)
+
+
+def _problem_of(error: Exception) -> Problem:
     if isinstance(error, NotAllowed):
         return error.problem
     if isinstance(error, RequestValidationError):
         return _of_validation(error)
     if isinstance(error, HTTPException):
-        kind = _KIND_OF_STATUS.get(error.status_code, Kind.INVALID)
-        return Problem(error.status_code, kind, str(error.detail))
+        return _of_http(error)
+    if isinstance(error, ClientDisconnect):
+        return Problem(400, Kind.INVALID, "the body broke off", "body")
     for error_type, status, kind in _STATUS:
         if isinstance(error, error_type):
             param = error.field if isinstance(error, InvalidRequest) else None
             return Problem(status, kind, str(error), param, _RETRY_AFTER_S.get(kind))
     return Problem(500, Kind.INTERNAL, "an error inside the server; its log has the details")
+
+
+def _of_http(error: HTTPException) -> Problem:
+    """Of the framework's own: an unknown path, a wrong method, a body that cannot be read."""
+    if isinstance(error.__cause__, NotAllowed):
+        return error.__cause__.problem
+    kind = _KIND_OF_STATUS.get(error.status_code, Kind.INVALID)
+    param = "body" if error.status_code == 400 else None
+    return Problem(
+        error.status_code, kind, str(error.detail), param, headers=dict(error.headers or {})
+    )
 
 
 def _of_validation(error: RequestValidationError) -> Problem:
@@ -129,3 +150,8 @@ def _of_validation(error: RequestValidationError) -> Problem:
         return Problem(400, Kind.INVALID, f"the body is not JSON: {first['ctx']['error']}", "body")
     param = ".".join(path) or where
     return Problem(400, Kind.INVALID, f"{param}: {first['msg']}", param)
+
+
+def _encodable(text: str) -> str:
+    """Clients may send half of a surrogate pair, and it may be quoted."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -1,14 +1,17 @@
 """A reply on its way to its client: streamed or whole, watched for a client that has gone."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import aclosing
 from typing import Protocol
 
 from starlette.responses import Response
 from starlette.types import Message as AsgiMessage
 from starlette.types import Receive, Scope, Send
 
-from keepwarm.core.events import CacheReport, Completed, Delta, Event, Failed, Started
+from keepwarm.core.errors import EngineStopped, KeepwarmError
+from keepwarm.core.events import CacheReport, Completed, Delta, Event, Started
 from keepwarm.server import cache_report
 from keepwarm.server.choices import Choices
 from keepwarm.server.problems import Problem, problem_of
@@ -16,6 +19,12 @@ from keepwarm.server.settings import ServerConfig
 
 SSE = "text/event-stream; charset=utf-8"
 HEARTBEAT = b": keepwarm\n\n"
+ABORT = "keepwarm.abort"
+"""Where a scope has what closes its connection, whatever has not been read of it."""
+
+_SOON_S = 0.001
+
+_log = logging.getLogger(__name__)
 
 
 class Encoder(Protocol):
@@ -37,29 +46,42 @@ class Encoder(Protocol):
 
 
 class _Reply(Response):
-    """Ends the request in the engine when its client hangs up, in whichever phase it is."""
+    """Ends the request in the engine when its client hangs up, in whichever phase it is.
+
+    The request is submitted in here, where its client is watched: it may wait for long.
+    """
 
     def __init__(self, choices: Choices, encoder: Encoder, headers: Mapping[str, str]) -> None:
         self._choices = choices
         self._encoder = encoder
         self._extra_headers = headers
+        self._abort: Callable[[], None] | None = None
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        watcher = asyncio.create_task(self._watch(receive))
+        self._abort = scope.get(ABORT)
+        answering = asyncio.create_task(self._answer(send))
+        watching = asyncio.create_task(_disconnected(receive))
+        tasks = {answering, watching}
         try:
-            await self._answer(send)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if answering.done():
+                answering.result()
+        except asyncio.CancelledError:
+            # The server stops, and has waited for as long as it may.
+            await _cancelled(answering)
+            await self._fail(send, EngineStopped())
         finally:
-            watcher.cancel()
             self._choices.hang_up()
-
-    async def _watch(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        self._choices.hang_up()
+            for task in tasks:
+                await _cancelled(task)
 
     async def _answer(self, send: Send) -> None:
         raise NotImplementedError
+
+    async def _fail(self, send: Send, error: Exception) -> None:
+        """Say so where that is possible; otherwise raise it."""
+        raise error
 
     def _head(self, media_type: str, cache: CacheReport | None) -> AsgiMessage:
         headers = {"content-type": media_type, "cache-control": "no-store", **self._extra_headers}
@@ -73,12 +95,8 @@ class WholeReply(_Reply):
     """One JSON document when all choices have ended."""
 
     async def _answer(self, send: Send) -> None:
-        ends: dict[int, Completed] = {}
-        async for choice, event in self._choices.events():
-            if isinstance(event, Failed):
-                raise event.error
-            if isinstance(event, Completed):
-                ends[choice] = event
+        async with aclosing(self._choices.events()) as events:
+            ends = {choice: event async for choice, event in events if isinstance(event, Completed)}
         body = self._encoder.whole([ends[choice] for choice in sorted(ends)])
         await send(self._head("application/json", ends[0].cache))
         await send({"type": "http.response.body", "body": body})
@@ -100,85 +118,115 @@ class StreamedReply(_Reply):
     ) -> None:
         super().__init__(choices, encoder, headers)
         self._config = config
+        self._has_begun = False
 
     async def _answer(self, send: Send) -> None:
-        writer = _Writer(send, self._config.slow_reader_s, self._choices.hang_up)
-        beat = asyncio.create_task(self._beat(writer))
         try:
-            async for choice, event in self._choices.events():
-                await self._pass_on(writer, choice, event)
-            await self._end(writer)
+            await self._stream(_Writer(send))
+        except Exception as error:  # noqa: BLE001 - the edge: whatever it is, the client is told
+            await self._fail(send, error)
+
+    async def _stream(self, writer: "_Writer") -> None:
+        minding = asyncio.create_task(self._mind(writer))
+        try:
+            async with aclosing(self._choices.events()) as events:
+                async for choice, event in events:
+                    await self._pass_on(writer, choice, event)
+            await writer.write(self._encoder.finish())
+            await writer.end()
         finally:
-            beat.cancel()
+            minding.cancel()
 
     async def _pass_on(self, writer: "_Writer", choice: int, event: Event) -> None:
-        if isinstance(event, Failed) and not writer.has_begun:
-            raise event.error
-        if isinstance(event, Started | Delta | Completed | Failed) and not writer.has_begun:
-            await writer.begin(self._head(SSE, _cache_of(event)))
-        if isinstance(event, Failed):
-            self._choices.hang_up()
-            await writer.write(self._encoder.failed(problem_of(event.error)))
-            return
-        await writer.write(self._encoder.event(choice, event))
+        if not self._has_begun and isinstance(event, Started | Delta | Completed):
+            await self._begin(writer, event.cache if not isinstance(event, Delta) else None)
+        data = self._encoder.event(choice, event)
         if isinstance(event, Completed):
-            note = cache_report.header_of(event.cache)
-            await writer.write(f": {cache_report.HEADER} {note}\n\n".encode())
+            data += f": {cache_report.HEADER} {cache_report.header_of(event.cache)}\n\n".encode()
+        if data and self._has_begun:
+            await writer.write(data)
 
-    async def _end(self, writer: "_Writer") -> None:
-        if not self._choices.has_failed:
-            await writer.write(self._encoder.finish())
-        await writer.end()
+    async def _begin(self, writer: "_Writer", cache: CacheReport | None) -> None:
+        self._has_begun = True
+        await writer.send(self._head(SSE, cache))
 
-    async def _beat(self, writer: "_Writer") -> None:
+    async def _fail(self, send: Send, error: Exception) -> None:
+        if not self._has_begun:
+            raise error
+        if not isinstance(error, KeepwarmError):
+            _log.error("a reply broke off", exc_info=error)
+        last = self._encoder.failed(problem_of(error))
+        try:
+            async with asyncio.timeout(self._config.slow_reader_s):
+                await send({"type": "http.response.body", "body": last})
+        except TimeoutError:
+            self._cut_off()
+
+    async def _mind(self, writer: "_Writer") -> None:
+        """Break the silence, and cut off a client that does not read."""
         while True:
-            await asyncio.sleep(self._config.heartbeat_s)
-            if not writer.has_begun:
-                await writer.begin(self._head(SSE, None))
-            if not writer.take_was_busy():
+            await asyncio.sleep(writer.next_look_s(self._config))
+            if writer.is_stuck(self._config.slow_reader_s):
+                self._cut_off()
+                return
+            if writer.is_silent(self._config.heartbeat_s):
+                if not self._has_begun:
+                    await self._begin(writer, None)
                 await writer.write(HEARTBEAT)
+
+    def _cut_off(self) -> None:
+        self._choices.hang_up()
+        if self._abort is not None:
+            self._abort()
 
 
 class _Writer:
-    """Writes one at a time, and gives up on a client that does not read."""
+    """Sends one message at a time, and knows since when."""
 
-    def __init__(self, send: Send, timeout_s: float, hang_up: Callable[[], None]) -> None:
+    def __init__(self, send: Send) -> None:
         self._send = send
-        self._timeout_s = timeout_s
-        self._hang_up = hang_up
+        self._now = asyncio.get_running_loop().time
         self._lock = asyncio.Lock()
-        self._was_busy = False
-        self._is_stuck = False
-        self.has_begun = False
-
-    def take_was_busy(self) -> bool:
-        """Whether anything was written since the last time."""
-        was_busy, self._was_busy = self._was_busy, False
-        return was_busy
-
-    async def begin(self, head: AsgiMessage) -> None:
-        async with self._lock:
-            if not self.has_begun:
-                self.has_begun = True
-                await self._send(head)
+        self._last_s = self._now()
+        self._is_sending = False
 
     async def write(self, data: bytes) -> None:
-        if not data or self._is_stuck:
-            return
-        self._was_busy = True
-        try:
-            async with asyncio.timeout(self._timeout_s), self._lock:
-                await self._send({"type": "http.response.body", "body": data, "more_body": True})
-        except TimeoutError:
-            self._is_stuck = True
-            self._hang_up()
+        if data:
+            await self.send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def end(self) -> None:
-        if self._is_stuck:
-            raise ConnectionAbortedError("the client did not read its reply")
+        await self.send({"type": "http.response.body", "body": b""})
+
+    async def send(self, message: AsgiMessage) -> None:
         async with self._lock:
-            await self._send({"type": "http.response.body", "body": b""})
+            self._last_s = self._now()
+            self._is_sending = True
+            await self._send(message)
+            self._is_sending = False
+
+    def next_look_s(self, config: ServerConfig) -> float:
+        """Until it may have been silent, or stuck, for too long."""
+        since_s = self._now() - self._last_s
+        if self._is_sending:
+            return max(config.slow_reader_s - since_s, _SOON_S)
+        return max(min(config.heartbeat_s - since_s, config.slow_reader_s), _SOON_S)
+
+    def is_stuck(self, limit_s: float) -> bool:
+        """Whether a message has been on its way for so long: the client does not read."""
+        return self._is_sending and self._now() - self._last_s >= limit_s
+
+    def is_silent(self, limit_s: float) -> bool:
+        return not self._is_sending and self._now() - self._last_s >= limit_s
 
 
-def _cache_of(event: Event) -> CacheReport | None:
-    return event.cache if isinstance(event, Started | Completed) else None
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _cancelled(task: "asyncio.Task[None]") -> None:
+    """Cancel it and wait for its end, however it ends."""
+    task.cancel()
+    await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()
