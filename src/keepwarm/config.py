@@ -142,6 +142,14 @@ def variable_of(name: str) -> str:
     return PREFIX + name.replace(".", "_").upper()
 
 
+def parse_size(name: str, text: str) -> int:
+    """`8GiB`, `500MB` or `12` in bytes. Raises ConfigError with that name."""
+    try:
+        return _size(text)
+    except _WrongValue as error:
+        raise ConfigError(name, f"{error}, not {text!r}") from None
+
+
 def is_secret(setting: "Field[Any]") -> bool:
     """Whether its value is shown nowhere, not even where it is wrong."""
     return not setting.repr

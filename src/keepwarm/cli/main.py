@@ -4,7 +4,9 @@ import sys
 
 import typer
 
+from keepwarm.cli.agents import agents
 from keepwarm.cli.bench import bench
+from keepwarm.cli.chat import chat
 from keepwarm.cli.demo import demo
 from keepwarm.cli.doctor import doctor
 from keepwarm.cli.serve import serve
@@ -19,6 +21,8 @@ app = typer.Typer(
 
 
 app.command()(serve)
+app.command()(chat)
+app.add_typer(agents)
 app.command()(demo)
 app.command()(doctor)
 app.add_typer(bench)

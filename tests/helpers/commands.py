@@ -1,0 +1,130 @@
+"""The `keepwarm` command, run in this process as a shell runs it, or in a terminal of its own."""
+
+import contextlib
+import io
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+from keepwarm.cli import main
+
+WAIT_S = 30.0
+
+_IN_TERMINAL = """
+import fcntl, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # Ctrl-C is now a signal to this process
+from keepwarm.cli.main import main
+main()
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What a command printed, and its exit code."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+def keepwarm(
+    *arguments: str, url: str = "", stdin: bytes = b"", key: str = "", columns: int = 240
+) -> Done:
+    """`url` and `key` as environment variables."""
+    variables = {"KEEPWARM_URL": url, "KEEPWARM_API_KEY": key, "COLUMNS": str(columns)}
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", newline="") for _ in range(2))
+    with (
+        mock.patch.dict(os.environ, variables),
+        mock.patch.object(sys, "argv", ["keepwarm", *arguments]),
+        mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8")),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            main.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    return Done(code, _text(out), _text(err))
+
+
+def _text(stream: io.TextIOWrapper) -> str:
+    stream.seek(0)
+    return stream.read()
+
+
+@dataclass(slots=True)
+class Terminal:
+    """A process with a terminal: what it has shown so far, and a keyboard."""
+
+    process: "subprocess.Popen[bytes]"
+    keyboard: int
+    shown: str = ""
+
+    def type(self, text: str) -> None:
+        os.write(self.keyboard, text.encode())
+
+    def interrupt(self) -> None:
+        self.type("\x03")
+
+    def wait_for(self, pattern: str) -> str:
+        """Until it is shown; returns what was shown up to there, which is then forgotten."""
+        until = time.monotonic() + WAIT_S
+        while not (found := re.search(pattern, self.shown)):
+            left_s = until - time.monotonic()
+            if left_s < 0 or not self._read(left_s):
+                raise AssertionError(f"{pattern!r} was not shown, but {self.shown!r}")
+        before, self.shown = self.shown[: found.end()], self.shown[found.end() :]
+        return before
+
+    def end(self) -> int:
+        """Returns the exit code."""
+        while self._read(WAIT_S):
+            pass
+        return self.process.wait(WAIT_S)
+
+    def _read(self, timeout_s: float) -> bool:
+        if not select.select([self.keyboard], [], [], timeout_s)[0]:
+            return False
+        try:
+            data = os.read(self.keyboard, 1 << 16)
+        except OSError:  # Linux says so when the other side has closed
+            return False
+        self.shown += data.decode("utf-8", "replace")
+        return bool(data)
+
+
+@contextlib.contextmanager
+def terminal(*arguments: str, url: str) -> Iterator[Terminal]:
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "KEEPWARM_URL": url, "TERM": "dumb", "COLUMNS": "200"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", _IN_TERMINAL, *arguments],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=environment,
+        start_new_session=True,
+    )
+    os.close(theirs)
+    try:
+        yield Terminal(process, ours)
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+        process.wait(WAIT_S)
+        os.close(ours)
