@@ -1,0 +1,200 @@
+"""The async door to an engine on the fake generator, and a gate that lets it step."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from engines import FakeFactory, fake_engine
+from keepwarm import AgentCacheStore, BlockPoolBatchEngine
+from keepwarm.core.events import Completed, Event, Failed
+from keepwarm.engine.engine import Engine
+from keepwarm.engine.requests import GenerateRequest
+from keepwarm.engine.stream import EventStream
+from keepwarm.testing.generator import FakeBatchGenerator
+
+T = TypeVar("T")
+
+TEST_S = 60.0
+
+
+class Gate:
+    """Open at first. Closed, each call of the generator waits until it is let through."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._num_allowed: int | None = None
+        self.num_waited = 0
+
+    def close(self) -> None:
+        with self._changed:
+            self._num_allowed = 0
+
+    def open(self) -> None:
+        with self._changed:
+            self._num_allowed = None
+            self._changed.notify_all()
+
+    def allow(self, calls: int) -> None:
+        with self._changed:
+            self._num_allowed = (self._num_allowed or 0) + calls
+            self._changed.notify_all()
+
+    def pass_through(self) -> None:
+        """On the engine's thread."""
+        with self._changed:
+            self.num_waited += 1
+            self._changed.wait_for(lambda: self._num_allowed != 0, TEST_S)
+            if self._num_allowed is not None:
+                self._num_allowed -= 1
+
+
+class _GatedGenerator(FakeBatchGenerator):
+    def __init__(self, gate: Gate, **options: Any) -> None:
+        super().__init__(**options)
+        self._gate = gate
+
+    def _count_call(self) -> None:
+        self._gate.pass_through()
+        super()._count_call()
+
+
+class GatedFactory(FakeFactory):
+    """Its generators wait at a gate before each prefill and each decode."""
+
+    def __init__(self, *, script: list[int] | None = None) -> None:
+        super().__init__(script=script)
+        self.gate = Gate()
+
+    def __call__(self, *, deterministic: bool) -> FakeBatchGenerator:
+        generator = _GatedGenerator(self.gate, script=self._script, deterministic=deterministic)
+        self.made.append(generator)
+        return generator
+
+
+class Opener:
+    """Opens one engine after another, on a store where there is a folder; `bugs` come first."""
+
+    def __init__(
+        self,
+        home: Path | None = None,
+        *,
+        factory: FakeFactory | None = None,
+        change: Callable[[int, BlockPoolBatchEngine], None] = lambda number, engine: None,
+        **options: Any,
+    ) -> None:
+        self.opened: list[BlockPoolBatchEngine] = []
+        self.num_closed = 0
+        self._home = home
+        self._factory = factory or FakeFactory()
+        self._change = change
+        self._options = options
+
+    def __call__(self) -> tuple[BlockPoolBatchEngine, Callable[[], None]]:
+        store = None if self._home is None else AgentCacheStore(self._home)
+
+        def close() -> None:
+            self.num_closed += 1
+            if store is not None:
+                store.close()
+
+        try:
+            engine = fake_engine(factory=self._factory, store=store, **self._options)
+            self._change(len(self.opened), engine)
+        except BaseException:
+            close()
+            raise
+        self.opened.append(engine)
+        return engine, close
+
+
+@asynccontextmanager
+async def engine_of(
+    opener: Opener, *, grace_s: float = 0.0, **options: Any
+) -> AsyncIterator[Engine]:
+    engine = Engine(opener, **options)
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.stop(grace_s)
+        assert engine.has_ended
+
+
+def run(test: Coroutine[Any, Any, T]) -> T:
+    """No test hangs, and none leaves a task behind."""
+
+    async def bounded() -> T:
+        result = await asyncio.wait_for(test, TEST_S)
+        await settled()
+        return result
+
+    return asyncio.run(bounded())
+
+
+async def settled() -> None:
+    """Until only the task that asks is left."""
+    for _ in range(200):
+        if len(asyncio.all_tasks()) == 1:
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError(asyncio.all_tasks())
+
+
+async def until(condition: Callable[[], object]) -> None:
+    while not condition():  # noqa: ASYNC110 - what it waits for happens in another thread
+        await asyncio.sleep(0.001)
+
+
+def text(content: str = "Hello", **more: Any) -> GenerateRequest:
+    return GenerateRequest(**{"text": content, "max_tokens": 4, **more})
+
+
+def message(content: str = "Hello", agent_id: str = "ada", **more: Any) -> GenerateRequest:
+    append = [{"role": "user", "content": content}]
+    return GenerateRequest(**{"agent_id": agent_id, "append": append, "max_tokens": 4, **more})
+
+
+async def events_of(stream: EventStream) -> list[Event]:
+    return [event async for event in stream]
+
+
+async def end_of(stream: EventStream) -> Completed | Failed:
+    return await asyncio.shield(stream.end)
+
+
+async def reply(engine: Engine, request: GenerateRequest) -> Completed:
+    end = await end_of(await engine.submit(request))
+    assert isinstance(end, Completed), end
+    return end
+
+
+async def hold(engine: Engine) -> threading.Event:
+    """The engine's thread waits until the event is set."""
+    holding, released = threading.Event(), threading.Event()
+
+    def wait(_: BlockPoolBatchEngine) -> None:
+        holding.set()
+        released.wait(TEST_S)
+
+    engine._thread.ask(wait)
+    await asyncio.to_thread(holding.wait, TEST_S)
+    return released
+
+
+async def cancel(task: "asyncio.Task[Any]") -> None:
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+def check_is_empty(engine: BlockPoolBatchEngine) -> None:
+    """Nobody waits, nobody has a row, no line is in use."""
+    engine.check()
+    assert not engine.batch.waiting
+    assert not engine.batch.running
+    assert not engine._active
+    lines = [line for agent in engine._book for line in agent.lines]
+    assert not [line for line in lines if line.in_use or line.blocks.busy]
