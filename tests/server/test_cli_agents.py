@@ -2,6 +2,7 @@
 
 import errno
 import http.server
+import logging
 import os
 import socket
 import threading
@@ -74,6 +75,12 @@ def test_ls_and_show(server: FakeServer, ada: str) -> None:
     shown = run(server, "show", ada)
     assert "overflow" in shown.out
     assert run(server, "show", ada, "--json").json["priority"] == 0
+
+
+def test_a_long_name_stays_on_its_line_in_a_pipe(server: FakeServer, ada: str) -> None:
+    assert run(server, "fork", ada, "n" * 128).code == 0
+    done = keepwarm("agents", "ls", url=server.url, columns=40)
+    assert len([line for line in done.out.splitlines() if "n" * 128 in line]) == 1
 
 
 def test_ls_shows_every_page(server: FakeServer, ada: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,8 +334,9 @@ def test_a_server_that_hangs_up_in_an_export_leaves_nothing(folder: Path) -> Non
     assert list(folder.iterdir()) == []
 
 
-def test_keys(tmp_path: Path) -> None:
+def test_keys(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     home = tmp_path / "home"
+    caplog.set_level(logging.DEBUG)
     with fake_server(home, server__api_keys={"default": KEY}) as guarded:
         missing = one_sentence(keepwarm("agents", "ls", url=guarded.url))
         assert "the server wants an API key; set KEEPWARM_API_KEY" in missing
@@ -339,6 +347,9 @@ def test_keys(tmp_path: Path) -> None:
         strange = keepwarm("agents", "ls", url=guarded.url, key="schlüssel")
         assert strange.code == 2
         assert "schlüssel" not in strange.err
+    assert "/v1/agents" in caplog.text
+    assert KEY not in caplog.text
+    assert "sk-other" not in caplog.text
 
 
 def test_an_agent_of_another_model_keeps_what_was_said(

@@ -43,6 +43,7 @@ agents = typer.Typer(
 )
 
 PAGE = 1000
+MAX_COLUMNS = 10_000
 PIECE_BYTES = 1 << 20
 LEFT_OUT = "X-Keepwarm-Left-Out-Tokens"
 
@@ -59,7 +60,7 @@ def ls(url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
     if as_json:
         write_json(rows)
     elif rows:
-        Console().print(_table(rows))
+        _console().print(_table(rows))
     else:
         Console(stderr=True).print("No agents yet; `keepwarm chat NAME` makes one.", style="dim")
 
@@ -75,7 +76,7 @@ def show(name: AgentName, url: Url = DEFAULT_URL, as_json: AsJson = False) -> No
     grid = Table(box=None, show_header=False, pad_edge=False)
     for key, value in agent.items():
         grid.add_row(_words(key), _shown(key, value))
-    Console(highlight=False).print(grid, markup=False)
+    _console().print(grid, markup=False)
 
 
 @agents.command()
@@ -86,13 +87,13 @@ def turns(name: AgentName, url: Url = DEFAULT_URL, as_json: AsJson = False) -> N
     if as_json:
         write_json(document)
         return
-    console = Console(highlight=False)
+    console = _console()
     for turn in document["turns"]:
         head = f"turn {turn['turn']}, {turn['context_tokens']:,} tokens"
         console.print(head, style="dim", markup=False)
         for message in turn["messages"] or [{"role": "", "content": "(only token ids are known)"}]:
             console.print(f"{message['role']}:", style="bold", markup=False)
-            console.print(_text(message.get("content")), markup=False)
+            console.print(_text(message.get("content")), markup=False, soft_wrap=True)
 
 
 @agents.command()
@@ -412,6 +413,14 @@ def _bar(title: str, total: int) -> Iterator[Advance]:
         yield Advance(bar, for_terminal(title), total)
 
 
+def _console() -> Console:
+    """For standard output; where nobody looks on, a line is a line however long it is."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = MAX_COLUMNS
+    return console
+
+
 def _tell(agent: dict[str, Any], *, as_json: bool) -> None:
     """What has become of an agent, in a line."""
     if as_json:
@@ -424,7 +433,7 @@ def _tell(agent: dict[str, Any], *, as_json: bool) -> None:
 def _table(rows: list[dict[str, Any]]) -> Table:
     grid = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("agent", "tier"):
-        grid.add_column(column, no_wrap=column == "tier")
+        grid.add_column(column, no_wrap=column == "tier", overflow="fold")
     for column in ("turns", "tokens", "held"):
         grid.add_column(column, justify="right")
     grid.add_column("")
@@ -468,4 +477,4 @@ def _list(numbers: list[int]) -> str:
 
 
 def _say(text: str) -> None:
-    Console(highlight=False).print(for_terminal(text), markup=False, soft_wrap=True)
+    _console().print(for_terminal(text), markup=False, soft_wrap=True)

@@ -1,0 +1,23 @@
+"""docs/cli.md names every command of `keepwarm agents`, and no other."""
+
+import re
+from pathlib import Path
+
+import typer
+
+from keepwarm.cli.agents import agents
+
+PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
+
+
+def test_every_command_is_documented() -> None:
+    rows = "\n".join(line for line in PAGE.read_text("utf-8").splitlines() if line[:3] == "| `")
+    named = {*re.findall(r"`keepwarm agents ([a-z]+)", rows), *re.findall(r"`(unpin) NAME`", rows)}
+    assert named == set(typer.main.get_command(agents).commands)
+
+
+def test_every_option_exists() -> None:
+    commands = typer.main.get_command(agents).commands.values()
+    options = {name for command in commands for part in command.params for name in part.opts}
+    named = set(re.findall(r"`(--[a-z-]+)", PAGE.read_text("utf-8")))
+    assert named <= options
