@@ -13,7 +13,7 @@ else
 EXTRAS := dev
 endif
 
-.PHONY: serve demo test check bench install clean
+.PHONY: serve demo test clients check bench install clean
 
 serve: $(STAMP)
 	$(BIN)/keepwarm serve
@@ -23,6 +23,10 @@ demo: $(STAMP)
 
 test: check
 	$(BIN)/python -m pytest
+
+# Real clients, each installed into .cache/clients, against one server on SmolLM2.
+clients: $(STAMP)
+	$(BIN)/python -m pytest -v -s -o timeout=900 tests/clients/run_clients.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .
