@@ -416,6 +416,7 @@ class TestLimits:
                 with pytest.raises(QueueTimeout):
                     await engine.submit(message(queue_timeout_s=0.02))
                 waiting = asyncio.ensure_future(engine.submit(text(queue_timeout_s=0.02)))
+                await asyncio.sleep(0)
                 factory.gate.allow(2)
                 end = await end_of(await waiting)
                 assert isinstance(end, Failed)
