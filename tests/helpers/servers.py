@@ -48,7 +48,12 @@ class FakeServer:
 
 @contextmanager
 def fake_server(
-    home: Path, *, factory: FakeFactory | None = None, loaded: Any = None, **flags: object
+    home: Path,
+    *,
+    factory: FakeFactory | None = None,
+    loaded: Any = None,
+    send_buffer: int | None = None,
+    **flags: object,
 ) -> Iterator[FakeServer]:
     """`flags` are settings, with two underscores for the dot: `server__heartbeat_s=0.1`."""
     factory = factory or FakeFactory()
@@ -58,7 +63,7 @@ def fake_server(
         environment={},
     )
     model = loaded or fake_loaded(factory=factory)
-    with socket.create_server(("127.0.0.1", 0), backlog=2048) as listener:
+    with _listener(send_buffer) as listener:
         opened: list[FakeServer] = []
         ready = threading.Event()
         failed: list[BaseException] = []
@@ -94,6 +99,13 @@ def fake_server(
             assert not thread.is_alive()
         if failed:
             raise failed[0]
+
+
+def _listener(send_buffer: int | None) -> socket.socket:
+    listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
+    if send_buffer is not None:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+    return listener
 
 
 @dataclass(slots=True)

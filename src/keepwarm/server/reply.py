@@ -98,6 +98,7 @@ class WholeReply(_Reply):
         async with aclosing(self._choices.events()) as events:
             ends = {choice: event async for choice, event in events if isinstance(event, Completed)}
         body = self._encoder.whole([ends[choice] for choice in sorted(ends)])
+        self._extra_headers = {**self._extra_headers, "content-length": str(len(body))}
         await send(self._head("application/json", ends[0].cache))
         await send({"type": "http.response.body", "body": body})
 

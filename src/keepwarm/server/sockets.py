@@ -10,6 +10,9 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from keepwarm.server.reply import ABORT
 from keepwarm.server.settings import ServerConfig
 
+KEEP_ALIVE_S = 75
+"""Longer than clients keep an idle connection, so that none sends into one that is being closed."""
+
 
 def uvicorn_config(app: ASGIApp, config: ServerConfig) -> uvicorn.Config:
     return uvicorn.Config(
@@ -19,6 +22,7 @@ def uvicorn_config(app: ASGIApp, config: ServerConfig) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         lifespan="on",
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=int(config.shutdown_grace_s),
     )
 
