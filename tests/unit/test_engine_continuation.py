@@ -278,3 +278,35 @@ def test_what_came_after_a_stop_string_is_not_held() -> None:
     run(engine, agent_id="ada", messages=HELLO, stop="STOP", max_tokens=50)
     view = engine.agent("ada")
     assert view.held_tokens == view.num_tokens
+
+
+HALF_OF_A_CHARACTER = list("\u6f22".encode()[:2])
+
+
+class TestRepliesCutAmidACharacter:
+    """What was not sent must not be the beginning of another reply."""
+
+    @pytest.mark.parametrize("seen", [b"", b"abc"], ids=["nothing seen", "something seen"])
+    def test_the_same_prompt_is_the_same_again(self, seen: bytes) -> None:
+        engine = scripted(*seen, *HALF_OF_A_CHARACTER)
+        request = {"agent_id": "ada", "messages": HELLO, "max_tokens": len(seen) + 2}
+        first = run(engine, **request)
+        second = run(engine, **request)
+        assert first.text == second.text == seen.decode()
+        assert second.usage.prompt_tokens == first.usage.prompt_tokens
+
+    def test_a_text_that_goes_on_with_the_reply_begins_a_new_character(self) -> None:
+        engine = scripted(*b"abc", *HALF_OF_A_CHARACTER)
+        first = run(engine, agent_id="ada", text="Say: ", max_tokens=5)
+        second = run(engine, agent_id="ada", text="Say: abc", max_tokens=5)
+        assert first.text == second.text == "abc"
+        assert second.usage.prompt_tokens == first.usage.prompt_tokens + len(
+            TOKENIZER.encode("abc")
+        )
+
+    def test_a_conversation_that_goes_on_keeps_the_ids_that_were_fed(self) -> None:
+        engine = scripted(*b"abc", *HALF_OF_A_CHARACTER)
+        first = run(engine, agent_id="ada", messages=HELLO, max_tokens=5)
+        messages = [*HELLO, assistant("abc"), *MORE]
+        second = run(engine, agent_id="ada", messages=messages, max_tokens=2)
+        assert second.usage.cached_tokens == first.usage.prompt_tokens + 4

@@ -1,5 +1,6 @@
 """A request while it is in the engine: its sequence, its line and its reply; and its events."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from keepwarm.core.events import (
@@ -17,7 +18,7 @@ from keepwarm.core.ports import Message
 from keepwarm.core.sequence import TokenSequence
 from keepwarm.core.transcript import Receipt
 from keepwarm.engine.agents import Line
-from keepwarm.engine.chat import Prompt
+from keepwarm.engine.chat import Prompt, Reason
 from keepwarm.engine.output import Emitted, ReplyText
 from keepwarm.engine.requests import ReceiptKey
 
@@ -34,7 +35,8 @@ class ActiveRequest:
     prompt: Prompt
     messages: tuple[Message, ...] | None
     reply: ReplyText
-    message: int | None = None
+    locate: Callable[[int], int | None] = lambda token_index: None
+    is_new_line: bool = False
     num_dropped_turns: int = 0
     receipt_key: ReceiptKey | None = None
     has_started: bool = False
@@ -104,7 +106,8 @@ class ActiveRequest:
         num_prompt = self.sequence.num_prompt_tokens
         divergence = self.prompt.divergence
         if cached < min(self.prompt.num_shared, num_prompt) - 1:
-            diverged_at, reason = cached, EVICTED
+            reason = Reason.NEW_LINE.value if self.is_new_line else EVICTED
+            diverged_at = cached
         elif divergence is None:
             diverged_at, reason = num_prompt, CACHED
         else:
@@ -116,7 +119,7 @@ class ActiveRequest:
             diverged_at=diverged_at,
             reason=reason,
             restored_s=self.sequence.restored_s,
-            message=self.message,
+            message=self.locate(diverged_at),
         )
 
     def _timing(self, now_s: float) -> Timing:

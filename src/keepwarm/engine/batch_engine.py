@@ -211,7 +211,8 @@ class BlockPoolBatchEngine:
         )
         reply = ReplyText(self._tokenizer.detokenizer(), stops)
         active = ActiveRequest(sequence, line, wanted.prompt, wanted.conversation, reply)
-        active.message = wanted.message
+        active.locate = wanted.locate
+        active.is_new_line = wanted.line is None
         active.num_dropped_turns = wanted.num_dropped_turns
         active.receipt_key = receipt_key
         self._turns.begin(active)

@@ -15,6 +15,8 @@ from keepwarm.core.transcript import NO_TEXT, Span, Transcript
 from keepwarm.engine.output import Reply
 
 Encode = Callable[[str], Sequence[int]]
+EndsAmid = Callable[[Sequence[int]], bool]
+"""Whether the last of these ids begin a character and do not end it."""
 
 EXCERPT_CHARACTERS = 40
 
@@ -65,12 +67,23 @@ class Prompt:
         return self.transcript.token_ids
 
 
-def continue_line(known: Transcript, pieces: Sequence[Piece], encode: Encode) -> Prompt:
+def continue_line(
+    known: Transcript,
+    pieces: Sequence[Piece],
+    encode: Encode,
+    ends_amid: EndsAmid = lambda token_ids: False,
+) -> Prompt:
     """Splice what the line knows with the encoding of what it does not.
 
     A piece has a special token, or the prompt's end, on both sides, so its ids are its own affair.
+    Ids that end amid a character (`ends_amid`) do not end a prompt: the reply would go on with the
+    rest of a character that nobody has seen.
     """
-    transcript = Transcript(tuple(_spliced_spans(known, tuple(take_turns(pieces)), encode)))
+    wanted = tuple(take_turns(pieces))
+    spans = list(_spliced_spans(known, wanted, encode))
+    if spans[-1].token_ids and ends_amid(spans[-1].token_ids):
+        spans[-1] = _encoded(wanted[-1], encode)
+    transcript = Transcript(tuple(spans))
     num_shared = _common_length(known.token_ids, transcript.token_ids)
     return Prompt(
         transcript,

@@ -19,24 +19,32 @@ from keepwarm.engine.chat import (
     opening,
     validate_messages,
 )
-from keepwarm.engine.locating import message_of_divergence
+from keepwarm.engine.locating import message_at
 from keepwarm.engine.requests import PromptSource, valid_priority, valid_text, valid_token_ids
 from keepwarm.engine.tiers import Tiers
 
+MAX_TOKENS_OF_CHARACTER = 8
+"""More than the bytes that a character has."""
+
 Conversation = tuple[Message, ...]
+Locate = Callable[[int], int | None]
+
+
+def nowhere(token_index: int) -> None:
+    """A prompt that was not given as messages has none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """A line to continue (None: one of its own) with its prompt, and the whole conversation.
 
-    `message` is the one in which the prompt leaves what the line knows.
+    `locate` gives the message that a token of the prompt lies in, None where that is unknown.
     """
 
     line: Line | None
     prompt: Prompt
     conversation: Conversation | None = None
-    message: int | None = None
+    locate: Locate = nowhere
     num_dropped_turns: int = 0
 
 
@@ -71,8 +79,8 @@ class Intake:
         make_prompt = self._prompt_maker(source, conversation)
         choice = self._book.choose(agent_id, namespace, make_prompt)
         known = choice.line.messages if choice.line is not None else None
-        message = self._message(choice.prompt, conversation, known)
-        return Wanted(choice.line, choice.prompt, conversation, message)
+        locate = self._locator(choice.prompt, conversation, known)
+        return Wanted(choice.line, choice.prompt, conversation, locate)
 
     def num_tokens(self, source: PromptSource) -> int:
         """Of the prompt, for an agent that knows nothing yet."""
@@ -133,8 +141,8 @@ class Intake:
         conversation = (*history, *new)
         make_prompt = self._prompt_maker(PromptSource(messages=conversation), conversation)
         prompt = make_prompt(agent.main.transcript)
-        message = self._message(prompt, conversation, agent.main.messages)
-        return Wanted(agent.main, prompt, conversation, message, num_dropped)
+        locate = self._locator(prompt, conversation, agent.main.messages)
+        return Wanted(agent.main, prompt, conversation, locate, num_dropped)
 
     # -- prompts ---------------------------------------------------------------------------------
 
@@ -150,15 +158,25 @@ class Intake:
             pieces = self._tokenizer.split(valid_text(source.text or ""))
         # Every line of the agent is asked, and most spans of the prompt are new to most of them.
         encode = cache(self._tokenizer.encode)
-        return lambda known: continue_line(known, pieces, encode)
+        return lambda known: continue_line(known, pieces, encode, self._ends_amid)
 
-    def _message(
+    def _locator(
         self, prompt: Prompt, conversation: Conversation | None, known: Sequence[Message] | None
-    ) -> int | None:
+    ) -> Locate:
         if conversation is None:
-            return None
+            return nowhere
         render = partial(self._tokenizer.render, add_generation_prompt=False)
-        return message_of_divergence(prompt, conversation, known, render)
+        return cache(
+            partial(
+                message_at, prompt=prompt, conversation=conversation, known=known, render=render
+            )
+        )
+
+    def _ends_amid(self, token_ids: Sequence[int]) -> bool:
+        detokenizer = self._tokenizer.detokenizer()
+        for token_id in token_ids[-MAX_TOKENS_OF_CHARACTER:]:
+            detokenizer.push(token_id)
+        return detokenizer.pending
 
     def _slab_bytes(self, num_tokens: int) -> int:
         return self._tiers.generator.slab_bytes(capacity_for(num_tokens))

@@ -1,4 +1,4 @@
-"""In which message a prompt leaves what its line knows."""
+"""In which message of a conversation a token of its prompt lies."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -11,26 +11,31 @@ from keepwarm.engine.chat import Prompt, Reason, take_turns
 Render = Callable[[Sequence[Message]], Sequence[Piece]]
 
 
-def message_of_divergence(
+def message_at(
+    token_index: int,
     prompt: Prompt,
     conversation: Sequence[Message],
     known: Sequence[Message] | None,
     render: Render,
 ) -> int | None:
-    """The index of the message that the first divergent token lies in.
+    """The index of the message that a prompt's token lies in.
 
     `known` are the line's messages; `render` is the template without its generation prompt. None
-    where nothing diverges, or where it does behind all messages. The template is asked for the
+    behind the last message. Where the conversation goes on plainly, it is its first new message,
+    although the template may have closed the one before it. The template is asked for the
     conversation's beginnings, a logarithmic number of them.
     """
     divergence = prompt.divergence
-    if divergence is None:
-        return None
-    if divergence.reason is Reason.NEW_LINE:
-        return 0
-    if divergence.reason is Reason.NEW_MESSAGE and _begins_with(conversation, known):
+    if token_index >= len(prompt.token_ids) or token_index == 0:
+        return None if token_index else 0
+    if (
+        divergence is not None
+        and divergence.reason is Reason.NEW_MESSAGE
+        and token_index == divergence.token_index
+        and _begins_with(conversation, known)
+    ):
         return len(known or ())
-    span = _span_at(prompt.transcript, divergence.token_index)
+    span = _span_at(prompt.transcript, token_index)
 
     def reaches(num_messages: int) -> bool:
         return len(tuple(take_turns(render(conversation[:num_messages])))) > span

@@ -9,6 +9,7 @@ from keepwarm.engine.active import ActiveRequest
 from keepwarm.engine.agents import AgentBook, history
 from keepwarm.engine.batch import Advanced, Batch, Broken, Opened, Outcome, Sampled
 from keepwarm.engine.chat import with_reply
+from keepwarm.engine.output import Reply
 from keepwarm.engine.store_link import StoreLink
 from keepwarm.engine.tiers import Tiers
 
@@ -112,6 +113,8 @@ class Turns:
         self._tiers.truncate(line.blocks, active.num_kept_tokens)
         if active.sequence.first_token_s is None:
             return False
+        if not reply.text:  # tokens that have no text: the same prompt must be the same again
+            reply = Reply("", ())
         conversation = history(active.messages, reply.text)
         echo = (
             self._tokenizer.render(conversation, add_generation_prompt=False)

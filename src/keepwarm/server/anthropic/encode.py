@@ -1,7 +1,11 @@
 """From the engine's events to Anthropic's, and problems as its clients know them."""
 
+import secrets
+from collections.abc import Sequence
+
 import msgspec
 
+from keepwarm.core.events import Completed, Delta, Event, FinishReason, Started
 from keepwarm.server.problems import Kind, Problem
 
 _TYPES = {
@@ -16,10 +20,145 @@ _TYPES = {
     Kind.INTERNAL: "api_error",
 }
 
+_encode = msgspec.json.Encoder().encode
 
-def error_body(problem: Problem, request_id: str) -> bytes:
+
+class Usage(msgspec.Struct):
+    """Token counts: the three kinds of input make up the prompt."""
+
+    input_tokens: int
+    cache_creation_input_tokens: int
+    cache_read_input_tokens: int
+    output_tokens: int
+
+    @classmethod
+    def of(cls, prompt: int, cached: int, output: int, *, asks_for_cache: bool) -> "Usage":
+        """What had to be computed was written to the cache, if the client asked for that."""
+        new = prompt - cached
+        return cls(0 if asks_for_cache else new, new if asks_for_cache else 0, cached, output)
+
+
+class TextBlock(msgspec.Struct):
+    """A block of a reply."""
+
+    text: str
+    type: str = "text"
+    citations: None = None
+
+
+class Document(msgspec.Struct):
+    """A reply, or its beginning."""
+
+    id: str
+    model: str
+    content: Sequence[TextBlock]
+    usage: Usage
+    stop_reason: str | None = None
+    stop_sequence: str | None = None
+    type: str = "message"
+    role: str = "assistant"
+
+
+class TextDelta(msgspec.Struct):
+    """More of a block's text."""
+
+    text: str
+    type: str = "text_delta"
+
+
+class BlockDelta(msgspec.Struct):
+    """`content_block_delta`."""
+
+    delta: TextDelta
+    index: int = 0
+    type: str = "content_block_delta"
+
+
+class MessageEnd(msgspec.Struct):
+    """Why the reply ended."""
+
+    stop_reason: str
+    stop_sequence: str | None
+
+
+class MessageDelta(msgspec.Struct):
+    """`message_delta`."""
+
+    delta: MessageEnd
+    usage: Usage
+    type: str = "message_delta"
+
+
+class MessagesEncoder:
+    """`asks_for_cache`: new tokens are reported as written to the cache."""
+
+    def __init__(self, model: str, *, asks_for_cache: bool) -> None:
+        self._id = f"msg_{secrets.token_hex(12)}"
+        self._model = model
+        self._asks_for_cache = asks_for_cache
+
+    def event(self, choice: int, event: Event) -> bytes:
+        if isinstance(event, Started):
+            return self._start(event)
+        if isinstance(event, Delta) and event.text:
+            return _frame("content_block_delta", _encode(BlockDelta(TextDelta(event.text))))
+        if isinstance(event, Completed):
+            return self._end(event)
+        return b""
+
+    def finish(self) -> bytes:
+        return _frame("message_stop", b'{"type":"message_stop"}')
+
+    def failed(self, problem: Problem) -> bytes:
+        return _frame("error", error_body(problem))
+
+    def whole(self, ends: Sequence[Completed]) -> bytes:
+        (end,) = ends
+        content = [TextBlock(end.text)] if end.text else []
+        document = Document(self._id, self._model, content, self._usage_of(end))
+        document.stop_reason, document.stop_sequence = _stop_reason(end), end.stop_sequence
+        return _encode(document)
+
+    def _start(self, started: Started) -> bytes:
+        cache = started.cache
+        usage = self._usage(cache.prompt_tokens, cache.cached_tokens, 0)
+        message = Document(self._id, self._model, (), usage)
+        block = {"type": "content_block_start", "index": 0, "content_block": TextBlock("")}
+        return (
+            _frame("message_start", _encode({"type": "message_start", "message": message}))
+            + _frame("content_block_start", _encode(block))
+            + _frame("ping", b'{"type":"ping"}')
+        )
+
+    def _end(self, end: Completed) -> bytes:
+        delta = MessageEnd(_stop_reason(end), end.stop_sequence)
+        return _frame("content_block_stop", b'{"type":"content_block_stop","index":0}') + _frame(
+            "message_delta", _encode(MessageDelta(delta, self._usage_of(end)))
+        )
+
+    def _usage_of(self, end: Completed) -> Usage:
+        usage = end.usage
+        return self._usage(usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)
+
+    def _usage(self, prompt: int, cached: int, output: int) -> Usage:
+        return Usage.of(prompt, cached, output, asks_for_cache=self._asks_for_cache)
+
+
+def error_body(problem: Problem, request_id: str | None = None) -> bytes:
+    """With the request's id where the error is the whole answer."""
     error = {
         "type": _TYPES.get(problem.kind, "invalid_request_error"),
         "message": problem.message,
     }
-    return msgspec.json.encode({"type": "error", "error": error, "request_id": request_id})
+    named = {} if request_id is None else {"request_id": request_id}
+    return _encode({"type": "error", "error": error, **named})
+
+
+def _stop_reason(end: Completed) -> str:
+    if end.stop_sequence is not None:
+        return "stop_sequence"
+    return "max_tokens" if end.finish_reason is FinishReason.LENGTH else "end_turn"
+
+
+def _frame(name: str, data: bytes) -> bytes:
+    return f"event: {name}\ndata: ".encode() + data + b"\n\n"

@@ -1,0 +1,62 @@
+"""What Anthropic's clients send. Fields that are not here are ignored, with a note in the log."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Lenient(BaseModel):
+    """Keeps what it does not know, so that it can be noted."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class ContentBlock(Lenient):
+    """A block of any type; which fields it must have depends on `type`."""
+
+    type: str
+    text: str | None = None
+    id: str | None = None
+    name: str | None = None
+    input: dict[str, Any] | None = None
+    tool_use_id: str | None = None
+    content: "str | list[ContentBlock] | None" = None
+    is_error: bool | None = None
+    cache_control: dict[str, Any] | None = None
+
+
+class InputMessage(Lenient):
+    """A message; some clients put a system message among the others."""
+
+    role: Literal["user", "assistant", "system"]
+    content: str | list[ContentBlock]
+
+
+class RequestMetadata(Lenient):
+    """Whose request it is."""
+
+    user_id: str | None = None
+
+
+class Conversation(Lenient):
+    """What is sent to count tokens, and what is sent to be answered."""
+
+    model: str
+    messages: list[InputMessage] = Field(min_length=1)
+    system: str | list[ContentBlock] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: dict[str, Any] | None = None
+    thinking: dict[str, Any] | None = None
+
+
+class MessagesRequest(Conversation):
+    """The body of `POST /v1/messages`."""
+
+    max_tokens: int = Field(ge=1)
+    stream: bool | None = None
+    temperature: float | None = Field(default=None, ge=0.0, le=2.0)
+    top_p: float | None = Field(default=None, ge=0.0, le=1.0)
+    top_k: int | None = Field(default=None, ge=0)
+    stop_sequences: list[str] | None = None
+    metadata: RequestMetadata | None = None
+    cache_control: dict[str, Any] | None = None

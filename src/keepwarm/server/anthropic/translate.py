@@ -1,0 +1,145 @@
+"""From Anthropic's requests to the engine's."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from keepwarm.core.errors import InvalidRequest
+from keepwarm.core.ports import Message
+from keepwarm.engine.requests import GenerateRequest
+from keepwarm.server.anthropic.schema import (
+    ContentBlock,
+    Conversation,
+    InputMessage,
+    MessagesRequest,
+)
+from keepwarm.server.caller import Caller
+from keepwarm.server.problems import Unsupported
+from keepwarm.server.settings import ServerConfig
+
+HARMLESS = frozenset({"service_tier", "context_management", "container", "inference_geo"})
+"""Fields that change nothing here and that many clients send; not worth a note."""
+
+_THOUGHTS = frozenset({"thinking", "redacted_thinking"})
+
+
+@dataclass(frozen=True, slots=True)
+class Translated:
+    """The request, the fields that were ignored, and whether the client asked for caching.
+
+    Everything is cached here anyway; asking changes how the tokens are reported.
+    """
+
+    request: GenerateRequest
+    ignored: tuple[str, ...]
+    asks_for_cache: bool
+
+
+def translate_messages(body: MessagesRequest, caller: Caller, config: ServerConfig) -> Translated:
+    """Raises InvalidRequest, and Unsupported for what would change the reply and cannot yet."""
+    if (body.tool_choice or {}).get("type", "auto") not in ("auto", "none"):
+        raise Unsupported("tool_choice", "tools cannot be called yet; only auto and none work")
+    temperature = config.default_temperature if body.temperature is None else body.temperature
+    user_id = body.metadata.user_id if body.metadata is not None else None
+    request = GenerateRequest(
+        agent_id=caller.agent_of(user_id),
+        namespace=caller.namespace,
+        messages=messages_of(body),
+        max_tokens=body.max_tokens,
+        temperature=0.0 if body.top_p == 0.0 else temperature,
+        top_p=body.top_p or 0.0,
+        top_k=body.top_k or 0,
+        stop=body.stop_sequences,
+        queue_timeout_s=config.queue_timeout_s,
+        deadline_s=config.deadline_s or None,
+    )
+    return Translated(request, tuple(_ignored(body)), _asks_for_cache(body))
+
+
+def messages_of(body: Conversation) -> list[Message]:
+    """As the chat template wants them: the system prompt first, content as one text."""
+    messages: list[Message] = []
+    system = _text("system", body.system)
+    if system:
+        messages.append({"role": "system", "content": system})
+    for index, message in enumerate(body.messages):
+        messages += _messages_of(f"messages.{index}.content", message)
+    return messages
+
+
+def _messages_of(where: str, message: InputMessage) -> Iterator[Message]:
+    """Results of tools are messages of their own, in their place among the rest."""
+    if isinstance(message.content, str):
+        yield {"role": message.role, "content": message.content}
+        return
+    blocks = [(f"{where}.{n}", block) for n, block in enumerate(message.content)]
+    for are_results, run in groupby(blocks, key=lambda pair: pair[1].type == "tool_result"):
+        if are_results:
+            yield from (_result_of(*pair) for pair in run)
+        else:
+            yield _spoken(message.role, list(run))
+    if not blocks:
+        yield {"role": message.role, "content": ""}
+
+
+def _spoken(role: str, blocks: Sequence[tuple[str, ContentBlock]]) -> Message:
+    """Text and calls of tools; what an assistant thought is left out, as its own clients do."""
+    calls = [_call_of(*pair) for pair in blocks if pair[1].type == "tool_use"]
+    texts = [
+        _text_of(where, block)
+        for where, block in blocks
+        if block.type not in _THOUGHTS and block.type != "tool_use"
+    ]
+    message: Message = {"role": role, "content": "".join(texts)}
+    return {**message, "tool_calls": calls} if calls else message
+
+
+def _result_of(where: str, block: ContentBlock) -> Message:
+    if block.tool_use_id is None:
+        raise InvalidRequest(f"{where}.tool_use_id", "is missing")
+    text = _text(f"{where}.content", block.content)
+    return {"role": "tool", "content": text, "tool_call_id": block.tool_use_id}
+
+
+def _call_of(where: str, block: ContentBlock) -> dict[str, Any]:
+    if block.id is None or block.name is None:
+        raise InvalidRequest(where, "a tool_use needs an id and a name")
+    arguments = json.dumps(block.input or {}, ensure_ascii=False)
+    function = {"name": block.name, "arguments": arguments}
+    return {"id": block.id, "type": "function", "function": function}
+
+
+def _text(where: str, content: str | Sequence[ContentBlock] | None) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    blocks = enumerate(content)
+    return "\n".join(_text_of(f"{where}.{number}", block) for number, block in blocks)
+
+
+def _text_of(where: str, block: ContentBlock) -> str:
+    if block.type != "text":
+        raise Unsupported(where, f"has the type {block.type!r}; this model takes text only")
+    if block.text is None:
+        raise InvalidRequest(f"{where}.text", "is missing")
+    return block.text
+
+
+def _ignored(body: MessagesRequest) -> Iterator[str]:
+    yield from (name for name in body.model_extra or () if name not in HARMLESS)
+    if body.tools:
+        yield "tools"
+    if (body.thinking or {}).get("type", "disabled") != "disabled":
+        yield "thinking"
+
+
+def _asks_for_cache(body: MessagesRequest) -> bool:
+    contents = [body.system, *(message.content for message in body.messages)]
+    blocks = (block for content in contents if isinstance(content, list) for block in content)
+    tools = body.tools or ()
+    return (
+        body.cache_control is not None
+        or any(block.cache_control is not None for block in blocks)
+        or any(tool.get("cache_control") is not None for tool in tools)
+    )
