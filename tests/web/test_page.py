@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from browser import Page, browser_page
+from keepwarm.server.admin import PAGE_POLICY
 from servers import FakeServer, fake_server
 
 KEY = "sk-5a5a5a"
@@ -240,10 +241,6 @@ def _agent(name: str, **more: Any) -> dict[str, Any]:
 def liar(stats: dict[str, Any]) -> Iterator[str]:
     """Serves the page under its own policy, and whatever statistics the test wants."""
     html = files("keepwarm.web").joinpath("index.html").read_bytes()
-    policy = (
-        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-        "connect-src 'self'; img-src data:"
-    )
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -255,7 +252,7 @@ def liar(stats: dict[str, Any]) -> Iterator[str]:
             self.send_response(status)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))
-            self.send_header("Content-Security-Policy", policy)
+            self.send_header("Content-Security-Policy", PAGE_POLICY)
             self.end_headers()
             self.wfile.write(body)
 

@@ -48,5 +48,5 @@ def serve(
 def _assignment(text: str) -> tuple[str, object]:
     name, equals, value = text.partition("=")
     if not equals:
-        raise ConfigError(text, "must be SECTION.KEY=VALUE")
+        raise ConfigError("--set", "must be SECTION.KEY=VALUE")
     return name.strip(), value

@@ -56,7 +56,7 @@ async def _serve(settings: Settings, listener: socket.socket) -> bool:
     with console.status(f"Loading {settings.model.name} and the agents' catalogue"):
         running = await start_server(settings, keepwarm_home())
     server = _Server(uvicorn_config(running.app, settings.server))
-    _announce(console, running, listener)
+    _announce(console, running, listener, settings.server)
     watching = asyncio.create_task(_stop_with_engine(running, server))
     await server.serve(sockets=[listener])
     watching.cancel()
@@ -78,10 +78,14 @@ async def _stop_with_engine(running: RunningServer, server: uvicorn.Server) -> N
     server.should_exit = True
 
 
-def _announce(console: Console, running: RunningServer, listener: socket.socket) -> None:
+def _announce(
+    console: Console, running: RunningServer, listener: socket.socket, settings: ServerConfig
+) -> None:
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     console.print(f"[bold]keepwarm[/bold] serves [bold]{running.model}[/bold] at {url}/v1")
+    if not settings.is_loopback and not settings.api_keys:
+        console.print("  [yellow]anyone who reaches this address may use it: see server.api_keys")
     console.print(f"  page {url}/   API {url}/docs   agents kept: {running.num_agents}")
 
 

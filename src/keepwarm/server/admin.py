@@ -21,6 +21,11 @@ router = APIRouter(tags=["operations"])
 ServingOf = Annotated[Serving, Depends(serving_of)]
 
 MAX_SHOWN_AGENTS = 100
+PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+)
 
 
 @router.get("/v1/models", response_class=Response)
@@ -88,8 +93,7 @@ async def stats(
 async def page() -> Response:
     """Agents, tiers and rates, for people."""
     html = files("keepwarm.web").joinpath("index.html").read_bytes()
-    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    headers = {"Content-Security-Policy": policy + "connect-src 'self'; img-src data:"}
+    headers = {"Content-Security-Policy": PAGE_POLICY}
     return Response(html, media_type="text/html; charset=utf-8", headers=headers)
 
 

@@ -27,8 +27,11 @@ from keepwarm.server.settings import LOOPBACK, ServerConfig
 request_id_of_context: ContextVar[str] = ContextVar("request_id", default="")
 
 DEFAULT_NAMESPACE = "default"
-OPEN_PATHS = frozenset({"/", "/health", "/health/live", "/health/ready", "/favicon.ico"})
+HEALTH_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
+OPEN_PATHS = HEALTH_PATHS | {"/", "/docs", "/openapi.json", "/favicon.ico"}
 """Answered without a key: they say nothing about anyone."""
+POLLED_PATHS = HEALTH_PATHS | {"/metrics", "/v1/stats"}
+"""Asked for again and again; their lines in the log are for who looks for them."""
 IMPORT_PATH = "/v1/agents/import"
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -115,6 +118,7 @@ class Guard:
             if hmac.compare_digest(known, digest):
                 scope["keepwarm.namespace"] = "" if namespace == DEFAULT_NAMESPACE else namespace
                 return f"key:{namespace}"
+        self._check_rate(scope, f"guesses:{address}")
         raise NotAllowed(
             Problem(
                 401,
@@ -140,7 +144,9 @@ class Guard:
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "other")
         self._observe(route, status, seconds)
-        _access.info("%s %s %d %.1f ms", scope["method"], scope["path"], status, 1e3 * seconds)
+        level = logging.DEBUG if scope["path"] in POLLED_PATHS else logging.INFO
+        facts = (scope["method"], scope["path"], status, 1e3 * seconds)
+        _access.log(level, "%s %s %d %.1f ms", *facts)
 
 
 class _Watched:

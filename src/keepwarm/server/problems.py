@@ -12,7 +12,6 @@ from keepwarm.core.errors import (
     AgentBusy,
     AgentExists,
     BadBundle,
-    BundleFailed,
     ContextTooLong,
     DeadlineExceeded,
     EngineBroke,
@@ -67,6 +66,13 @@ class Unsupported(InvalidRequest):
     """Something that this server cannot do yet, and does not pretend to."""
 
 
+class TransferFailed(KeepwarmError):
+    """The server's disk stood in the way of an export or an import."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"the agent could not be written or read: {problem}")
+
+
 class UnknownModel(KeepwarmError):
     """The request names a model that is not served here."""
 
@@ -101,7 +107,7 @@ _STATUS: tuple[tuple[type[Exception], int, Kind], ...] = (
     (DeadlineExceeded, 504, Kind.TIMEOUT),
     (BadBundle, 400, Kind.INVALID),
     (NoAgentStore, 400, Kind.UNSUPPORTED),
-    (BundleFailed, 507, Kind.INTERNAL),
+    (TransferFailed, 507, Kind.INTERNAL),
     (GeneratorFailed, 500, Kind.INTERNAL),
 )
 _RETRY_AFTER_S = {Kind.QUEUE_FULL: 2, Kind.OVERLOADED: 5, Kind.BUSY: 1}

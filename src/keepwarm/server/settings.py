@@ -78,6 +78,8 @@ class ServerConfig:
 
     def _check_keys(self) -> None:
         for namespace, key in self.api_keys.items():
+            if not namespace:
+                raise ConfigError("api_keys", "a key has no namespace; call it 'default'")
             try:
                 valid_namespace(namespace)
             except InvalidRequest as error:

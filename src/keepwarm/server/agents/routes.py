@@ -12,7 +12,7 @@ from fastapi import APIRouter, Depends, Header, Query, Request
 from starlette.background import BackgroundTask
 from starlette.responses import FileResponse, Response
 
-from keepwarm.core.errors import AgentExists, BadBundle, InvalidRequest
+from keepwarm.core.errors import AgentExists, BadBundle, BundleFailed, InvalidRequest
 from keepwarm.core.stored import DEFAULT_SETTINGS, AgentSettings
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
 from keepwarm.engine.requests import GenerateRequest, ReceiptKey
@@ -24,7 +24,7 @@ from keepwarm.server.agents.encode import (
     verify_fields,
 )
 from keepwarm.server.agents.schema import AgentBody, ForkBody, MessagesBody, RollbackBody
-from keepwarm.server.problems import Unsupported
+from keepwarm.server.problems import TransferFailed, Unsupported
 from keepwarm.server.serving import Serving, serving_of
 
 T = TypeVar("T")
@@ -166,6 +166,9 @@ async def export(name: str, serving: ServingOf) -> Response:
     path = _new_transfer(serving)
     try:
         summary = await serving.engine.call(lambda engine: engine.export(agent_id, path))
+    except BundleFailed as error:
+        path.unlink(missing_ok=True)
+        raise TransferFailed(error.problem) from error
     except BaseException:
         path.unlink(missing_ok=True)
         raise
@@ -192,6 +195,8 @@ async def import_agent(
         summary = await serving.engine.call(
             lambda engine: engine.import_agent(path, agent_id, namespace=serving.caller.namespace)
         )
+    except BundleFailed as error:
+        raise TransferFailed(error.problem) from error
     except BadBundle as error:
         raise InvalidRequest("body", f"cannot be imported: {error.problem}") from error
     finally:
