@@ -4,6 +4,7 @@ Not collected by `make test`, which runs the fast ones on the fake generator.
 """
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,9 @@ pytest.importorskip("mlx.core")
 NAMES = ("openai", "anthropic", "openai-agents", "ai-sdk", "pi")
 MODEL = "smollm2"
 KEY = "sk-clients"
+
+PI_S = 90.0
+ATTEMPTS = 4
 
 
 @pytest.fixture(scope="module")
@@ -57,21 +61,32 @@ def test_pi(server: ServerProcess, tmp_path: Path, api: str, path: str) -> None:
     """Two turns of the coding agent, which sends a long prompt and all of its tools."""
     arguments = _pi(tmp_path, api, f"{server.url}{path}", MODEL)
     for more in (["Say hello."], ["--continue", "Say goodbye."]):
-        done = run_pi(tmp_path, *arguments, *more)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.strip()
-        sys.stdout.write(f"  {api}: {done.stdout.strip()!r}\n")
+        text = _text_of_pi(tmp_path, *arguments, *more)
+        sys.stdout.write(f"  {api}: {text!r}\n")
     first, second = _usages(tmp_path / "pi" / "sessions")
     assert first["totalTokens"] > 512
-    assert second["cacheRead"] in {first["totalTokens"] - 1, first["totalTokens"]}
+    assert second["cacheRead"] >= first["totalTokens"] - 1
 
 
 def test_pi_is_told_of_an_unknown_model(server: ServerProcess, tmp_path: Path) -> None:
     """It says so and ends."""
     arguments = _pi(tmp_path, "openai-completions", f"{server.url}/v1", "no-such-model")
-    done = run_pi(tmp_path, *arguments, "Say hello.")
+    done = run_pi(tmp_path, *arguments, "Say hello.", timeout_s=PI_S)
     assert done.returncode == 1
     assert "'no-such-model' is not served here" in done.stderr
+
+
+def _text_of_pi(folder: Path, *arguments: str) -> str:
+    """Now and then so small a model talks on until its context ends; then it is asked again."""
+    for _ in range(ATTEMPTS):
+        try:
+            done = run_pi(folder, *arguments, timeout_s=PI_S)
+        except subprocess.TimeoutExpired:
+            continue
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()
+        return done.stdout.strip()
+    raise AssertionError(f"no reply ended within {PI_S} s, {ATTEMPTS} times")
 
 
 def _pi(folder: Path, api: str, url: str, model: str) -> list[str]:
@@ -84,8 +99,8 @@ def _pi(folder: Path, api: str, url: str, model: str) -> list[str]:
 
 
 def _usages(sessions: Path) -> list[dict[str, int]]:
-    """Of each reply in the agent's one session."""
-    (session,) = sessions.rglob("*.jsonl")
+    """Of each reply in the agent's latest session."""
+    session = max(sessions.rglob("*.jsonl"), key=lambda path: path.stat().st_mtime_ns)
     rows = [json.loads(line) for line in session.read_text("utf-8").splitlines()]
     messages = [row["message"] for row in rows if row["type"] == "message"]
     return [message["usage"] for message in messages if message["role"] == "assistant"]

@@ -56,7 +56,7 @@ def run_node(name: str, script: str, *arguments: str) -> None:
     _check([_node(), str(path), *arguments])
 
 
-def run_pi(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+def run_pi(folder: Path, *arguments: str, timeout_s: float) -> "subprocess.CompletedProcess[str]":
     """The coding agent, to its end. Everything that it reads or writes is in `folder`."""
     package = "node_modules/@mariozechner/pi-coding-agent/dist/cli.js"
     places = {"HOME": str(folder), "PI_CODING_AGENT_DIR": str(folder / "pi"), "PI_OFFLINE": "1"}
@@ -68,7 +68,7 @@ def run_pi(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=RUN_S,
+        timeout=timeout_s,
     )
 
 
@@ -147,4 +147,5 @@ def _run(command: Sequence[str], environment: dict[str, str]) -> None:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CannotInstall(f"{' '.join(command)}: {error}") from error
     if done.returncode:
-        raise CannotInstall(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}")
+        lines = [line for line in done.stdout.splitlines() if not line.startswith("WARNING")]
+        raise CannotInstall(" | ".join([f"{' '.join(command)} failed", *lines[-4:]]))

@@ -10,6 +10,7 @@ from servers import MODEL, FakeServer, fake_server
 
 SCRIPTS = {
     "openai": "openai_client.py",
+    "anthropic": "anthropic_client.py",
     "openai-agents": "openai_agents_client.py",
 }
 REPLY = "Hello world, that would be the Danube."
