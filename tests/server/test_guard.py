@@ -1,0 +1,409 @@
+"""Who is let in, with what, and what errors look like in each dialect."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from servers import FakeServer, fake_server
+from sockets import RawClient
+
+CHAT = "/v1/chat/completions"
+BODY = {
+    "model": "fake",
+    "messages": [{"role": "user", "content": "Hello world"}],
+    "max_tokens": 4,
+}
+KEYS = {"server__api_keys": {"default": "key-of-default", "blue": "key-of-blue", "red": "key-red"}}
+POSTS = (CHAT, "/v1/completions", "/v1/messages", "/v1/agents/ada/messages")
+PROMPT = "xyzzy-plugh"
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def shape(response: httpx.Response) -> str:
+    """Whose error this is."""
+    document = response.json()
+    if document.get("type") == "error":
+        assert set(document["error"]) == {"type", "message"}
+        assert document["request_id"] == response.headers["x-request-id"]
+        return "anthropic"
+    assert set(document) == {"error"}
+    return "openai" if "code" in document["error"] else "agents"
+
+
+def shape_of(path: str) -> str:
+    if path.startswith("/v1/messages"):
+        return "anthropic"
+    return "agents" if path.startswith("/v1/agents") else "openai"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeServer]:
+    """One without keys, for what changes nothing in it."""
+    with fake_server(tmp_path_factory.mktemp("home"), server__max_body_bytes=20_000) as running:
+        with running.client() as client:
+            client.put("/v1/agents/ada", json={})
+        yield running
+
+
+@pytest.fixture
+def client(server: FakeServer) -> Iterator[httpx.Client]:
+    with server.client() as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeServer]:
+    with fake_server(tmp_path_factory.mktemp("keyed"), **KEYS) as running:
+        yield running
+
+
+class TestKeys:
+    @pytest.mark.parametrize("path", [*POSTS, "/v1/models", "/v1/agents", "/v1/stats", "/metrics"])
+    @pytest.mark.parametrize(
+        "headers",
+        [
+            {},
+            bearer("wrong"),
+            {"Authorization": "Bearer"},
+            {"x-api-key": "wrong"},
+            {"Authorization": "Basic key-of-blue"},
+            {"Authorization": "key-of-blue"},
+        ],
+    )
+    def test_without_one_nothing_is_answered(
+        self, keyed: FakeServer, path: str, headers: dict[str, str]
+    ) -> None:
+        with keyed.client() as client:
+            method = "POST" if path in POSTS else "GET"
+            response = client.request(method, path, headers=headers)
+            assert response.status_code == 401
+            assert response.headers["www-authenticate"] == "Bearer"
+            assert shape(response) == shape_of(path)
+            assert "authentication_error" in response.text or shape_of(path) == "agents"
+            assert "wrong" not in response.text
+
+    @pytest.mark.parametrize("path", ["/health", "/health/live", "/health/ready", "/"])
+    def test_whether_it_lives_may_be_asked(self, keyed: FakeServer, path: str) -> None:
+        with keyed.client() as client:
+            assert client.get(path).status_code == 200
+
+    @pytest.mark.parametrize(
+        "headers",
+        [
+            bearer("key-of-blue"),
+            {"Authorization": "bearer key-of-blue"},
+            {"x-api-key": "key-of-blue"},
+        ],
+    )
+    def test_either_header_has_it(self, keyed: FakeServer, headers: dict[str, str]) -> None:
+        with keyed.client() as client:
+            assert client.get("/v1/models", headers=headers).status_code == 200
+
+    def test_two_keys_share_nothing(self, keyed: FakeServer) -> None:
+        """The same name is two agents, and the same prompt is computed for each of them."""
+        body = {**BODY, "messages": [{"role": "user", "content": "Hello " * 300}], "user": "ada"}
+        anonymous = {key: value for key, value in body.items() if key != "user"}
+        with keyed.client() as client:
+            for key in ("key-of-blue", "key-red", "key-of-default"):
+                for asked in (body, {**anonymous, "messages": [{"role": "user", "content": "y"}]}):
+                    first = client.post(CHAT, json=asked, headers=bearer(key)).json()
+                    assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+                again = client.post(CHAT, json=anonymous, headers=bearer(key)).json()
+                assert again["usage"]["prompt_tokens_details"]["cached_tokens"] >= 256
+                shown = client.get("/v1/agents", headers=bearer(key)).json()["agents"]
+                assert [agent["id"] for agent in shown] == ["ada"]
+                stats = client.get("/v1/stats", headers=bearer(key)).json()
+                assert [agent["id"] for agent in stats["agents"]] == ["ada"]
+
+    def test_anothers_agent_is_nobody(self, keyed: FakeServer) -> None:
+        with keyed.client() as client:
+            client.put("/v1/agents/eve", json={}, headers=bearer("key-of-blue"))
+            for key in ("key-red", "key-of-default"):
+                for method, path in (
+                    ("GET", "/v1/agents/eve"),
+                    ("DELETE", "/v1/agents/eve"),
+                    ("GET", "/v1/agents/eve/turns"),
+                    ("GET", "/v1/agents/eve/export"),
+                    ("POST", "/v1/agents/eve/park"),
+                    ("POST", "/v1/agents/eve/verify"),
+                    ("GET", "/v1/agents/blue%2Feve"),
+                ):
+                    response = client.request(method, path, headers=bearer(key))
+                    assert response.status_code in (400, 404), (path, response.text)
+                fork = client.post(
+                    "/v1/agents/eve/fork", json={"new_id": "mine"}, headers=bearer(key)
+                )
+                assert fork.status_code == 404
+                named = {**bearer(key), "X-Agent-ID": "blue/eve"}
+                assert client.post(CHAT, json=BODY, headers=named).status_code == 400
+            kept = client.get("/v1/agents/eve", headers=bearer("key-of-blue"))
+            assert kept.status_code == 200
+
+
+class TestHosts:
+    @pytest.mark.parametrize(
+        "host",
+        ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "", "[", "localhost.:1"],
+    )
+    def test_a_name_that_points_here_is_refused(self, client: httpx.Client, host: str) -> None:
+        response = client.get("/v1/models", headers={"Host": host})
+        assert response.status_code == 403
+        assert response.json()["error"]["type"] == "permission_error"
+
+    @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1:8642", "[::1]:8642"])
+    def test_loopback_has_several(self, client: httpx.Client, host: str) -> None:
+        assert client.get("/v1/models", headers={"Host": host}).status_code == 200
+
+    def test_others_may_be_allowed(self, tmp_path: Path) -> None:
+        with (
+            fake_server(tmp_path, server__allowed_hosts=["box.local"]) as server,
+            server.client() as client,
+        ):
+            assert client.get("/health", headers={"Host": "box.local:80"}).status_code == 200
+            assert client.get("/health", headers={"Host": "box.example"}).status_code == 403
+
+    @pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://[", "x", ""])
+    def test_other_pages_may_not_send(self, client: httpx.Client, origin: str) -> None:
+        response = client.post(CHAT, json=BODY, headers={"Origin": origin})
+        assert response.status_code == 403
+        assert "access-control-allow-origin" not in response.headers
+
+    def test_our_own_page_may(self, client: httpx.Client, server: FakeServer) -> None:
+        response = client.post(CHAT, json=BODY, headers={"Origin": server.url})
+        assert response.status_code == 200
+
+    def test_no_page_is_told_that_it_may_read(self, client: httpx.Client) -> None:
+        headers = {"Origin": "http://app.example", "Access-Control-Request-Method": "POST"}
+        response = client.options(CHAT, headers=headers)
+        assert response.status_code == 403
+        assert not [name for name in response.headers if name.startswith("access-control")]
+
+    def test_a_page_that_was_allowed_may_send_and_read(self, tmp_path: Path) -> None:
+        origin = "http://app.example"
+        with (
+            fake_server(tmp_path, server__allowed_origins=[origin], **KEYS) as server,
+            server.client() as client,
+        ):
+            asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+            assert client.options(CHAT, headers=asked).status_code == 200
+            sent = {"Origin": origin, **bearer("key-red")}
+            response = client.post(CHAT, json=BODY, headers=sent)
+            assert response.status_code == 200
+            assert response.headers["access-control-allow-origin"] == origin
+            assert "X-Keepwarm-Cache" in response.headers["access-control-expose-headers"]
+            other = {**sent, "Origin": "http://evil.example"}
+            assert client.post(CHAT, json=BODY, headers=other).status_code == 403
+
+
+class TestBodies:
+    @pytest.mark.parametrize("path", POSTS)
+    def test_too_large_is_refused_by_its_length(self, server: FakeServer, path: str) -> None:
+        with RawClient(server.url) as raw:
+            raw.socket.sendall(raw.request(path, b"", {"Content-Length": "20001"}))
+            status, _, body = raw.read_document()
+        self._check(status, json.loads(body), path)
+
+    @pytest.mark.parametrize("path", POSTS)
+    def test_or_as_it_comes(self, client: httpx.Client, path: str) -> None:
+        response = client.post(
+            path, content=iter([b" " * 15_000] * 2), headers={"Content-Type": "application/json"}
+        )
+        self._check(response.status_code, response.json(), path)
+
+    def _check(self, status: int, document: Any, path: str) -> None:
+        assert status == 413
+        assert "20,000 bytes" in document["error"]["message"]
+        kind = {"anthropic": "request_too_large", "agents": "request_too_large"}
+        assert document["error"]["type"] == kind.get(shape_of(path), "invalid_request_error")
+
+    @pytest.mark.parametrize("path", POSTS)
+    @pytest.mark.parametrize(
+        "content",
+        [
+            b"",
+            b"{",
+            b"nonsense",
+            b"[]",
+            b"null",
+            b'"text"',
+            b"\xff\xfe\x00",
+            b"[" * 19_000,
+            b'{"a":' * 3_800,
+            b'{"model": "fake", "messages": ' + b"[" * 15_000,
+            b'{"seed": ' + b"9" * 6_000 + b"}",
+        ],
+    )
+    def test_what_is_no_request_is_refused(
+        self, client: httpx.Client, path: str, content: bytes
+    ) -> None:
+        headers = {"Content-Type": "application/json"}
+        response = client.post(path, content=content, headers=headers)
+        assert response.status_code == 400
+        assert shape(response) == shape_of(path)
+        if shape_of(path) != "anthropic":
+            assert response.json()["error"]["param"]
+
+    @pytest.mark.parametrize("path", POSTS)
+    def test_what_is_not_called_json_is_refused(self, client: httpx.Client, path: str) -> None:
+        response = client.post(path, content=b"a=b", headers={"Content-Type": "text/plain"})
+        assert response.status_code == 400
+        assert shape(response) == shape_of(path)
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            {"model": "\ud800"},
+            {"messages": [{"role": "user", "content": "a\ud800"}]},
+            {"messages": [{"role": "\ud800", "content": "a"}]},
+            {"messages": [{"role": "user", "content": [{"type": "\ud800"}]}]},
+            {"messages": [{"role": "user", "content": "a", "name": "\udfff"}]},
+            {"user": "\ud800"},
+            {"\ud800": "\ud800"},
+            {"stop": ["\ud800"]},
+            {"max_tokens": "\ud800"},
+        ],
+    )
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_half_a_surrogate_pair_harms_nobody(
+        self, client: httpx.Client, body: dict[str, Any], stream: bool
+    ) -> None:
+        content = json.dumps({**BODY, "stream": stream, **body}).encode()
+        headers = {"Content-Type": "application/json"}
+        assert client.post(CHAT, content=content, headers=headers).status_code in (200, 400, 404)
+
+    @pytest.mark.parametrize(
+        ("path", "body"),
+        [
+            ("/v1/agents/x", {"system": "\ud800"}),
+            ("/v1/agents/x", {"\ud800": 1}),
+            ("/v1/agents/x", {"kv_policy": "\ud800"}),
+            ("/v1/agents/ada/messages", {"content": "\ud800"}),
+            ("/v1/agents/ada/messages", {"content": "a", "\ud800": 1}),
+            ("/v1/agents/ada/messages", {"messages": [{"content": "a", "name": "\ud800"}]}),
+            ("/v1/agents/ada/messages", {"messages": [{"content": "a", "tool_call_id": "\ud800"}]}),
+            ("/v1/agents/ada/fork", {"new_id": "\ud800"}),
+        ],
+    )
+    def test_nor_in_the_agents_api(
+        self, client: httpx.Client, path: str, body: dict[str, Any]
+    ) -> None:
+        method = "PUT" if path.endswith("/x") else "POST"
+        content = json.dumps(body).encode()
+        response = client.request(
+            method, path, content=content, headers={"Content-Type": "application/json"}
+        )
+        assert response.status_code in (200, 201, 400)
+        assert client.get("/v1/agents/ada/turns").status_code == 200
+        assert client.get("/v1/agents").status_code == 200
+
+
+class TestPaths:
+    @pytest.mark.parametrize(
+        "path", ["/v1/nothing", "/nothing", "/v1/messages/x", "/v1/agents/a/x"]
+    )
+    @pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+    def test_an_unknown_one_is_not_found(
+        self, client: httpx.Client, path: str, method: str
+    ) -> None:
+        response = client.request(method, path)
+        assert response.status_code == 404
+        assert shape(response) == shape_of(path)
+
+    @pytest.mark.parametrize("path", POSTS)
+    def test_a_wrong_method_says_which_is_right(self, client: httpx.Client, path: str) -> None:
+        response = client.get(path)
+        assert response.status_code == 405
+        assert response.headers["allow"] == "POST"
+        assert shape(response) == shape_of(path)
+
+    @pytest.mark.parametrize("path", ["/health", "/v1/models", "/", "/v1/agents", "/metrics"])
+    def test_head_is_get_without_a_body(self, client: httpx.Client, path: str) -> None:
+        response = client.head(path)
+        assert response.status_code == 200
+        assert response.content == b""
+        assert client.head("/v1/nothing").status_code == 404
+
+    def test_every_answer_has_an_id(self, client: httpx.Client) -> None:
+        for path in ("/health", "/v1/nothing", CHAT):
+            ids = {client.get(path).headers["x-request-id"] for _ in range(3)}
+            assert len(ids) == 3
+        assert client.get("/health", headers={"X-Request-ID": "my.id-1"}).headers[
+            "x-request-id"
+        ] == ("my.id-1")
+        bad = client.get("/health", headers={"X-Request-ID": "a b\t" + "c" * 100})
+        assert bad.headers["x-request-id"].startswith("req_")
+
+
+def test_so_many_requests_in_a_minute(tmp_path: Path) -> None:
+    """For each key; health may always be asked for."""
+    with (
+        fake_server(tmp_path, server__rate_per_minute=3, **KEYS) as server,
+        server.client() as client,
+    ):
+        for key in ("key-red", "key-of-blue"):
+            answers = [client.get("/v1/models", headers=bearer(key)) for _ in range(5)]
+            assert [a.status_code for a in answers] == [200, 200, 200, 429, 429]
+            assert 1 <= int(answers[-1].headers["retry-after"]) <= 61
+            assert answers[-1].json()["error"]["type"] == "rate_limit_error"
+            assert shape(client.post("/v1/messages", headers=bearer(key))) == "anthropic"
+        assert all(client.get("/health").status_code == 200 for _ in range(5))
+
+
+def test_whoever_guesses_keys_is_slowed_down(tmp_path: Path) -> None:
+    with (
+        fake_server(tmp_path, server__rate_per_minute=3, **KEYS) as server,
+        server.client() as client,
+    ):
+        guesses = [client.get("/v1/models", headers=bearer(f"k{n}")) for n in range(5)]
+        assert [g.status_code for g in guesses] == [401, 401, 401, 429, 429]
+        assert client.get("/v1/models", headers=bearer("key-red")).status_code == 200
+
+
+def test_logs_hold_no_prompt_and_no_key(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Neither when all goes well nor when something breaks."""
+    caplog.set_level(logging.DEBUG)
+    with fake_server(tmp_path, **KEYS) as server, server.client() as client:
+        auth = bearer("key-of-blue")
+        client.put(f"/v1/agents/a?{PROMPT}", json={"system": PROMPT}, headers=auth)
+        bodies: list[tuple[str, Any]] = [
+            (CHAT, {**BODY, "messages": [{"role": "user", "content": PROMPT}]}),
+            (CHAT, {**BODY, "messages": [{"role": "user", "content": PROMPT}], "stream": True}),
+            (CHAT, {**BODY, "messages": [{"role": PROMPT, "content": PROMPT}]}),
+            (CHAT, {**BODY, "stop": [PROMPT], "unknown": PROMPT, "temperature": PROMPT}),
+            (CHAT, {**BODY, "unknown": PROMPT}),
+            ("/v1/completions", {"model": "fake", "prompt": PROMPT}),
+            ("/v1/messages", {**BODY, "system": PROMPT}),
+            ("/v1/agents/a/messages", {"content": PROMPT, "max_tokens": 3}),
+            ("/v1/agents/a/messages", {"content": PROMPT, "max_tokens": PROMPT}),
+        ]
+        for path, body in bodies:
+            client.post(path, json=body, headers=auth)
+            client.post(path, json=body, headers=bearer(f"{PROMPT}-key"))
+
+        def submit(**arguments: Any) -> str:
+            raise RuntimeError("a bug")
+
+        server.call(lambda engine: setattr(engine, "submit", submit))
+        for stream in (False, True):
+            response = client.post(CHAT, json={**bodies[0][1], "stream": stream}, headers=auth)
+            assert response.status_code == 500
+            assert response.json()["error"]["message"] == (
+                "an error inside the server; its log has the details"
+            )
+    ours = [r for r in caplog.records if not r.name.startswith(("httpx", "httpcore"))]
+    format_one = logging.Formatter("%(name)s %(message)s").format
+    said = "\n".join(map(format_one, ours)) + "".join(capfd.readouterr())
+    assert "POST /v1/chat/completions 200" in said
+    assert "a bug" in said
+    for secret in (PROMPT, *KEYS["server__api_keys"].values()):
+        assert secret not in said
