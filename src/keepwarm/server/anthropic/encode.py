@@ -23,6 +23,9 @@ _TYPES = {
 _encode = msgspec.json.Encoder().encode
 
 
+# Its specification wants every field to be there, and null where there is nothing to say.
+
+
 class Usage(msgspec.Struct):
     """Token counts: the three kinds of input make up the prompt."""
 
@@ -30,6 +33,11 @@ class Usage(msgspec.Struct):
     cache_creation_input_tokens: int
     cache_read_input_tokens: int
     output_tokens: int
+    output_tokens_details: None = None
+    server_tool_use: None = None
+    cache_creation: None = None
+    inference_geo: None = None
+    service_tier: None = None
 
     @classmethod
     def of(cls, prompt: int, cached: int, output: int, *, asks_for_cache: bool) -> "Usage":
@@ -55,6 +63,8 @@ class Document(msgspec.Struct):
     usage: Usage
     stop_reason: str | None = None
     stop_sequence: str | None = None
+    stop_details: None = None
+    container: None = None
     type: str = "message"
     role: str = "assistant"
 
@@ -79,6 +89,8 @@ class MessageEnd(msgspec.Struct):
 
     stop_reason: str
     stop_sequence: str | None
+    stop_details: None = None
+    container: None = None
 
 
 class MessageDelta(msgspec.Struct):

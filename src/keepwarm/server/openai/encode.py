@@ -89,6 +89,7 @@ class ReplyMessage(msgspec.Struct):
     role: str
     content: str
     refusal: None = None
+    annotations: tuple[()] = ()
 
 
 class ChatChoice(msgspec.Struct):
