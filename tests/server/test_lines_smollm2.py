@@ -54,29 +54,34 @@ def test_a_second_turn_computes_only_what_is_new(client: httpx.Client, max_token
     usage = first.json()["usage"]
     messages += [first.json()["choices"][0]["message"], {"role": "user", "content": "Go on."}]
     second = chat(client, agent, messages, max_tokens=2)
-    # The last token of a reply that was cut off was never fed.
-    was_cut = first.json()["choices"][0]["finish_reason"] == "length"
-    assert cached(second) == usage["prompt_tokens"] + usage["completion_tokens"] - was_cut
+    # The reply's last token was sampled and never fed.
+    assert cached(second) == usage["prompt_tokens"] + usage["completion_tokens"] - 1
     assert cache_of(second)["tier"] == "hot"
     assert (cache_of(second)["reason"], cache_of(second)["message"]) == ("new_message", "2")
 
 
-def test_four_requests_of_one_name_leave_its_main_line_hot(client: httpx.Client) -> None:
-    messages: list[dict[str, str]] = [{"role": "user", "content": TALE}]
-    first = chat(client, "team", messages)
+@pytest.mark.parametrize("num_sentences", [1, 12])
+def test_four_requests_of_one_name_leave_its_main_line_hot(
+    client: httpx.Client, num_sentences: int
+) -> None:
+    """However short the main line is."""
+    agent = f"team-{num_sentences}"
+    tale = TALE[: len(TALE) * num_sentences // 12]
+    messages: list[dict[str, str]] = [{"role": "user", "content": tale}]
+    first = chat(client, agent, messages)
     messages.append(first.json()["choices"][0]["message"])
-    sides = [[{"role": "user", "content": f"Give chat {n} a title: {TALE}"}] for n in range(3)]
+    sides = [[{"role": "user", "content": f"Give chat {n} a title: {tale}"}] for n in range(3)]
     prompts = [[*messages, {"role": "user", "content": "Go on."}], *sides]
     with ThreadPoolExecutor(4) as pool:
-        main, *others = pool.map(lambda prompt: chat(client, "team", prompt), prompts)
+        main, *others = pool.map(lambda prompt: chat(client, agent, prompt), prompts)
     assert cached(main) >= first.json()["usage"]["prompt_tokens"]
     assert all(cached(other) < 256 for other in others)
-    assert tier_of(client, "team") == "hot"
+    assert tier_of(client, agent) == "hot"
     messages = [*prompts[0], main.json()["choices"][0]["message"]]
-    last = chat(client, "team", [*messages, {"role": "user", "content": "And then?"}])
+    last = chat(client, agent, [*messages, {"role": "user", "content": "And then?"}])
     usage = main.json()["usage"]
     assert cached(last) >= usage["prompt_tokens"] + usage["completion_tokens"] - 1
-    assert client.get("/v1/agents/team").json()["num_side_lines"] == 3
+    assert client.get(f"/v1/agents/{agent}").json()["num_side_lines"] == 3
 
 
 def test_an_edited_message_is_named(client: httpx.Client) -> None:

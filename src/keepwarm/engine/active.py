@@ -14,6 +14,7 @@ from keepwarm.core.events import (
     Timing,
     Usage,
 )
+from keepwarm.core.layout import BLOCK_TOKENS
 from keepwarm.core.ports import Message
 from keepwarm.core.sequence import TokenSequence
 from keepwarm.core.transcript import Receipt
@@ -101,17 +102,9 @@ class ActiveRequest:
         )
 
     def _cache_report(self) -> CacheReport:
-        # The last token of a line may have been sampled and never fed: lacking it is no loss.
         cached = self.sequence.cached_tokens or 0
         num_prompt = self.sequence.num_prompt_tokens
-        divergence = self.prompt.divergence
-        if cached < min(self.prompt.num_shared, num_prompt) - 1:
-            reason = Reason.NEW_LINE.value if self.is_new_line else EVICTED
-            diverged_at = cached
-        elif divergence is None:
-            diverged_at, reason = num_prompt, CACHED
-        else:
-            diverged_at, reason = max(divergence.token_index, cached), divergence.reason.value
+        diverged_at, reason = self._divergence(cached, num_prompt)
         return CacheReport(
             tier=self.sequence.tier,
             cached_tokens=cached,
@@ -121,6 +114,29 @@ class ActiveRequest:
             restored_s=self.sequence.restored_s,
             message=self.locate(diverged_at),
         )
+
+    def _divergence(self, cached: int, num_prompt: int) -> tuple[int, str]:
+        """The first prompt token that was not there, and why.
+
+        A new line of an agent finds whole blocks of the line that it is most like, and not its
+        tail; why it could not go on with that line says more than that.
+        """
+        divergence = self.prompt.divergence
+        # The last token of a line may have been sampled and never fed: lacking it is no loss.
+        num_lacking = min(self.prompt.num_shared, num_prompt) - 1 - cached
+        if num_lacking > 0 and not self.is_new_line:
+            return cached, EVICTED
+        if self.is_new_line and (self.agent_id is None or divergence is None):
+            return (cached, Reason.NEW_LINE.value) if num_lacking > 0 else self._as_known(cached)
+        if num_lacking >= BLOCK_TOKENS:
+            return cached, EVICTED
+        return self._as_known(cached)
+
+    def _as_known(self, cached: int) -> tuple[int, str]:
+        divergence = self.prompt.divergence
+        if divergence is None:
+            return self.sequence.num_prompt_tokens, CACHED
+        return max(divergence.token_index, cached), divergence.reason.value
 
     def _timing(self, now_s: float) -> Timing:
         sequence = self.sequence

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from keepwarm.core.agent import AgentBlocks, Tier
 from keepwarm.core.block import common_prefix
 from keepwarm.core.errors import AgentBusy, AgentExists, InvalidRequest, UnknownAgent
-from keepwarm.core.layout import BLOCK_TOKENS
 from keepwarm.core.ports import Message
 from keepwarm.core.stored import DEFAULT_SETTINGS, AgentSettings, AgentSummary, LineState
 from keepwarm.core.transcript import EMPTY, Receipt, Transcript, Turn
@@ -301,7 +300,7 @@ def _continues(line: Line, prompt: Prompt, *, named: bool) -> bool:
     num_lost = num_known - prompt.num_shared
     if not named:
         return num_lost <= ANONYMOUS_SLACK_TOKENS and prompt.num_shared > num_lost
-    return num_lost <= BLOCK_TOKENS or prompt.num_shared >= num_lost
+    return prompt.num_shared >= num_lost
 
 
 def history(messages: Sequence[Message] | None, reply_text: str) -> tuple[Message, ...] | None:

@@ -91,9 +91,16 @@ def agent_fields(
 
 
 def turn_fields(number: int, turn: Turn, before: Turn | None) -> dict[str, Any]:
-    """A turn with what was said in it; `messages` null where only token ids are known."""
-    start = len(before.messages) if before is not None and before.messages is not None else 0
-    messages = None if turn.messages is None else [dict(m) for m in turn.messages[start:]]
+    """A turn with what was said in it; `messages` null where only token ids are known.
+
+    All of its conversation where that does not go on from the turn before.
+    """
+    messages = None if turn.messages is None else [dict(m) for m in turn.messages]
+    earlier = (
+        [] if before is None or before.messages is None else [dict(m) for m in before.messages]
+    )
+    if messages is not None and messages[: len(earlier)] == earlier:
+        messages = messages[len(earlier) :]
     return {"turn": number, "context_tokens": turn.num_tokens, "messages": messages}
 
 
