@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -25,6 +26,8 @@ LoadModel = Callable[[Settings], LoadedModel]
 STORE_FOLDER = "agents"
 TRANSFERS_FOLDER = "transfers"
 SHARE_OF_MEMORY = 4
+SWITCH_S = 0.0005
+"""How long the engine's thread may keep the event loop's from running; Python's own is 5 ms."""
 
 
 def load_configured_model(settings: Settings) -> LoadedModel:
@@ -53,6 +56,7 @@ async def start_server(
     settings: Settings, home: Path, *, load: LoadModel = load_configured_model
 ) -> RunningServer:
     """Raises what loading and opening raise."""
+    sys.setswitchinterval(SWITCH_S)
     cards: list[ModelCard] = []
 
     def open_engine() -> tuple[BlockPoolBatchEngine, Callable[[], None]]:

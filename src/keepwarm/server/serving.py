@@ -93,8 +93,8 @@ class Serving:
         return WholeReply(choices, encoder, headers)
 
 
-def serving_of(request: Request) -> Serving:
-    """A dependency of the routes."""
+async def serving_of(request: Request) -> Serving:
+    """A dependency of the routes. Async, or it would run on a thread of a pool."""
     house: House = request.app.state.house
     namespace: str = request.scope.get("keepwarm.namespace", "")
     return Serving(house, Caller(namespace, request.headers))
