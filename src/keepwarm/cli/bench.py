@@ -73,6 +73,14 @@ def chaos(quick: Quick = False, seed: Seed = 0, json_file: JsonFile = None) -> N
     _finish({"chaos": _chaos(quick=quick, seed=seed)}, json_file)
 
 
+@bench.command()
+def http(
+    model: Model = "smollm2", quick: Quick = False, seed: Seed = 0, json_file: JsonFile = None
+) -> None:
+    """What the server costs on top of the engine, and thousands of generated requests."""
+    _finish({"http": _http(model, quick=quick, seed=seed)}, json_file)
+
+
 @bench.command(name="all")
 def all_of_them(
     model: Model = "smollm2", quick: Quick = False, seed: Seed = 0, json_file: JsonFile = None
@@ -86,6 +94,7 @@ def all_of_them(
         "batch": _batch(loaded, quick=quick, seed=seed),
         "store": _store(loaded, quick=quick, seed=seed),
         "chaos": _chaos(quick=quick, seed=seed),
+        "http": _http(model, quick=quick, seed=seed),
     }
     _finish(reports, json_file)
 
@@ -162,6 +171,16 @@ def _chaos(*, quick: bool, seed: int) -> _Report:
     plan = chaos_plan(quick=quick, seed=seed)
     result = _with_progress("chaos", lambda tell: run_chaos(plan, tell))
     _show(figures_table("Killed in every phase", result))
+    return _Report(result, result.passed)
+
+
+def _http(model: str, *, quick: bool, seed: int) -> _Report:
+    from keepwarm.bench.http import http_plan, run_http
+    from keepwarm.bench.tables import figures_table
+
+    plan = http_plan(quick=quick, seed=seed)
+    result = _with_progress("http", lambda tell: run_http(model, plan, tell))
+    _show(figures_table("The server on top of the engine", result), *result.notes)
     return _Report(result, result.passed)
 
 

@@ -1,0 +1,197 @@
+"""What the server costs on top of the engine, and what it answers to anything at all."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from keepwarm.bench.figures import Figure, FiguresResult
+from keepwarm.bench.http_fuzz import run_fuzz
+from keepwarm.bench.http_load import (
+    Connection,
+    Timeline,
+    in_turns,
+    median_tpot_s,
+    median_ttft_s,
+    rounds_directly,
+    rounds_over_http,
+)
+from keepwarm.bench.http_server import FAKE, STEP_S, bench_settings, loader_of, server_of
+from keepwarm.bench.prompts import passages
+from keepwarm.bench.report import OnProgress, no_progress
+from keepwarm.engine.batch_engine import BlockPoolBatchEngine
+from keepwarm.wiring import build_engine
+
+NUM_STREAMS = 8
+MAX_ADDED_TTFT_MS = 3.0
+MAX_TPOT_RATIO = 1.03
+MAX_CROWD_RATIO = 1.05
+PROMPT_CHARACTERS = 100
+MAX_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpPlan:
+    """`num_repeats` times HTTP and the bare engine take turns."""
+
+    num_rounds: int = 40
+    num_repeats: int = 5
+    num_tokens: int = 96
+    num_idle: int = 200
+    num_queued: int = 50
+    num_generated: int = 20_000
+    seed: int = 0
+
+
+def http_plan(*, quick: bool = False, seed: int = 0) -> HttpPlan:
+    if quick:
+        return HttpPlan(
+            num_rounds=4,
+            num_repeats=1,
+            num_tokens=16,
+            num_idle=20,
+            num_queued=8,
+            num_generated=300,
+            seed=seed,
+        )
+    return HttpPlan(seed=seed)
+
+
+def run_http(model: str, plan: HttpPlan, on_progress: OnProgress = no_progress) -> FiguresResult:
+    on_progress("time to the first token without compute", 0, 5)
+    added = _added_ttft(plan)
+    figures = [added]
+    with _bench_home() as home, server_of(model, home / "s", max_rows=NUM_STREAMS) as port:
+        with _engine(model, home / "e") as engine:
+            for number, num_streams in enumerate((NUM_STREAMS, 1), 1):
+                on_progress(f"time per token, {num_streams} streams", number, 5)
+                figures.append(_tpot(model, port, engine, plan, num_streams))
+        on_progress("idle connections and a queue", 3, 5)
+        figures.append(_crowd(model, port, plan))
+    on_progress(f"{plan.num_generated:,} generated requests", 4, 5)
+    generated, problems = _generated(plan)
+    return FiguresResult((*figures, generated), problems)
+
+
+def _added_ttft(plan: HttpPlan) -> Figure:
+    prompts = _prompts(NUM_STREAMS)
+    options = {"num_tokens": 16, "num_rounds": plan.num_rounds}
+    with (
+        _bench_home() as home,
+        server_of(FAKE, home / "s", max_rows=NUM_STREAMS) as port,
+        _engine(FAKE, home / "e") as engine,
+    ):
+
+        def over_http() -> float:
+            return median_ttft_s(asyncio.run(rounds_over_http(port, FAKE, prompts, **options)))
+
+        def directly() -> float:
+            return median_ttft_s(rounds_directly(engine, prompts, **options))
+
+        http_s, direct_s = in_turns(over_http, directly, num_repeats=plan.num_repeats)
+    return Figure(
+        f"TTFT over HTTP less the engine's own, {NUM_STREAMS} streams, idle steps of "
+        f"{1e3 * STEP_S:g} ms (ms)",
+        1e3 * (http_s - direct_s),
+        MAX_ADDED_TTFT_MS,
+        unit="ms",
+        facts={"http_ms": 1e3 * http_s, "engine_ms": 1e3 * direct_s},
+    )
+
+
+def _tpot(
+    model: str, port: int, engine: BlockPoolBatchEngine, plan: HttpPlan, num_streams: int
+) -> Figure:
+    prompts = _prompts(num_streams)
+    options = {"num_tokens": plan.num_tokens, "num_rounds": 1}
+
+    def over_http() -> float:
+        return median_tpot_s(asyncio.run(rounds_over_http(port, model, prompts, **options)))
+
+    def directly() -> float:
+        return median_tpot_s(rounds_directly(engine, prompts, **options))
+
+    over_http()
+    directly()
+    http_s, direct_s = in_turns(over_http, directly, num_repeats=plan.num_repeats)
+    return Figure(
+        f"time per token over HTTP over the engine's own, {num_streams} streams",
+        http_s / direct_s,
+        MAX_TPOT_RATIO,
+        facts={"http_ms": 1e3 * http_s, "engine_ms": 1e3 * direct_s},
+    )
+
+
+def _crowd(model: str, port: int, plan: HttpPlan) -> Figure:
+    """Beside the running streams: connections that say nothing, and requests without a row."""
+
+    def alone() -> float:
+        return median_tpot_s(asyncio.run(_beside(port, model, plan, crowded=False)))
+
+    def crowded() -> float:
+        return median_tpot_s(asyncio.run(_beside(port, model, plan, crowded=True)))
+
+    alone_s, crowded_s = in_turns(alone, crowded, num_repeats=plan.num_repeats)
+    return Figure(
+        f"time per token beside {plan.num_idle} idle connections and {plan.num_queued} queued "
+        "requests over alone",
+        crowded_s / alone_s,
+        MAX_CROWD_RATIO,
+        facts={"crowded_ms": 1e3 * crowded_s, "alone_ms": 1e3 * alone_s},
+    )
+
+
+async def _beside(port: int, model: str, plan: HttpPlan, *, crowded: bool) -> list[Timeline]:
+    idle = [await Connection.open(port) for _ in range(plan.num_idle if crowded else 0)]
+    prompts = _prompts(NUM_STREAMS)
+    running = asyncio.ensure_future(
+        rounds_over_http(port, model, prompts, num_tokens=plan.num_tokens, num_rounds=1)
+    )
+    await asyncio.sleep(0.05)
+    others = _prompts(plan.num_queued if crowded else 0)
+    queued = asyncio.ensure_future(
+        rounds_over_http(port, model, others, num_tokens=1, num_rounds=1)
+    )
+    timelines = await running
+    await queued
+    for connection in idle:
+        connection.close()
+    return timelines
+
+
+def _generated(plan: HttpPlan) -> tuple[Figure, tuple[str, ...]]:
+    with _bench_home() as home, server_of(FAKE, home, max_rows=NUM_STREAMS) as port:
+        report = run_fuzz(port, plan.num_generated, seed=plan.seed)
+    figure = Figure(
+        f"{plan.num_generated:,} generated requests that were answered wrongly",
+        float(len(report.problems)),
+        0.0,
+        unit="",
+        facts={f"status_{status}": count for status, count in sorted(report.statuses.items())},
+    )
+    return figure, tuple(report.problems[:MAX_SHOWN])
+
+
+@contextmanager
+def _engine(model: str, home: Path) -> Iterator[BlockPoolBatchEngine]:
+    """As the server builds it, in this thread."""
+    settings = bench_settings(model, max_rows=NUM_STREAMS, more={})
+    engine, _, close = build_engine(settings, home, loader_of(model))
+    try:
+        yield engine
+    finally:
+        close()
+
+
+@contextmanager
+def _bench_home() -> Iterator[Path]:
+    with TemporaryDirectory(prefix="keepwarm-bench-http-") as name:
+        yield Path(name)
+
+
+def _prompts(number: int) -> list[str]:
+    text = " ".join(passages())
+    step = max((len(text) - PROMPT_CHARACTERS) // max(number, 1), 1)
+    return [text[n * step :][:PROMPT_CHARACTERS] for n in range(number)]

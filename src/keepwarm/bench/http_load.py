@@ -1,0 +1,147 @@
+"""Streams for the benchmarks of the server: over HTTP, and from an engine in this process."""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from keepwarm.bench.lab import require
+from keepwarm.core.events import Completed, Delta, Failed
+from keepwarm.engine.batch_engine import BlockPoolBatchEngine
+
+HOST = "127.0.0.1"
+_READ_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """When a stream was asked for, its first text came, and its end was known."""
+
+    sent_s: float
+    first_s: float
+    end_s: float
+    num_tokens: int
+
+    @property
+    def ttft_s(self) -> float:
+        return self.first_s - self.sent_s
+
+    @property
+    def tpot_s(self) -> float:
+        return (self.end_s - self.first_s) / max(self.num_tokens - 1, 1)
+
+
+def median_ttft_s(timelines: Sequence[Timeline]) -> float:
+    return median(timeline.ttft_s for timeline in timelines)
+
+
+def median_tpot_s(timelines: Sequence[Timeline]) -> float:
+    return median(timeline.tpot_s for timeline in timelines)
+
+
+class Connection:
+    """Kept alive from request to request, and idle in between."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    @classmethod
+    async def open(cls, port: int) -> "Connection":
+        return cls(*await asyncio.open_connection(HOST, port))
+
+    async def complete(self, model: str, prompt: str, num_tokens: int) -> Timeline:
+        """A streamed completion, read to its end."""
+        body = {"model": model, "prompt": prompt, "max_tokens": num_tokens, "temperature": 0}
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        data = json.dumps({**body, **options}).encode()
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\n"
+        )
+        sent_s = time.perf_counter()
+        self._writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        received = b""
+        first_s = end_s = 0.0
+        while not received.endswith(b"0\r\n\r\n"):
+            received += await self._reader.read(_READ_BYTES)
+            if not first_s and b"data: " in received:
+                first_s = time.perf_counter()
+            if not end_s and b'"finish_reason":"' in received:
+                end_s = time.perf_counter()
+        require(b"[DONE]" in received, f"a stream ended with {received[-200:]!r}")
+        tail = received[received.rindex(b'"completion_tokens":') :]
+        num_said = int(tail.split(b":", 1)[1].split(b",", 1)[0])
+        return Timeline(sent_s, first_s, end_s, num_said)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+async def rounds_over_http(
+    port: int, model: str, prompts: Sequence[str], *, num_tokens: int, num_rounds: int
+) -> list[Timeline]:
+    """Each prompt on a connection of its own, again and again."""
+
+    async def one(prompt: str) -> list[Timeline]:
+        connection = await Connection.open(port)
+        try:
+            return [await connection.complete(model, prompt, num_tokens) for _ in range(num_rounds)]
+        finally:
+            connection.close()
+
+    timelines = await asyncio.gather(*(one(prompt) for prompt in prompts))
+    return [timeline for some in timelines for timeline in some]
+
+
+class _Direct:
+    """Keeps one request of each prompt in an engine until each has ended so many times."""
+
+    def __init__(self, engine: BlockPoolBatchEngine, *, num_tokens: int, num_rounds: int) -> None:
+        self._engine = engine
+        self._num_tokens = num_tokens
+        self._num_rounds = num_rounds
+        self._sent: dict[str, tuple[str, int, float]] = {}
+        self._first_s: dict[str, float] = {}
+        self.timelines: list[Timeline] = []
+
+    def begin(self, prompt: str, number: int = 1) -> None:
+        sent_s = time.perf_counter()
+        request_id = self._engine.submit(text=prompt, max_tokens=self._num_tokens)
+        self._sent[request_id] = (prompt, number, sent_s)
+
+    def run(self) -> None:
+        while self._sent:
+            for event in self._engine.step():
+                if isinstance(event, Delta):
+                    self._first_s.setdefault(event.request_id, time.perf_counter())
+                elif isinstance(event, Failed):
+                    raise event.error
+                elif isinstance(event, Completed):
+                    self._end(event)
+
+    def _end(self, event: Completed) -> None:
+        prompt, number, sent_s = self._sent.pop(event.request_id)
+        first_s = self._first_s.pop(event.request_id)
+        num_tokens = event.usage.completion_tokens
+        self.timelines.append(Timeline(sent_s, first_s, time.perf_counter(), num_tokens))
+        if number < self._num_rounds:
+            self.begin(prompt, number + 1)
+
+
+def rounds_directly(
+    engine: BlockPoolBatchEngine, prompts: Sequence[str], *, num_tokens: int, num_rounds: int
+) -> list[Timeline]:
+    """The same requests in this thread, without a server."""
+    direct = _Direct(engine, num_tokens=num_tokens, num_rounds=num_rounds)
+    for prompt in prompts:
+        direct.begin(prompt)
+    direct.run()
+    return direct.timelines
+
+
+def in_turns(*measures: Callable[[], float], num_repeats: int) -> list[float]:
+    """The median of each, measured one after the other, again and again."""
+    measured = [[measure() for measure in measures] for _ in range(num_repeats)]
+    return [median(values) for values in zip(*measured, strict=True)]

@@ -1,0 +1,106 @@
+"""A server process for the benchmarks: on the fake generator without compute, or on a model.
+
+Prints its port when it listens, and ends when its input is closed.
+"""
+
+import asyncio
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from subprocess import PIPE, Popen
+from typing import Any
+
+import uvicorn
+from uvicorn.loops.auto import auto_loop_factory
+
+from keepwarm.bench.lab import require
+from keepwarm.config import Settings, load_settings
+from keepwarm.core.ports import BatchGenerator, LoadedModel, RowInput
+from keepwarm.server.sockets import uvicorn_config
+from keepwarm.testing.generator import FAKE_LAYOUT, FakeBatchGenerator
+from keepwarm.testing.tokenizer import FakeTokenizer
+from keepwarm.wiring import LoadModel, load_configured_model, start_server
+
+FAKE = "fake"
+STOP_S = 60.0
+STEP_S = 0.004
+
+
+def bench_settings(model: str, *, max_rows: int, more: Mapping[str, object]) -> Settings:
+    given = {"model.name": model, "engine.max_rows": max_rows, **more}
+    return load_settings({"memory.budget_bytes": 1 << 31, **given}, environment={})
+
+
+def loader_of(model: str) -> LoadModel:
+    return _fake_model if model == FAKE else load_configured_model
+
+
+class _PacedGenerator(FakeBatchGenerator):
+    """A step lasts as long as a small model's, and computes nothing meanwhile."""
+
+    def decode(self, inputs: Sequence[RowInput]) -> list[int]:
+        time.sleep(STEP_S)
+        return super().decode(inputs)
+
+
+def _fake_model(_: Settings) -> LoadedModel:
+    """Replies whole characters at once, and never ends on its own."""
+    tokenizer = FakeTokenizer()
+
+    def generator(*, deterministic: bool) -> BatchGenerator:
+        return _PacedGenerator(script=list(b"abcdefg "), deterministic=deterministic)
+
+    return LoadedModel(
+        name=FAKE,
+        fingerprint=FAKE,
+        layout=FAKE_LAYOUT,
+        max_context_tokens=100_000,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer=tokenizer,
+        batch_gen_factory=generator,
+    )
+
+
+@contextmanager
+def server_of(model: str, home: Path, *, max_rows: int, **more: object) -> Iterator[int]:
+    """The port of a server in a process of its own; `more` are settings, `__` for the dot."""
+    arguments = [f"{name.replace('__', '.')}={value}" for name, value in more.items()]
+    command = [sys.executable, "-m", "keepwarm.bench.http_server", model, str(home), str(max_rows)]
+    process = Popen([*command, *arguments], stdin=PIPE, stdout=PIPE, text=True)
+    try:
+        line = process.stdout.readline() if process.stdout is not None else ""
+        require(line.strip().isdecimal(), f"the server of {model} did not start")
+        yield int(line)
+    finally:
+        process.communicate(timeout=STOP_S)
+
+
+async def _serve(settings: Settings, home: Path, listener: socket.socket) -> None:
+    running = await start_server(settings, home, load=loader_of(settings.model.name))
+    server = uvicorn.Server(uvicorn_config(running.app, settings.server))
+    print(listener.getsockname()[1], flush=True)  # noqa: T201 - for the process that asked
+
+    async def stop_at_end_of_input() -> None:
+        await asyncio.to_thread(sys.stdin.read)
+        server.should_exit = True
+
+    watching = asyncio.create_task(stop_at_end_of_input())
+    await server.serve(sockets=[listener])
+    await watching
+
+
+def _main(model: str, home: str, max_rows: str, *more: str) -> None:
+    pairs: dict[str, Any] = dict(item.split("=", 1) for item in more)
+    settings = bench_settings(model, max_rows=int(max_rows), more=pairs)
+    with (
+        socket.create_server(("127.0.0.1", 0), backlog=2048) as listener,
+        asyncio.Runner(loop_factory=auto_loop_factory()) as runner,
+    ):
+        runner.run(_serve(settings, Path(home), listener))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
