@@ -244,7 +244,7 @@ class BlockPoolBatchEngine:
 
         Waits briefly when there is nothing to do but to hear from the store.
         """
-        if self._stalled:
+        if self._stalled and self.has_work:
             self._link.wait()
         self._link.take_events()
         outcomes = self.batch.step()
