@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from keepwarm.bench.figures import Figure, FiguresResult
 from keepwarm.bench.http_fuzz import run_fuzz
@@ -29,6 +30,8 @@ MAX_ADDED_TTFT_MS = 3.0
 MAX_TPOT_RATIO = 1.03
 MAX_CROWD_RATIO = 1.05
 PROMPT_CHARACTERS = 100
+PAUSE_S = 0.15
+"""Streams come one by one, not all at once: eight at the same moment wait for each other."""
 MAX_SHOWN = 20
 
 
@@ -77,7 +80,7 @@ def run_http(model: str, plan: HttpPlan, on_progress: OnProgress = no_progress) 
 
 def _added_ttft(plan: HttpPlan) -> Figure:
     prompts = _prompts(NUM_STREAMS)
-    options = {"num_tokens": 16, "num_rounds": plan.num_rounds}
+    options: dict[str, Any] = {"num_tokens": 16, "num_rounds": plan.num_rounds, "pause_s": PAUSE_S}
     with (
         _bench_home() as home,
         server_of(FAKE, home / "s", max_rows=NUM_STREAMS) as port,

@@ -1,14 +1,16 @@
 """Streams for the benchmarks of the server: over HTTP, and from an engine in this process."""
 
 import asyncio
+import heapq
 import json
+import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 from keepwarm.bench.lab import require
-from keepwarm.core.events import Completed, Delta, Failed
+from keepwarm.core.events import Completed, Delta, Event, Failed
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
 
 HOST = "127.0.0.1"
@@ -79,17 +81,33 @@ class Connection:
         self._writer.close()
 
 
+def _pauses(prompt: str, num_rounds: int, most_s: float) -> list[float]:
+    """Before each round, or all prompts would come at once, again and again."""
+    rng = random.Random(prompt)  # noqa: S311 - the same over HTTP and directly
+    return [rng.uniform(0.0, most_s) for _ in range(num_rounds)]
+
+
 async def rounds_over_http(
-    port: int, model: str, prompts: Sequence[str], *, num_tokens: int, num_rounds: int
+    port: int,
+    model: str,
+    prompts: Sequence[str],
+    *,
+    num_tokens: int,
+    num_rounds: int,
+    pause_s: float = 0.0,
 ) -> list[Timeline]:
-    """Each prompt on a connection of its own, again and again."""
+    """Each prompt on a connection of its own, again and again, after pauses of up to `pause_s`."""
 
     async def one(prompt: str) -> list[Timeline]:
         connection = await Connection.open(port)
+        timelines: list[Timeline] = []
         try:
-            return [await connection.complete(model, prompt, num_tokens) for _ in range(num_rounds)]
+            for wait_s in _pauses(prompt, num_rounds, pause_s):
+                await asyncio.sleep(wait_s)
+                timelines.append(await connection.complete(model, prompt, num_tokens))
         finally:
             connection.close()
+        return timelines
 
     timelines = await asyncio.gather(*(one(prompt) for prompt in prompts))
     return [timeline for some in timelines for timeline in some]
@@ -98,45 +116,65 @@ async def rounds_over_http(
 class _Direct:
     """Keeps one request of each prompt in an engine until each has ended so many times."""
 
-    def __init__(self, engine: BlockPoolBatchEngine, *, num_tokens: int, num_rounds: int) -> None:
+    def __init__(
+        self, engine: BlockPoolBatchEngine, waits: Mapping[str, Sequence[float]], num_tokens: int
+    ) -> None:
         self._engine = engine
+        self._waits = {prompt: list(some) for prompt, some in waits.items()}
         self._num_tokens = num_tokens
-        self._num_rounds = num_rounds
-        self._sent: dict[str, tuple[str, int, float]] = {}
+        self._due: list[tuple[float, str]] = []
+        self._sent: dict[str, tuple[str, float]] = {}
         self._first_s: dict[str, float] = {}
         self.timelines: list[Timeline] = []
 
-    def begin(self, prompt: str, number: int = 1) -> None:
+    def run(self) -> None:
+        for prompt in self._waits:
+            self._plan_next(prompt)
+        while self._due or self._sent:
+            while self._due and self._due[0][0] <= time.perf_counter():
+                self._begin(heapq.heappop(self._due)[1])
+            if not self._engine.has_work:
+                time.sleep(max(self._due[0][0] - time.perf_counter(), 0.0) if self._due else 0.0)
+                continue
+            for event in self._engine.step():
+                self._take(event)
+
+    def _take(self, event: Event) -> None:
+        if isinstance(event, Delta):
+            self._first_s.setdefault(event.request_id, time.perf_counter())
+        elif isinstance(event, Failed):
+            raise event.error
+        elif isinstance(event, Completed):
+            self._end(event)
+
+    def _plan_next(self, prompt: str) -> None:
+        if self._waits[prompt]:
+            heapq.heappush(self._due, (time.perf_counter() + self._waits[prompt].pop(0), prompt))
+
+    def _begin(self, prompt: str) -> None:
         sent_s = time.perf_counter()
         request_id = self._engine.submit(text=prompt, max_tokens=self._num_tokens)
-        self._sent[request_id] = (prompt, number, sent_s)
-
-    def run(self) -> None:
-        while self._sent:
-            for event in self._engine.step():
-                if isinstance(event, Delta):
-                    self._first_s.setdefault(event.request_id, time.perf_counter())
-                elif isinstance(event, Failed):
-                    raise event.error
-                elif isinstance(event, Completed):
-                    self._end(event)
+        self._sent[request_id] = (prompt, sent_s)
 
     def _end(self, event: Completed) -> None:
-        prompt, number, sent_s = self._sent.pop(event.request_id)
+        prompt, sent_s = self._sent.pop(event.request_id)
         first_s = self._first_s.pop(event.request_id)
         num_tokens = event.usage.completion_tokens
         self.timelines.append(Timeline(sent_s, first_s, time.perf_counter(), num_tokens))
-        if number < self._num_rounds:
-            self.begin(prompt, number + 1)
+        self._plan_next(prompt)
 
 
 def rounds_directly(
-    engine: BlockPoolBatchEngine, prompts: Sequence[str], *, num_tokens: int, num_rounds: int
+    engine: BlockPoolBatchEngine,
+    prompts: Sequence[str],
+    *,
+    num_tokens: int,
+    num_rounds: int,
+    pause_s: float = 0.0,
 ) -> list[Timeline]:
     """The same requests in this thread, without a server."""
-    direct = _Direct(engine, num_tokens=num_tokens, num_rounds=num_rounds)
-    for prompt in prompts:
-        direct.begin(prompt)
+    waits = {prompt: _pauses(prompt, num_rounds, pause_s) for prompt in prompts}
+    direct = _Direct(engine, waits, num_tokens)
     direct.run()
     return direct.timelines
 
