@@ -3,14 +3,17 @@
 import json
 import re
 from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engines import FakeFactory
 from keepwarm.server.anthropic.schema import Conversation
 from keepwarm.server.anthropic.translate import messages_of
 from keepwarm.server.problems import Unsupported
@@ -18,6 +21,21 @@ from servers import FakeServer, fake_server
 
 GOLDEN = Path(__file__).parent / "golden" / "anthropic_stream.txt"
 HELLO = [{"role": "user", "content": "Hello"}]
+MARKED = {"type": "text", "text": "42", "cache_control": {"type": "ephemeral"}}
+RESULT = {"type": "tool_result", "tool_use_id": "t1", "content": [MARKED]}
+SEAM = (
+    '","type":"text_delta"},"index":0,"type":"content_block_delta"}\n\n'
+    'event: content_block_delta\ndata: {"delta":{"text":"'
+)
+"""Between two deltas; how many a reply comes in depends on how soon each is read."""
+SCHEMAS = {
+    "message_start": "MessageStartEvent",
+    "content_block_start": "ContentBlockStartEvent",
+    "content_block_delta": "ContentBlockDeltaEvent",
+    "content_block_stop": "ContentBlockStopEvent",
+    "message_delta": "MessageDeltaEvent",
+    "message_stop": "MessageStopEvent",
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +72,16 @@ def events_of(response: httpx.Response) -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
+def check(schema: str, document: dict[str, Any]) -> None:
+    """Against Anthropic's own specification, which llm-comply carries."""
+    text = files("llm_comply").joinpath("specs", "anthropic.json").read_text("utf-8")
+    root = {
+        "$ref": f"#/components/schemas/{schema}",
+        "components": json.loads(text)["components"],
+    }
+    jsonschema.Draft202012Validator(root).validate(document)
+
+
 def prompt_tokens(usage: dict[str, int]) -> int:
     kinds = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
     return sum(usage[kind] for kind in kinds)
@@ -76,7 +104,7 @@ class TestReplies:
         body = body_of(stream=True, messages=[{"role": "user", "content": "golden"}])
         response = client.post("/v1/messages", json=body)
         assert response.headers["content-type"].startswith("text/event-stream")
-        text = re.sub(r"msg_\w+", "msg_ID", response.text)
+        text = re.sub(r"msg_\w+", "msg_ID", response.text.replace(SEAM, ""))
         text = re.sub(r"restored_ms=[\d.]+", "restored_ms=0", text)
         assert text == GOLDEN.read_text()
 
@@ -94,23 +122,25 @@ class TestReplies:
     @given(
         content=st.text("abc \u00e9\u6f22", min_size=1, max_size=20),
         max_tokens=st.integers(1, 30),
-        temperature=st.sampled_from([0, 0.7]),
         system=st.none() | st.text("xyz", max_size=5),
+        asks_for_cache=st.booleans(),
     )
     def test_streamed_it_says_what_it_says_whole(
         self,
         client: httpx.Client,
         content: str,
         max_tokens: int,
-        temperature: float,
         system: str | None,
+        asks_for_cache: bool,
     ) -> None:
+        """Text, end and usage; asked once before, so that both find as much in the cache."""
         request = {
             "messages": [{"role": "user", "content": content}],
             "max_tokens": max_tokens,
-            "temperature": 0 if temperature == 0 else 0.0,
             "system": system,
+            "cache_control": {"type": "ephemeral"} if asks_for_cache else None,
         }
+        ask(client, **request)
         whole = ask(client, **request)
         events = events_of(client.post("/v1/messages", json=body_of(stream=True, **request)))
         names = [name for name, _ in events]
@@ -122,10 +152,30 @@ class TestReplies:
         assert [{"type": "text", "text": text, "citations": None}] * bool(text) == whole["content"]
         end = events[-2][1]
         assert end["delta"] == {key: whole[key] for key in end["delta"]}
-        assert end["usage"]["output_tokens"] == whole["usage"]["output_tokens"]
+        assert end["usage"] == whole["usage"]
         start = events[0][1]["message"]["usage"]
-        sums = {prompt_tokens(usage) for usage in (start, end["usage"], whole["usage"])}
-        assert len(sums) == 1
+        assert start == {**whole["usage"], "output_tokens": 0}
+
+    def test_all_of_it_has_the_published_schema(self, client: httpx.Client) -> None:
+        check("Message", ask(client))
+        events = events_of(client.post("/v1/messages", json=body_of(stream=True)))
+        assert {name for name, _ in events} == {*SCHEMAS, "ping"}
+        for name, data in events:
+            if name != "ping":
+                check(SCHEMAS[name], data)
+        check("ErrorResponse", client.post("/v1/messages", json=body_of(model="other")).json())
+
+    def test_one_that_breaks_off_ends_with_an_error(self, tmp_path: Path) -> None:
+        factory = FakeFactory(fail_at=[[5]])
+        with fake_server(tmp_path, factory=factory) as server, server.client() as client:
+            events = events_of(client.post("/v1/messages", json=body_of(stream=True)))
+            assert events[0][0] == "message_start"
+            assert "message_stop" not in dict(events)
+            name, data = events[-1]
+            assert name == data["type"] == "error"
+            assert data["error"]["type"] == "api_error"
+            assert data["error"]["message"]
+            assert ask(client)["usage"]["output_tokens"] == 6
 
 
 class TestUsage:
@@ -149,6 +199,7 @@ class TestUsage:
             {"system": [{"type": "text", "text": "S", "cache_control": {"type": "ephemeral"}}]},
             {"cache_control": {"type": "ephemeral"}},
             {"tools": [{"name": "t", "cache_control": {"type": "ephemeral"}}]},
+            {"messages": [*HELLO, {"role": "user", "content": [RESULT]}]},
         ],
     )
     def test_who_asks_for_caching_is_told_what_was_written(
@@ -221,6 +272,24 @@ class TestContent:
             )
         assert caught.value.field == "messages.0.content.1"
 
+    def test_a_picture_in_a_result_is_refused(self) -> None:
+        result = {**RESULT, "content": [MARKED, {"type": "image", "source": {}}]}
+        with pytest.raises(Unsupported, match="'image'") as caught:
+            self.messages_of({"role": "user", "content": [result]})
+        assert caught.value.field == "messages.0.content.0.content.1"
+
+    def test_thoughts_are_dropped_and_a_system_message_may_come_late(self) -> None:
+        redacted = {"type": "redacted_thinking", "data": "x"}
+        assert self.messages_of(
+            *HELLO,
+            {"role": "system", "content": "Be brief."},
+            {"role": "assistant", "content": [redacted, {"type": "text", "text": "Hi."}]},
+        ) == [
+            *HELLO,
+            {"role": "system", "content": "Be brief."},
+            {"role": "assistant", "content": "Hi."},
+        ]
+
     def test_an_empty_list_is_an_empty_message(self) -> None:
         assert self.messages_of({"role": "user", "content": []}) == [
             {"role": "user", "content": ""}
@@ -236,6 +305,23 @@ class TestRefusals:
             ({"messages": [{"role": "user"}]}, 400, "invalid_request_error", "messages.0.content"),
             ({"temperature": 3}, 400, "invalid_request_error", "temperature"),
             ({"tool_choice": {"type": "any"}}, 400, "invalid_request_error", "tool_choice"),
+            (
+                {"tool_choice": {"type": "tool", "name": "t"}},
+                *(400, "invalid_request_error", "tool_choice"),
+            ),
+            ({"stop_sequences": [""]}, 400, "invalid_request_error", "stop_sequences.0: "),
+            (
+                {"messages": [{"role": "user", "content": [{"text": "Hi"}]}]},
+                *(400, "invalid_request_error", "messages.0.content.0.type: "),
+            ),
+            (
+                {"messages": [{"role": "user", "content": 5}]},
+                *(400, "invalid_request_error", "messages.0.content: "),
+            ),
+            (
+                {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+                *(400, "invalid_request_error", "messages.0.content.0: "),
+            ),
             ({"model": "other"}, 404, "not_found_error", "other"),
         ],
     )
@@ -254,17 +340,41 @@ class TestRefusals:
         assert response.status_code == 400
         assert "max_tokens" in response.json()["error"]["message"]
 
+    @pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+    def test_both_paths_refuse_alike(self, client: httpx.Client, path: str) -> None:
+        images = [{"role": "user", "content": [{"type": "image"}]}]
+        for wrong, status in (({"messages": images}, 400), ({"model": "other"}, 404)):
+            response = client.post(path, json=body_of(**wrong))
+            assert response.status_code == status
+            check("ErrorResponse", response.json())
+
     def test_what_is_ignored_is_named(self, client: httpx.Client) -> None:
         more = {
             "tools": [{"name": "times", "input_schema": {"type": "object"}}],
             "thinking": {"type": "enabled", "budget_tokens": 1024},
-            "betas": ["x"],
+            "output_config": {"effort": "low"},
             "tool_choice": {"type": "auto"},
         }
         headers = {"anthropic-beta": "prompt-caching-2024-07-31"}
         response = client.post("/v1/messages", json=body_of(**more), headers=headers)
         assert response.status_code == 200
-        assert response.headers["X-Keepwarm-Ignored"] == "betas, thinking, tools"
+        assert response.headers["X-Keepwarm-Ignored"] == "output_config, thinking, tools"
+
+    def test_what_changes_nothing_is_not_worth_a_note(self, client: httpx.Client) -> None:
+        more = {
+            "thinking": {"type": "disabled"},
+            "metadata": {"user_id": None},
+            "service_tier": "auto",
+            "context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]},
+            "container": None,
+            "mcp_servers": [],
+            "betas": ["x"],
+            "tools": [],
+        }
+        for headers in ({}, {"anthropic-version": "2023-06-01", "anthropic-beta": "x,y"}):
+            response = client.post("/v1/messages", json=body_of(**more), headers=headers)
+            assert response.status_code == 200
+            assert "X-Keepwarm-Ignored" not in response.headers
 
     def test_models_are_listed_in_its_own_shape(self, client: httpx.Client) -> None:
         page = client.get("/v1/models").json()

@@ -1,14 +1,28 @@
 """What Anthropic's clients send. Fields that are not here are ignored, with a note in the log."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+StopSequence = Annotated[str, Field(min_length=1)]
 
 
 class Lenient(BaseModel):
     """Keeps what it does not know, so that it can be noted."""
 
     model_config = ConfigDict(extra="allow")
+
+
+def _as_blocks(content: object) -> object:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+# One type and not a union, so that an error names the field as the client knows it.
+Blocks = Annotated[
+    list["ContentBlock"],
+    BeforeValidator(_as_blocks, json_schema_input_type=str | list["ContentBlock"]),
+]
+"""Content; bare text is a block of text."""
 
 
 class ContentBlock(Lenient):
@@ -20,7 +34,7 @@ class ContentBlock(Lenient):
     name: str | None = None
     input: dict[str, Any] | None = None
     tool_use_id: str | None = None
-    content: "str | list[ContentBlock] | None" = None
+    content: Blocks | None = None
     is_error: bool | None = None
     cache_control: dict[str, Any] | None = None
 
@@ -29,7 +43,7 @@ class InputMessage(Lenient):
     """A message; some clients put a system message among the others."""
 
     role: Literal["user", "assistant", "system"]
-    content: str | list[ContentBlock]
+    content: Blocks
 
 
 class RequestMetadata(Lenient):
@@ -43,7 +57,7 @@ class Conversation(Lenient):
 
     model: str
     messages: list[InputMessage] = Field(min_length=1)
-    system: str | list[ContentBlock] | None = None
+    system: Blocks | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: dict[str, Any] | None = None
     thinking: dict[str, Any] | None = None
@@ -57,6 +71,6 @@ class MessagesRequest(Conversation):
     temperature: float | None = Field(default=None, ge=0.0, le=2.0)
     top_p: float | None = Field(default=None, ge=0.0, le=1.0)
     top_k: int | None = Field(default=None, ge=0)
-    stop_sequences: list[str] | None = None
+    stop_sequences: list[StopSequence] | None = None
     metadata: RequestMetadata | None = None
     cache_control: dict[str, Any] | None = None

@@ -19,10 +19,11 @@ from keepwarm.server.caller import Caller
 from keepwarm.server.problems import Unsupported
 from keepwarm.server.settings import ServerConfig
 
-HARMLESS = frozenset({"service_tier", "context_management", "container", "inference_geo"})
+HARMLESS = frozenset({"service_tier", "context_management", "container", "inference_geo", "betas"})
 """Fields that change nothing here and that many clients send; not worth a note."""
 
 _THOUGHTS = frozenset({"thinking", "redacted_thinking"})
+_NOTHING: tuple[object, ...] = (None, [], {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +72,6 @@ def messages_of(body: Conversation) -> list[Message]:
 
 def _messages_of(where: str, message: InputMessage) -> Iterator[Message]:
     """Results of tools are messages of their own, in their place among the rest."""
-    if isinstance(message.content, str):
-        yield {"role": message.role, "content": message.content}
-        return
     blocks = [(f"{where}.{n}", block) for n, block in enumerate(message.content)]
     for are_results, run in groupby(blocks, key=lambda pair: pair[1].type == "tool_result"):
         if are_results:
@@ -111,10 +109,8 @@ def _call_of(where: str, block: ContentBlock) -> dict[str, Any]:
     return {"id": block.id, "type": "function", "function": function}
 
 
-def _text(where: str, content: str | Sequence[ContentBlock] | None) -> str:
-    if content is None or isinstance(content, str):
-        return content or ""
-    blocks = enumerate(content)
+def _text(where: str, content: Sequence[ContentBlock] | None) -> str:
+    blocks = enumerate(content or ())
     return "\n".join(_text_of(f"{where}.{number}", block) for number, block in blocks)
 
 
@@ -127,7 +123,8 @@ def _text_of(where: str, block: ContentBlock) -> str:
 
 
 def _ignored(body: MessagesRequest) -> Iterator[str]:
-    yield from (name for name in body.model_extra or () if name not in HARMLESS)
+    unknown = (body.model_extra or {}).items()
+    yield from (k for k, value in unknown if k not in HARMLESS and value not in _NOTHING)
     if body.tools:
         yield "tools"
     if (body.thinking or {}).get("type", "disabled") != "disabled":
@@ -135,11 +132,15 @@ def _ignored(body: MessagesRequest) -> Iterator[str]:
 
 
 def _asks_for_cache(body: MessagesRequest) -> bool:
-    contents = [body.system, *(message.content for message in body.messages)]
-    blocks = (block for content in contents if isinstance(content, list) for block in content)
+    contents = (body.system or (), *(message.content for message in body.messages))
     tools = body.tools or ()
     return (
         body.cache_control is not None
-        or any(block.cache_control is not None for block in blocks)
+        or any(_is_marked(block) for content in contents for block in content)
         or any(tool.get("cache_control") is not None for tool in tools)
     )
+
+
+def _is_marked(block: ContentBlock) -> bool:
+    """Itself, or a block inside a tool's result."""
+    return block.cache_control is not None or any(_is_marked(b) for b in block.content or ())
