@@ -15,7 +15,7 @@ NUM_REQUESTS = 250
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_whatever_comes_is_answered(tmp_path: Path, seed: int) -> None:
-    with fake_server(tmp_path) as server, server.client() as client:
+    with fake_server(tmp_path, server__deadline_s=5.0) as server, server.client() as client:
         for agent in AGENTS:
             client.put(f"/v1/agents/{agent}", json={})
         report = run_fuzz(int(server.url.rpartition(":")[2]), NUM_REQUESTS, seed=seed)

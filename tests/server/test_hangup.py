@@ -203,6 +203,8 @@ class TestWithinOneStep:
                 second.post(*to_agent("ada", stream=stream))
                 wait_for(lambda: server.engine._turnstile.num_waiting == 1)
             second.socket.close()
+            if where == "queue":
+                wait_for(lambda: server.engine._thread._mailbox._commands.qsize() == 2)
             wait_for(lambda: not server.engine._turnstile.num_waiting)
             self._let_step(factory)
             wait_for(lambda: server.engine.num_requests == 1)

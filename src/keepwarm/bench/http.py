@@ -165,7 +165,9 @@ async def _beside(port: int, model: str, plan: HttpPlan, *, crowded: bool) -> li
 
 
 def _generated(plan: HttpPlan) -> tuple[Figure, tuple[str, ...]]:
-    with _bench_home() as home, server_of(FAKE, home, max_rows=NUM_STREAMS) as port:
+    # A reply without a limit would go on for the fake's whole context.
+    limits = {"server__deadline_s": 5.0}
+    with _bench_home() as home, server_of(FAKE, home, max_rows=NUM_STREAMS, **limits) as port:
         report = run_fuzz(port, plan.num_generated, seed=plan.seed)
     figure = Figure(
         f"{plan.num_generated:,} generated requests that were answered wrongly",

@@ -118,7 +118,7 @@ class Maker:
         if isinstance(body, dict):
             if "model" in body and self._rng.random() < 0.95:
                 body["model"] = "fake"
-            if self._rng.random() < 0.97:
+            if body.get("max_tokens") is None or self._rng.random() < 0.9:
                 body["max_tokens"] = self._rng.randrange(1, 6)
             for name in ("tools", "tool_choice", "functions", "function_call", "response_format"):
                 if self._rng.random() < 0.8:
