@@ -322,6 +322,10 @@ class TestRefusals:
                 {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
                 *(400, "invalid_request_error", "messages.0.content.0: "),
             ),
+            (
+                {"output_config": {"format": {"type": "json_schema", "schema": {}}}},
+                *(400, "invalid_request_error", "output_config"),
+            ),
             ({"model": "other"}, 404, "not_found_error", "other"),
         ],
     )

@@ -163,6 +163,7 @@ class _Watched:
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
             headers["X-Request-ID"] = self._request_id
+            headers["request-id"] = self._request_id  # by this name Anthropic's clients read it
             headers["X-Content-Type-Options"] = "nosniff"
         await self._send(message)
 

@@ -42,6 +42,10 @@ def translate_messages(body: MessagesRequest, caller: Caller, config: ServerConf
     """Raises InvalidRequest, and Unsupported for what would change the reply and cannot yet."""
     if (body.tool_choice or {}).get("type", "auto") not in ("auto", "none"):
         raise Unsupported("tool_choice", "tools cannot be called yet; only auto and none work")
+    extra = body.model_extra or {}
+    for name in ("output_config", "output_format"):
+        if isinstance(extra.get(name), dict) and extra[name].get("format", extra[name].get("type")):
+            raise Unsupported(name, "schemas are not supported yet")
     temperature = config.default_temperature if body.temperature is None else body.temperature
     user_id = body.metadata.user_id if body.metadata is not None else None
     request = GenerateRequest(
