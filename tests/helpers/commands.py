@@ -19,6 +19,8 @@ from unittest import mock
 from keepwarm.cli import main
 
 WAIT_S = 30.0
+MAX_PATTERN = 200
+"""What a pattern may match, so that what was searched need not be searched again."""
 
 _IN_TERMINAL = """
 import fcntl, termios
@@ -84,7 +86,9 @@ class Terminal:
     def wait_for(self, pattern: str) -> str:
         """Until it is shown; returns what was shown up to there, which is then forgotten."""
         until = time.monotonic() + WAIT_S
-        while not (found := re.search(pattern, self.shown)):
+        searched = 0
+        while not (found := re.compile(pattern).search(self.shown, searched)):
+            searched = max(len(self.shown) - MAX_PATTERN, 0)
             left_s = until - time.monotonic()
             if left_s < 0 or not self._read(left_s):
                 raise AssertionError(f"{pattern!r} was not shown, but {self.shown!r}")

@@ -30,6 +30,7 @@ from keepwarm.bench.chaos_child import (
     Sizes,
     Speaker,
     State,
+    kept_ids,
     load_world,
     new_engine,
     open_store,
@@ -519,7 +520,7 @@ class Verification:
         if actual is None or len(actual["turns"]) != doing["num_turns"] + 1:
             return False
         cold = self._cold_reply(prompt, doing["max_tokens"])
-        if actual["ids"] != [*prompt, *cold.token_ids]:
+        if actual["ids"] != [*prompt, *kept_ids(cold)]:
             return False
         reply = {"role": "assistant", "content": cold.text}
         return doing["messages"] is None or bool(actual["messages"] == [*doing["messages"], reply])

@@ -157,6 +157,11 @@ def plain_state(state: AgentState) -> State:
     }
 
 
+def kept_ids(completed: Completed) -> tuple[int, ...]:
+    """Of a reply as its line remembers it: of one that has no text, nothing."""
+    return completed.token_ids if completed.text else ()
+
+
 def after_turns(state: State, num_turns: int) -> State:
     """The agent as it was after so many of its turns."""
     if num_turns == 0:
@@ -379,7 +384,7 @@ class Player:
 
     def _complete(self, running: _Running, completed: Completed) -> None:
         state = self._states[running.name] = self._state(running.name)
-        said = state["ids"] == [*running.prompt_ids, *completed.token_ids]
+        said = state["ids"] == [*running.prompt_ids, *kept_ids(completed)]
         if running.messages is not None:
             reply = {"role": "assistant", "content": completed.text}
             said = said and state["messages"] == [*running.messages, reply]
