@@ -14,7 +14,7 @@ from servers import FakeServer, fake_server
 
 PARAGRAPH_SEPARATOR = "\u2029"
 EVIL = f"a\x85b{PARAGRAPH_SEPARATOR}c\x1b[31m\r\nd"
-LONG = 20_000
+LONG = 80_000
 
 
 @pytest.fixture(scope="module")
