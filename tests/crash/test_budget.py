@@ -84,7 +84,7 @@ def settle(engine: BlockPoolBatchEngine) -> None:
         engine.step()
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 def test_a_load_of_ten_times_the_budget(tmp_path: Path, scales: Scales) -> None:
     """Agents come, talk, fork and go; a pinned one and its records stay."""
     num_written = 0

@@ -1,5 +1,6 @@
 """Engines on the fake generator, and what the tests ask of them again and again."""
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ from keepwarm.core.agent_store import AgentStore
 from keepwarm.core.events import Completed, Delta, Event, Failed
 from keepwarm.core.layout import BLOCK_TOKENS
 from keepwarm.core.policies import EngineConfig
-from keepwarm.core.ports import LoadedModel
+from keepwarm.core.ports import LoadedModel, RowInput
 from keepwarm.engine.tiers import Tiers
 from keepwarm.testing.clock import FakeClock
 from keepwarm.testing.generator import (
@@ -54,6 +55,21 @@ class FakeFactory:
     @property
     def num_prefilled(self) -> int:
         return sum(length for made in self.made for _, length in made.prefilled)
+
+
+class SlowFactory(FakeFactory):
+    """Its generators take a millisecond for a decode step, so that a reply can be interrupted."""
+
+    def __call__(self, *, deterministic: bool) -> FakeBatchGenerator:
+        generator = super().__call__(deterministic=deterministic)
+        decode = generator.decode
+
+        def slow_decode(inputs: Sequence[RowInput]) -> list[int]:
+            time.sleep(0.001)
+            return decode(inputs)
+
+        generator.decode = slow_decode  # type: ignore[method-assign]
+        return generator
 
 
 def fake_loaded(

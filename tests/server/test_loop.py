@@ -312,7 +312,7 @@ class TestStopping:
             factory = GatedFactory()
             async with engine_of(Opener(tmp_path, factory=factory)) as engine:
                 await engine.call(lambda e: e.create("ada"))
-                stream = await engine.submit(message(max_tokens=5_000))
+                stream = await engine.submit(message(max_tokens=80_000))
                 await until(lambda: len(stream._said.joined()) > 20)
                 factory.gate.close()
                 stopping = asyncio.ensure_future(engine.stop(0.05))
@@ -335,7 +335,7 @@ class TestStopping:
             async with engine_of(Opener(factory=factory)) as engine:
                 await engine.call(lambda e: e.create("ada"))
                 factory.gate.close()
-                first = await engine.submit(message(max_tokens=5_000))
+                first = await engine.submit(message(max_tokens=80_000))
                 waiting = asyncio.ensure_future(engine.submit(message()))
                 await asyncio.sleep(0.01)
                 stopping = asyncio.ensure_future(engine.stop(0.02))
@@ -412,7 +412,7 @@ class TestLimits:
             async with engine_of(Opener(factory=factory, max_rows=1)) as engine:
                 await engine.call(lambda e: e.create("ada"))
                 factory.gate.close()
-                running = await engine.submit(message(max_tokens=5_000))
+                running = await engine.submit(message(max_tokens=80_000))
                 with pytest.raises(QueueTimeout):
                     await engine.submit(message(queue_timeout_s=0.02))
                 waiting = asyncio.ensure_future(engine.submit(text(queue_timeout_s=0.02)))

@@ -130,7 +130,7 @@ def test_one_that_was_cut_off_by_a_stop_runs_again(tmp_path: Path) -> None:
         factory = GatedFactory()
         async with engine_of(Opener(tmp_path, factory=factory)) as engine:
             await with_ada(engine)
-            stream = await engine.submit_once(message(max_tokens=5_000), KEY)
+            stream = await engine.submit_once(message(max_tokens=80_000), KEY)
             await until(lambda: stream.has_started)
             factory.gate.close()
             stopping = asyncio.ensure_future(engine.stop(0.0))
