@@ -285,6 +285,8 @@ def test_files_that_vanish_give_their_room_back(tmp_path: Path) -> None:
             for prompt in [*prompts, *prompts]:
                 engine.submit(token_ids=prompt, max_tokens=1)
                 while engine.has_work or len(engine.tiers.saves):
+                    if not engine.has_work:
+                        store.wait(0.05)
                     engine.step()
             assert store.health().num_faults == 0, store.health()
             for path in record_files(tmp_path):

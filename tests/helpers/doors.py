@@ -28,9 +28,11 @@ class Gate:
         self._num_allowed: int | None = None
         self.num_waited = 0
 
-    def close(self) -> None:
+    def close(self) -> int:
+        """How many calls came before; the next one waits."""
         with self._changed:
             self._num_allowed = 0
+            return self.num_waited
 
     def open(self) -> None:
         with self._changed:

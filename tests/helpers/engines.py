@@ -153,6 +153,18 @@ def step(engine: BlockPoolBatchEngine, times: int = 1) -> list[Event]:
     return events
 
 
+def settle(engine: BlockPoolBatchEngine) -> None:
+    """Until the store has taken all that waits for it."""
+    for _ in range(10_000):
+        if not len(engine.tiers.saves):
+            engine.check()
+            check_values(engine.tiers)
+            return
+        engine._store.wait(0.05)
+        engine.step()
+    raise AssertionError(f"{engine.tiers.saves!r}")
+
+
 def drain(engine: BlockPoolBatchEngine, *, max_steps: int = 20_000) -> list[Event]:
     """All events until nothing is left to do."""
     events: list[Event] = []

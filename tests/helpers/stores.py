@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engines import completed, drain, fake_engine, step
+from engines import completed, drain, fake_engine, settle, step
 from keepwarm import AgentCacheStore, BlockPoolBatchEngine
 from keepwarm.core.events import Completed
 from keepwarm.store.agent_cache_store import StoreConfig
@@ -30,12 +30,7 @@ class Setup:
 
     def settle(self) -> None:
         """Until the store has taken all that waits for it."""
-        for _ in range(2000):
-            if not len(self.engine.tiers.saves):
-                return
-            self.store.wait(0.05)
-            step(self.engine)
-        raise AssertionError(f"{self.engine.tiers.saves!r}: {self.store.health()}")
+        settle(self.engine)
 
     def settle_or_refused(self) -> None:
         """Until nothing is on its way to the disk any more."""

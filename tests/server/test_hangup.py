@@ -173,14 +173,12 @@ class TestWithinOneStep:
             client.post(path, body)
             wait_for(lambda: server.engine.num_requests == 4)
             wait_for(lambda: factory.made[-1].batch_sizes[-1:] == [4])
-            factory.gate.close()
-            waited = factory.gate.num_waited
-            wait_for(lambda: factory.gate.num_waited > waited)
-            waited = factory.gate.num_waited
+            num_before = factory.gate.close()
+            wait_for(lambda: factory.gate.num_waited == num_before + 1)
             self._go(server, client, num_cancels=4)
             factory.gate.allow(1)
             wait_for(lambda: not server.engine.num_requests)
-            assert factory.gate.num_waited == waited
+            assert factory.gate.num_waited == num_before + 1
             factory.gate.open()
 
     @pytest.mark.parametrize("stream", [True, False])

@@ -17,6 +17,7 @@ from engines import (
     ids,
     main_blocks,
     run,
+    settle,
     step,
     user,
 )
@@ -54,16 +55,6 @@ def restart(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Restart]
 
 def num_prefilled(engine: BlockPoolBatchEngine) -> int:
     return sum(length for _, length in generator_of(engine).prefilled)
-
-
-def settle(engine: BlockPoolBatchEngine) -> None:
-    """Let the store take all that waits for it."""
-    for _ in range(10_000):
-        if not len(engine.tiers.saves):
-            return
-        engine._store.wait(0.05)
-        step(engine)
-    raise AssertionError(f"{engine.tiers.saves!r}")
 
 
 class TestRestart:

@@ -18,6 +18,7 @@ from engines import (
     ids,
     main_blocks,
     run,
+    settle,
     step,
 )
 from keepwarm import AgentCacheStore, BlockPoolBatchEngine
@@ -70,12 +71,6 @@ def say(engine: BlockPoolBatchEngine, num_tokens: int = 600) -> list[int]:
     """Everything that ada has said and heard."""
     reply = run(engine, agent_id="ada", token_ids=ids(num_tokens), max_tokens=3)
     return [*ids(num_tokens), *reply.token_ids]
-
-
-def settle(engine: BlockPoolBatchEngine) -> None:
-    while len(engine.tiers.saves):
-        engine._store.wait(0.05)
-        step(engine)
 
 
 class TestHonestKV:

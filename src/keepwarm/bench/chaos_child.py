@@ -254,6 +254,8 @@ class Player:
         """Until nobody talks and the store has taken what it can."""
         until = time.monotonic() + SETTLE_TIMEOUT_S
         while self._engine.has_work or (len(self._engine.tiers.saves) and time.monotonic() < until):
+            if not self._engine.has_work:
+                time.sleep(0.001)  # the store's thread would not get the interpreter otherwise
             self._step()
         if not len(self._engine.tiers.saves):
             sizes = {name: len(state["ids"]) for name, state in self._states.items()}

@@ -236,7 +236,10 @@ class BlockPoolBatchEngine:
 
     @property
     def has_chores(self) -> bool:
-        """Whether the store is still taking KV: `step` has to be called now and then."""
+        """Whether the store is still taking KV: `step` has to be called now and then.
+
+        Not without pause: the store's thread needs the interpreter, too.
+        """
         return self.tiers.saves.is_busy or bool(len(self.tiers.saves))
 
     def step(self) -> list[Event]:
