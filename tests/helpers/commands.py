@@ -23,7 +23,8 @@ MAX_PATTERN = 200
 """What a pattern may match, so that what was searched need not be searched again."""
 
 _IN_TERMINAL = """
-import fcntl, termios
+import fcntl, signal, termios
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run with `&`
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # Ctrl-C is now a signal to this process
 from keepwarm.cli.main import main
 main()

@@ -148,6 +148,11 @@ def test_ctrl_c_stops_the_reply_and_not_the_chat(server: FakeServer) -> None:
         while server.engine.num_requests and time.monotonic() < until:
             time.sleep(0.01)
         assert not server.engine.num_requests
+        say(shell, "not sent")
+        # Python's readline sees a signal only while it waits for a key, so not before the echo.
+        shell.wait_for("not sent")
+        shell.interrupt()
+        shell.wait_for("Ctrl-D ends the chat")
         say(shell, "\x04")
         assert shell.end() == 0
     (turn,) = turns(server, "carl")

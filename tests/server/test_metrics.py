@@ -1,6 +1,7 @@
 """What Prometheus and `/v1/stats` are told."""
 
 from collections.abc import Iterator
+import time
 from pathlib import Path
 
 import httpx
@@ -58,6 +59,8 @@ def test_requests_are_counted_as_they_end(client: httpx.Client) -> None:
 
 def test_the_engine_and_the_disk_are_shown(server: FakeServer, client: httpx.Client) -> None:
     ask(client, "ada")
+    while server.call(lambda engine: engine.has_chores):  # bytes on their way to the disk count
+        time.sleep(0.01)
     snapshot = server.call(lambda engine: engine.snapshot())
     told = samples(client)
     assert told["keepwarm_decoded_tokens_total"] == 8
