@@ -1,7 +1,7 @@
 """What Prometheus and `/v1/stats` are told."""
 
-from collections.abc import Iterator
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
