@@ -18,18 +18,19 @@ from pydantic import TypeAdapter, ValidationError
 
 from keepwarm.core.errors import ConfigError
 from keepwarm.core.policies import EngineConfig
+from keepwarm.engine.models import DTYPES, AutoLoad, ModelSettings
 from keepwarm.home import keepwarm_home
 from keepwarm.server.settings import ServerConfig
 from keepwarm.store.agent_cache_store import StoreConfig
 
 FILE_NAME = "keepwarm.toml"
+MODELS = "models"
+"""The section whose tables are models."""
 PREFIX = "KEEPWARM_"
 OTHER_VARIABLES = frozenset(
     {"KEEPWARM_HOME", "KEEPWARM_BLAS", "KEEPWARM_URL", "KEEPWARM_API_KEY", "KEEPWARM_CONFIG"}
 )
 """Variables that are no settings of a server: where state lies, and what clients need."""
-
-DTYPES = ("", "float32", "float16", "bfloat16")
 
 MAX_WHOLE_NUMBER = 1 << 62
 """What a database, a clock and a format can all hold."""
@@ -49,12 +50,19 @@ class ModelConfig:
 
     name: smollm2, a folder, or a hub id. dtype: float32, float16 or bfloat16; the device's own
     where it is empty. deterministic: the same bits whatever else is in the batch (on the CPU), at
-    up to 1.7 times the time per token.
+    up to 1.7 times the time per token. auto_load: which other models a request may have loaded by
+    naming them: `known` ones, which have a section `[models.NAME]`, `any` folder or hub id, or
+    `never` one. memory_bytes: what the weights of all models together may take; 0 is the device's
+    memory less the KV's budget. patience_s: how long a model that has to make room goes on
+    answering; what is left then waits for its return.
     """
 
     name: str = "smollm2"
     dtype: str = ""
     deterministic: bool = False
+    auto_load: AutoLoad = AutoLoad.KNOWN
+    memory_bytes: int = 0
+    patience_s: float = 30.0
 
     def __post_init__(self) -> None:
         if not self.name.strip():
@@ -62,6 +70,9 @@ class ModelConfig:
         if self.dtype not in DTYPES:
             known = ", ".join(filter(None, DTYPES))
             raise ConfigError("dtype", f"must be empty or one of {known}, not {self.dtype!r}")
+        for key in ("memory_bytes", "patience_s"):
+            if getattr(self, key) < 0:
+                raise ConfigError(key, "must not be negative")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,13 +91,14 @@ class MemoryConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """All of them, by section."""
+    """All of them, by section; `models` by the names of models that have a section of their own."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     disk: StoreConfig = field(default_factory=StoreConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+    models: Mapping[str, ModelSettings] = field(default_factory=dict)
 
 
 SECTIONS: Mapping[str, type[Any]] = {
@@ -112,7 +124,8 @@ def load_settings(
     for source in (_from_file(path) if path else {}, _from_environment(environment), from_flags):
         values |= {name: _valid(name, one) for name, one in source.items()}
         given |= source
-    return Settings(**{name: _section(name, values, given) for name in SECTIONS})
+    sections = {name: _section(name, values, given) for name in SECTIONS}
+    return Settings(**sections, models=_models_of(path) if path else {})
 
 
 def find_file(environment: Mapping[str, str] = os.environ) -> Path | None:
@@ -166,12 +179,44 @@ class Given:
     source: str
 
 
-def _from_file(path: Path) -> dict[str, Given]:
+def _document(path: Path) -> dict[str, Any]:
     try:
-        document = tomllib.loads(path.read_text("utf-8"))
+        return tomllib.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:  # neither UTF-8, nor TOML, nor numbers for Python
         raise ConfigError(str(path), f"cannot be read: {error}") from error
+
+
+def _models_of(path: Path) -> dict[str, ModelSettings]:
+    """The tables `[models.NAME]`, which only a file can have."""
+    tables = _document(path).get(MODELS, {})
+    if not isinstance(tables, dict) or not all(isinstance(t, dict) for t in tables.values()):
+        raise ConfigError(MODELS, f"must hold one table for each model, in {path}")
+    return {name: _model_of(name, table, path) for name, table in tables.items()}
+
+
+def _model_of(name: str, table: Mapping[str, object], path: Path) -> ModelSettings:
+    hints = get_type_hints(ModelSettings)
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        setting = f"{MODELS}.{name}.{key}"
+        if key not in hints:
+            raise ConfigError(setting, f"is no setting (from {path}); there are {_listed(hints)}")
+        try:
+            values[key] = _parsed(key, value, hints[key])
+        except _WrongValue as error:
+            raise ConfigError(setting, f"{error}, not {value!r} (from {path})") from None
+    try:
+        return ModelSettings(**values)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{MODELS}.{name}.{error.key}", f"{error.problem} (from {path})"
+        ) from error
+
+
+def _from_file(path: Path) -> dict[str, Given]:
+    document = _document(path)
     values: dict[str, Given] = {}
+    document.pop(MODELS, None)
     for section, table in document.items():
         if section not in SECTIONS or not isinstance(table, dict):
             raise ConfigError(section, f"is no section of {path}; there are {_listed(SECTIONS)}")

@@ -1,27 +1,30 @@
-"""Puts a server together: model, store and engine on their thread, and the application."""
+"""Puts a server together: store and engines on their thread, the models, and the application."""
 
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from starlette.types import ASGIApp
 
 from keepwarm.config import Settings
+from keepwarm.core.agent_store import AgentStore
+from keepwarm.core.errors import ModelUnavailable
 from keepwarm.core.pool import BlockPool
 from keepwarm.core.ports import LoadedModel
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
 from keepwarm.engine.engine import Engine
+from keepwarm.engine.fleet import Fleet, NewEngine, Weights
+from keepwarm.engine.models import AutoLoad, Model, ModelRegistry, ModelSettings
+from keepwarm.engine.swapper import ModelSource, ModelSwapper
 from keepwarm.server.app import build_app
 from keepwarm.server.metrics import Metrics
-from keepwarm.server.serving import House, ModelCard
+from keepwarm.server.serving import House
 from keepwarm.store.agent_cache_store import AgentCacheStore
-
-LoadModel = Callable[[Settings], LoadedModel]
 
 STORE_FOLDER = "agents"
 TRANSFERS_FOLDER = "transfers"
@@ -30,11 +33,36 @@ SWITCH_S = 0.0005
 """How long the engine's thread may keep the event loop's from running; Python's own is 5 ms."""
 
 
-def load_configured_model(settings: Settings) -> LoadedModel:
-    """Raises ModelLoadError."""
-    from keepwarm.mlx_backend.loader import load_model
+class MLXSource:
+    """Implements `ModelSource` with the embedded model, folders and hub ids."""
 
-    return load_model(settings.model.name, dtype=settings.model.dtype or None)
+    def measure(self, model: Model) -> int:
+        """Fetches or converts the model where it is not here yet. Raises ModelLoadError."""
+        from keepwarm.home import keepwarm_home
+        from keepwarm.mlx_backend.loader import resolve
+        from keepwarm.mlx_backend.memory import estimate_bytes
+
+        return estimate_bytes(resolve(model.source, keepwarm_home()), model.settings.dtype)
+
+    def load(self, model: Model) -> LoadedModel:
+        """Raises ModelLoadError. Closing it gives its memory back to the system."""
+        from keepwarm.mlx_backend.loader import load_model
+        from keepwarm.mlx_backend.memory import release_memory
+
+        loaded = load_model(model.source, dtype=model.settings.dtype or None)
+        restore_limits = loaded.close
+
+        def close() -> None:
+            restore_limits()
+            release_memory()
+
+        return replace(loaded, close=close)
+
+    def memory_bytes(self) -> int:
+        """Of the device, for weights and KV."""
+        from keepwarm.mlx_backend.memory import device_bytes
+
+        return device_bytes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,48 +81,64 @@ class RunningServer:
 
 
 async def start_server(
-    settings: Settings, home: Path, *, load: LoadModel = load_configured_model
+    settings: Settings, home: Path, *, source: ModelSource | None = None
 ) -> RunningServer:
-    """Raises what loading and opening raise."""
+    """Opens the home and loads the default model. Raises what opening and loading raise."""
     sys.setswitchinterval(SWITCH_S)
-    cards: list[ModelCard] = []
-
-    def open_engine() -> tuple[BlockPoolBatchEngine, Callable[[], None]]:
-        engine, loaded, close = build_engine(settings, home, load)
-        cards.append(
-            ModelCard(loaded.name, loaded.max_context_tokens, int(time.time()), loaded.fingerprint)
-        )
-        return engine, close
-
     metrics = Metrics()
     engine = Engine(
-        open_engine, on_end=metrics.observe_end, max_waiting=settings.engine.max_waiting
+        _fleet_opener(settings, home),
+        on_end=metrics.observe_end,
+        max_waiting=settings.engine.max_waiting,
     )
     await engine.start()
-    # The home is ours now; what an earlier run left half sent is nobody's.
-    shutil.rmtree(home / TRANSFERS_FOLDER, ignore_errors=True)
-    num_agents = len(await engine.call(lambda engine: engine.agents()))
-    app = build_app(House(engine, cards[0], settings.server, metrics, home / TRANSFERS_FOLDER))
-    return RunningServer(app, engine, cards[0].name, num_agents)
+    try:
+        models = _swapper(settings, source or MLXSource(), engine)
+        engine.models = models
+        models.start()
+        try:
+            await models.load(models.registry.default.name)
+        except ModelUnavailable as error:
+            raise error.cause from None
+        # The home is ours now; what an earlier run left half sent is nobody's.
+        shutil.rmtree(home / TRANSFERS_FOLDER, ignore_errors=True)
+        num_agents = len(await engine.call(lambda fleet: fleet.agents()))
+    except BaseException:
+        await engine.stop(0.0)
+        raise
+    house = House(
+        engine, models, settings.server, metrics, home / TRANSFERS_FOLDER, int(time.time())
+    )
+    return RunningServer(build_app(house), engine, models.registry.default.name, num_agents)
+
+
+def registry_of(settings: Settings) -> ModelRegistry:
+    """The default model, and those that have settings of their own."""
+    name = settings.model.name
+    known = dict(settings.models)
+    default = known.pop(name, ModelSettings())
+    default = replace(
+        default,
+        dtype=default.dtype or settings.model.dtype,
+        aliases=(*default.aliases, *settings.server.model_aliases),
+    )
+    models = [Model(name, default), *(Model(*item) for item in known.items())]
+    return ModelRegistry(name, models, may_add=settings.model.auto_load is AutoLoad.ANY)
 
 
 def build_engine(
-    settings: Settings, home: Path, load: LoadModel
-) -> tuple[BlockPoolBatchEngine, LoadedModel, Callable[[], None]]:
-    """On the thread that will run it; also returns what closes store and model."""
+    settings: Settings, home: Path, source: ModelSource | None = None
+) -> tuple[BlockPoolBatchEngine, Callable[[], None]]:
+    """One engine on the default model, in this thread, and what closes it and its store."""
     with ExitStack() as opened:
-        loaded = load(settings)
+        loaded = (source or MLXSource()).load(registry_of(settings).default)
         opened.callback(loaded.close)
         store = AgentCacheStore(home / STORE_FOLDER, config=settings.disk)
         opened.callback(store.close)
-        engine = BlockPoolBatchEngine(
-            loaded,
-            pool=BlockPool(budget_bytes=memory_budget(settings)),
-            store=store,
-            config=settings.engine,
-            deterministic=settings.model.deterministic,
+        engine = _engine_maker(settings, memory_budget(settings))(
+            loaded, store, iter(range(1, 1 << 62))
         )
-        return engine, loaded, opened.pop_all().close
+        return engine, opened.pop_all().close
 
 
 def memory_budget(settings: Settings) -> int:
@@ -102,3 +146,52 @@ def memory_budget(settings: Settings) -> int:
     if settings.memory.budget_bytes:
         return settings.memory.budget_bytes
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // SHARE_OF_MEMORY
+
+
+def _swapper(settings: Settings, source: ModelSource, engine: Engine) -> ModelSwapper:
+    given_bytes = settings.model.memory_bytes
+    return ModelSwapper(
+        registry_of(settings),
+        source,
+        engine.call,
+        limit_bytes=given_bytes or max(source.memory_bytes() - memory_budget(settings), 0),
+        patience_s=settings.model.patience_s,
+        may_load=settings.model.auto_load is not AutoLoad.NEVER,
+        max_waiting=settings.engine.max_waiting,
+    )
+
+
+def _fleet_opener(settings: Settings, home: Path) -> Callable[[], tuple[Fleet, Callable[[], None]]]:
+    weights = Weights()
+
+    def open_fleet() -> tuple[Fleet, Callable[[], None]]:
+        """On the engines' thread. After a bug the same weights serve again."""
+        store = AgentCacheStore(home / STORE_FOLDER, config=settings.disk)
+        with ExitStack() as opened:
+            opened.callback(store.close)
+            fleet = Fleet(
+                _engine_maker(settings, 1),
+                default=settings.model.name,
+                store=store,
+                budget_bytes=memory_budget(settings),
+                weights=weights,
+            )
+            return fleet, opened.pop_all().close
+
+    return open_fleet
+
+
+def _engine_maker(settings: Settings, budget_bytes: int) -> NewEngine:
+    def new_engine(
+        loaded: LoadedModel, store: AgentStore, request_ids: Iterator[int]
+    ) -> BlockPoolBatchEngine:
+        return BlockPoolBatchEngine(
+            loaded,
+            pool=BlockPool(budget_bytes=budget_bytes),
+            store=store,
+            config=settings.engine,
+            deterministic=settings.model.deterministic,
+            request_ids=request_ids,
+        )
+
+    return new_engine

@@ -1,4 +1,4 @@
-"""What the engine expects of every `AgentStore`: the fake one and the one on a disk."""
+"""What the engine expects of every `AgentStore`: the fake one, the one on a disk, a share of it."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +29,7 @@ from keepwarm.core.stored import (
     StoreEvent,
 )
 from keepwarm.core.transcript import Span, Transcript, Turn
+from keepwarm.engine.sharing import SharedStore
 from keepwarm.store.agent_cache_store import AgentCacheStore
 from keepwarm.testing.agent_store import MemoryAgentStore
 
@@ -41,7 +42,7 @@ TERMS = BundleTerms(replace(FAMILY, namespace="import:1"), "words", vocab_size=4
 Reopen = Callable[[], AgentStore]
 
 
-@pytest.fixture(params=["memory", "disk"])
+@pytest.fixture(params=["memory", "disk", "share"])
 def reopen(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Reopen]:
     """Opens the store, and each time again what the last one left."""
     memory = MemoryAgentStore(BUNDLES)
@@ -53,7 +54,7 @@ def reopen(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Reopen]:
         while opened:
             opened.pop().close()
         opened.append(AgentCacheStore(tmp_path / "store"))
-        return opened[0]
+        return SharedStore(opened[0]).share() if request.param == "share" else opened[0]
 
     yield again
     while opened:

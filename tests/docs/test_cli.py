@@ -1,4 +1,4 @@
-"""docs/cli.md names every command of `keepwarm agents`, and no other."""
+"""docs/cli.md names every command of `keepwarm agents` and `keepwarm models`, and no other."""
 
 import re
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import typer
 
 from keepwarm.cli.agents import agents
+from keepwarm.cli.models import models
 
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
 
@@ -14,6 +15,8 @@ def test_every_command_is_documented() -> None:
     rows = "\n".join(line for line in PAGE.read_text("utf-8").splitlines() if line[:3] == "| `")
     named = {*re.findall(r"`keepwarm agents ([a-z]+)", rows), *re.findall(r"`(unpin) NAME`", rows)}
     assert named == set(typer.main.get_command(agents).commands)
+    of_models = set(re.findall(r"`keepwarm models ([a-z]+)", rows))
+    assert of_models == set(typer.main.get_command(models).commands)
 
 
 def test_every_option_exists() -> None:

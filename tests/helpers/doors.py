@@ -11,6 +11,7 @@ from engines import FakeFactory, fake_engine
 from keepwarm import AgentCacheStore, BlockPoolBatchEngine
 from keepwarm.core.events import Completed, Event, Failed
 from keepwarm.engine.engine import Engine
+from keepwarm.engine.fleet import Fleet
 from keepwarm.engine.requests import GenerateRequest
 from keepwarm.engine.stream import EventStream
 from keepwarm.testing.generator import FakeBatchGenerator
@@ -94,7 +95,7 @@ class Opener:
         self._change = change
         self._options = options
 
-    def __call__(self) -> tuple[BlockPoolBatchEngine, Callable[[], None]]:
+    def __call__(self) -> tuple[Fleet, Callable[[], None]]:
         store = None if self._home is None else AgentCacheStore(self._home)
 
         def close() -> None:
@@ -109,7 +110,7 @@ class Opener:
             close()
             raise
         self.opened.append(engine)
-        return engine, close
+        return Fleet.of_one(engine), close
 
 
 @asynccontextmanager
@@ -177,7 +178,7 @@ async def hold(engine: Engine) -> threading.Event:
     """The engine's thread waits until the event is set."""
     holding, released = threading.Event(), threading.Event()
 
-    def wait(_: BlockPoolBatchEngine) -> None:
+    def wait(_: object) -> None:
         holding.set()
         released.wait(TEST_S)
 

@@ -21,6 +21,7 @@ from engines import FakeFactory, fake_loaded
 from keepwarm.config import load_settings
 from keepwarm.engine.engine import Engine
 from keepwarm.server.sockets import uvicorn_config
+from keepwarm.testing.models import FixedSource
 from keepwarm.wiring import start_server
 
 START_S = 60.0
@@ -41,7 +42,10 @@ class FakeServer:
         return httpx.Client(base_url=self.url, timeout=30.0, trust_env=False, **options)
 
     def call(self, function: Any) -> Any:
-        """On the engine's thread, between two steps."""
+        """On the engine of the default model, on its thread, between two steps."""
+        return self.call_fleet(lambda fleet: function(fleet.of(None)))
+
+    def call_fleet(self, function: Any) -> Any:
         future = asyncio.run_coroutine_threadsafe(self.engine.call(function), self.loop)
         return future.result(30.0)
 
@@ -52,14 +56,22 @@ def fake_server(
     *,
     factory: FakeFactory | None = None,
     loaded: Any = None,
+    source: Any = None,
     send_buffer: int | None = None,
+    config_file: Path | None = None,
     **flags: object,
 ) -> Iterator[FakeServer]:
     """`flags` are settings, with two underscores for the dot: `server__heartbeat_s=0.1`."""
     factory = factory or FakeFactory()
     values = {name.replace("__", "."): value for name, value in flags.items()}
     settings = load_settings(
-        {"memory.budget_bytes": 1 << 22, "server.default_temperature": 0.0, **values},
+        {
+            "model.name": MODEL,
+            "memory.budget_bytes": 1 << 22,
+            "server.default_temperature": 0.0,
+            **values,
+        },
+        config_file=config_file,
         environment={},
     )
     model = loaded or fake_loaded(factory=factory)
@@ -69,7 +81,7 @@ def fake_server(
         failed: list[BaseException] = []
 
         async def serve() -> None:
-            running = await start_server(settings, home, load=lambda _: model)
+            running = await start_server(settings, home, source=source or FixedSource(model))
             server = uvicorn.Server(uvicorn_config(running.app, settings.server))
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"
             loop = asyncio.get_running_loop()

@@ -48,7 +48,7 @@ def breaks_at(step: int, *, engines: int = 1) -> Any:
             return
         steps, original = iter(range(1_000_000)), engine.step
 
-        def broken() -> list[Event]:
+        def broken(**_: object) -> list[Event]:
             if engine.has_work and next(steps) == step:
                 raise Bug("in the middle of a step")
             return original()
@@ -111,12 +111,12 @@ class TestBugs:
         async def test() -> None:
             opener = Opener(tmp_path, max_rows=2)
             async with engine_of(opener) as engine:
-                await engine.call(lambda e: e.create("ada"))
+                await engine.call_at("ada", lambda e: e.create("ada"))
                 assert (await reply(engine, message())).durable
                 released = await hold(engine)
                 asked = [asyncio.ensure_future(engine.submit(text())) for _ in range(5)]
                 await asyncio.sleep(0)
-                broken = engine.call(lambda e: breaks_at(0)(0, e))
+                broken = engine.call_at("ada", lambda e: breaks_at(0)(0, e))
                 asyncio.get_running_loop().call_later(0.01, released.set)
                 await broken
                 streams = await asyncio.gather(*asked)
@@ -128,7 +128,7 @@ class TestBugs:
                 assert again.turn == 2
                 assert len(opener.opened) == 2
                 assert opener.num_closed == 1
-                await engine.call(check_is_empty)
+                await engine.call_at("ada", check_is_empty)
 
         run(test())
 
@@ -227,8 +227,8 @@ class TestBugs:
     def test_agents_in_line_are_served_by_the_next_engine(self, tmp_path: Path) -> None:
         async def test() -> None:
             async with engine_of(Opener(tmp_path, change=breaks_at(60))) as engine:
-                await engine.call(lambda e: e.create("ada"))
-                await engine.call(lambda e: e.flush())
+                await engine.call_at("ada", lambda e: e.create("ada"))
+                await engine.call_at("ada", lambda e: e.flush())
                 asked = [engine.submit(message(str(n), max_tokens=90)) for n in range(3)]
                 tasks = [asyncio.ensure_future(one) for one in asked]
                 ends = [await end_of(await task) for task in tasks]
@@ -246,7 +246,7 @@ class TestSubmitting:
                 await asyncio.sleep(0.01)
                 await cancel(task)
                 released.set()
-                await engine.call(check_is_empty)
+                await engine.call_at("ada", check_is_empty)
                 assert await engine.call(lambda e: e.snapshot().batch.decoded_tokens) == 0
 
         run(test())
@@ -262,7 +262,7 @@ class TestSubmitting:
                 await cancel(task)
                 assert task.cancelled()
                 factory.gate.open()
-                await engine.call(check_is_empty)
+                await engine.call_at("ada", check_is_empty)
                 assert engine.num_requests == 0
 
         run(test())
@@ -271,7 +271,7 @@ class TestSubmitting:
     def test_cancelled_at_any_moment(self, seed: int) -> None:
         async def test() -> None:
             async with engine_of(Opener(max_rows=2)) as engine:
-                await engine.call(lambda e: e.create("ada"))
+                await engine.call_at("ada", lambda e: e.create("ada"))
                 tasks = [
                     asyncio.ensure_future(
                         engine.submit(message(max_tokens=5) if n % 2 else text(max_tokens=9_000))
@@ -286,7 +286,7 @@ class TestSubmitting:
                     await cancel(task)
                 await until(lambda: not engine.num_requests)
                 await until(lambda: not engine._streams)
-                await engine.call(check_is_empty)
+                await engine.call_at("ada", check_is_empty)
                 assert (await reply(engine, message())).finish_reason is FinishReason.LENGTH
 
         run(test())
@@ -297,7 +297,7 @@ class TestStopping:
         async def test() -> None:
             opener = Opener(tmp_path)
             async with engine_of(opener, grace_s=30.0) as engine:
-                await engine.call(lambda e: e.create("ada"))
+                await engine.call_at("ada", lambda e: e.create("ada"))
                 stream = await engine.submit(message(max_tokens=200))
                 assert await engine.stop(30.0)
                 end = stream.end.result()
@@ -311,7 +311,7 @@ class TestStopping:
         async def test() -> None:
             factory = GatedFactory()
             async with engine_of(Opener(tmp_path, factory=factory)) as engine:
-                await engine.call(lambda e: e.create("ada"))
+                await engine.call_at("ada", lambda e: e.create("ada"))
                 stream = await engine.submit(message(max_tokens=80_000))
                 await until(lambda: len(stream._said.joined()) > 20)
                 factory.gate.close()
@@ -323,7 +323,7 @@ class TestStopping:
                 assert isinstance(end.error, EngineStopped)
                 assert end.text
             async with engine_of(Opener(tmp_path)) as engine:
-                (turn,) = await engine.call(lambda e: e.turns("ada"))
+                (turn,) = await engine.call_at("ada", lambda e: e.turns("ada"))
                 assert turn.messages is not None
                 assert turn.messages[-1]["content"].startswith(end.text[:20])
 
@@ -333,7 +333,7 @@ class TestStopping:
         async def test() -> None:
             factory = GatedFactory()
             async with engine_of(Opener(factory=factory)) as engine:
-                await engine.call(lambda e: e.create("ada"))
+                await engine.call_at("ada", lambda e: e.create("ada"))
                 factory.gate.close()
                 first = await engine.submit(message(max_tokens=80_000))
                 waiting = asyncio.ensure_future(engine.submit(message()))
@@ -377,7 +377,7 @@ class TestLimits:
         async def test() -> None:
             factory = GatedFactory()
             async with engine_of(Opener(factory=factory), max_waiting=2) as engine:
-                await engine.call(lambda e: e.create("ada"))
+                await engine.call_at("ada", lambda e: e.create("ada"))
                 factory.gate.close()
                 first = await engine.submit(message(max_tokens=500))
                 in_line = [asyncio.ensure_future(engine.submit(message())) for _ in "ab"]
@@ -410,7 +410,7 @@ class TestLimits:
         async def test() -> None:
             factory = GatedFactory()
             async with engine_of(Opener(factory=factory, max_rows=1)) as engine:
-                await engine.call(lambda e: e.create("ada"))
+                await engine.call_at("ada", lambda e: e.create("ada"))
                 factory.gate.close()
                 running = await engine.submit(message(max_tokens=80_000))
                 with pytest.raises(QueueTimeout):
@@ -424,7 +424,7 @@ class TestLimits:
                 factory.gate.open()
                 running.hang_up()
                 await end_of(running)
-                await engine.call(check_is_empty)
+                await engine.call_at("ada", check_is_empty)
 
         run(test())
 

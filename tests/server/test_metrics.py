@@ -90,7 +90,7 @@ def test_stats_are_the_callers_own(tmp_path: Path) -> None:
             ask(client, "ada")
             stats = client.get("/v1/stats").json()
             assert [agent["id"] for agent in stats["agents"]] == ["ada"]
-            assert stats["model"]["name"] == "fake"
+            assert stats["models"][0]["id"] == "fake"
             assert stats["pool"]["used_bytes"] > 0
         with server.client(headers={"x-api-key": "other-key"}) as client:
             assert client.get("/v1/stats").json()["agents"] == []

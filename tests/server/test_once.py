@@ -18,7 +18,7 @@ KEY = ReceiptKey("k", "digest")
 
 
 async def with_ada(engine: Engine) -> None:
-    await engine.call(lambda e: e.create("ada"))
+    await engine.call_at("ada", lambda e: e.create("ada"))
 
 
 async def said(stream: EventStream) -> str:
@@ -37,7 +37,7 @@ def test_twice_at_once_runs_once(tmp_path: Path) -> None:
             streams = await asyncio.gather(*asked)
             texts = await asyncio.gather(*(said(stream) for stream in streams))
             assert len(set(texts)) == 1
-            assert len(await engine.call(lambda e: e.turns("ada"))) == 1
+            assert len(await engine.call_at("ada", lambda e: e.turns("ada"))) == 1
             assert not engine._once
 
     run(test())
@@ -73,7 +73,7 @@ def test_it_runs_on_when_its_reader_has_gone(tmp_path: Path, times: int) -> None
                     await asyncio.sleep(0)
                 await cancel(task)
             await said(await engine.submit_once(message(max_tokens=50), KEY))
-            assert len(await engine.call(lambda e: e.turns("ada"))) == 1
+            assert len(await engine.call_at("ada", lambda e: e.turns("ada"))) == 1
 
     run(test())
 
@@ -90,7 +90,7 @@ def test_the_reply_is_told_again_by_the_next_server(tmp_path: Path) -> None:
             assert again.text == first.text
             assert again.usage == first.usage
             assert again.finish_reason == first.finish_reason
-            assert len(await engine.call(lambda e: e.turns("ada"))) == 1
+            assert len(await engine.call_at("ada", lambda e: e.turns("ada"))) == 1
             with pytest.raises(KeyReused):
                 await engine.submit_once(message(), ReceiptKey("k", "other"))
 

@@ -17,6 +17,7 @@ from engines import (
     completed,
     drain,
     fake_engine,
+    fake_loaded,
     fresh_reply,
     generator_of,
     ids,
@@ -427,7 +428,7 @@ class TestOtherModels:
             with AgentCacheStore(tmp_path / str(deterministic)) as store:
                 engine = fake_engine(store=store)
                 if deterministic:
-                    loaded, pool = engine._loaded, engine.tiers.pool
+                    loaded, pool = fake_loaded(), engine.tiers.pool
                     engine = BlockPoolBatchEngine(
                         loaded, pool=pool, store=store, deterministic=True
                     )

@@ -12,6 +12,7 @@ from engines import (
     deltas_of,
     drain,
     fake_engine,
+    fake_loaded,
     generator_of,
     ids,
     main_blocks,
@@ -263,7 +264,7 @@ def test_the_generator_is_asked_for_canonical_shapes_and_their_blocks_have_other
     from keepwarm import BlockPool, BlockPoolBatchEngine
 
     plain = fake_engine()
-    canonical = BlockPoolBatchEngine(plain._loaded, pool=BlockPool(1 << 20), deterministic=True)
+    canonical = BlockPoolBatchEngine(fake_loaded(), pool=BlockPool(1 << 20), deterministic=True)
     generator = canonical.tiers.generator
     assert isinstance(generator, FakeBatchGenerator)
     assert generator.deterministic

@@ -96,7 +96,7 @@ def test_rates_come_from_two_looks(page: Page) -> None:
 
 def test_names_and_faults_are_text(page: Page) -> None:
     stats = _stats()
-    stats["model"]["name"] = EVIL
+    stats["models"][0]["id"] = EVIL
     stats["store"]["fault"] = EVIL
     stats["agents"] = [_agent(EVIL, tier=EVIL)]
     stats["pool"]["bytes_by_kind"] = {EVIL: 5}
@@ -156,7 +156,7 @@ def test_on_a_phone_nothing_sticks_out(page: Page) -> None:
     stats = _stats()
     stats["agents"] = [_agent("n" * 128), _agent("ada", pinned=True, running=True, private=True)]
     stats["num_agents"] = 2
-    stats["model"]["name"] = "mlx-community/" + "Q" * 60
+    stats["models"][0]["id"] = "mlx-community/" + "Q" * 60
     with liar(stats) as url:
         page.send(
             "Emulation.setDeviceMetricsOverride",
@@ -192,7 +192,7 @@ def _stats() -> dict[str, Any]:
     """What `/v1/stats` says, as `test_what_it_shows` sees it for real."""
     return {
         "version": "0.1.0",
-        "model": {"name": "fake", "max_context_tokens": 8192, "created": 0, "fingerprint": "f"},
+        "models": [{"id": "fake", "state": "ready", "context_length": 8192}],
         "num_waiting": 0,
         "num_running": 0,
         "pool": {

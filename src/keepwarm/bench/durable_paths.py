@@ -114,6 +114,13 @@ def play_victim() -> None:
 
 
 @contextmanager
+def temporary_store() -> Iterator[AgentCacheStore]:
+    """Of the test's own, gone afterwards."""
+    with _folder() as folder, AgentCacheStore(folder) as store:
+        yield store
+
+
+@contextmanager
 def _folder() -> Iterator[FilePath]:
     with TemporaryDirectory(prefix="keepwarm-exp005-") as name:
         yield FilePath(name)

@@ -19,7 +19,7 @@ from keepwarm.bench.http_load import (
     rounds_directly,
     rounds_over_http,
 )
-from keepwarm.bench.http_server import FAKE, STEP_S, bench_settings, loader_of, server_of
+from keepwarm.bench.http_server import FAKE, STEP_S, bench_settings, server_of, source_of
 from keepwarm.bench.prompts import passages
 from keepwarm.bench.report import OnProgress, no_progress
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
@@ -183,7 +183,7 @@ def _generated(plan: HttpPlan) -> tuple[Figure, tuple[str, ...]]:
 def _engine(model: str, home: Path) -> Iterator[BlockPoolBatchEngine]:
     """As the server builds it, in this thread."""
     settings = bench_settings(model, max_rows=NUM_STREAMS, more={})
-    engine, _, close = build_engine(settings, home, loader_of(model))
+    engine, close = build_engine(settings, home, source_of(model))
     try:
         yield engine
     finally:

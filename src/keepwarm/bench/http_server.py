@@ -19,10 +19,12 @@ from uvicorn.loops.auto import auto_loop_factory
 from keepwarm.bench.lab import require
 from keepwarm.config import Settings, load_settings
 from keepwarm.core.ports import BatchGenerator, LoadedModel, RowInput
+from keepwarm.engine.swapper import ModelSource
 from keepwarm.server.sockets import uvicorn_config
 from keepwarm.testing.generator import FAKE_LAYOUT, FakeBatchGenerator
+from keepwarm.testing.models import FixedSource
 from keepwarm.testing.tokenizer import FakeTokenizer
-from keepwarm.wiring import LoadModel, load_configured_model, start_server
+from keepwarm.wiring import MLXSource, start_server
 
 FAKE = "fake"
 STOP_S = 60.0
@@ -34,8 +36,8 @@ def bench_settings(model: str, *, max_rows: int, more: Mapping[str, object]) -> 
     return load_settings({"memory.budget_bytes": 1 << 31, **given}, environment={})
 
 
-def loader_of(model: str) -> LoadModel:
-    return _fake_model if model == FAKE else load_configured_model
+def source_of(model: str) -> ModelSource:
+    return FixedSource(_fake_model()) if model == FAKE else MLXSource()
 
 
 class _PacedGenerator(FakeBatchGenerator):
@@ -46,7 +48,7 @@ class _PacedGenerator(FakeBatchGenerator):
         return super().decode(inputs)
 
 
-def _fake_model(_: Settings) -> LoadedModel:
+def _fake_model() -> LoadedModel:
     """Replies whole characters at once, and never ends on its own."""
     tokenizer = FakeTokenizer()
 
@@ -79,7 +81,7 @@ def server_of(model: str, home: Path, *, max_rows: int, **more: object) -> Itera
 
 
 async def _serve(settings: Settings, home: Path, listener: socket.socket) -> None:
-    running = await start_server(settings, home, load=loader_of(settings.model.name))
+    running = await start_server(settings, home, source=source_of(settings.model.name))
     server = uvicorn.Server(uvicorn_config(running.app, settings.server))
     print(listener.getsockname()[1], flush=True)  # noqa: T201 - for the process that asked
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from keepwarm.bench.durable_paths import FirstTurn, killed, parked, restarted
+from keepwarm.bench.durable_paths import FirstTurn, killed, parked, restarted, temporary_store
 from keepwarm.bench.lab import ROOMY_BYTES, Case, Lab, Setting, Turn, require
 from keepwarm.bench.prompts import prompt_ids
 from keepwarm.bench.recording import Recording
@@ -261,6 +261,28 @@ def batch(setting: Setting, cases: Sequence[Case]) -> list[Recording]:
     return [lab.recording(turn) for turn in turns]
 
 
+def swapped(setting: Setting, cases: Sequence[Case]) -> list[Recording]:
+    """The weights go and come back: every other agent rests, and the rest is in mid-reply."""
+    with temporary_store() as store:
+        lab = setting.lab(store=store)
+        names = [f"agent-{index}" for index in range(len(cases))]
+        for name, case in zip(names, cases, strict=True):
+            first_turn(lab, setting, case, name)
+        turns = {n: lab.start_case(n, c) for n, c in zip(names[::2], cases[::2], strict=True)}
+        while any(lab.num_draws(turn) < 2 for turn in turns.values()):
+            lab.step()
+        require(not any(map(lab.has_finished, turns.values())), "a reply had ended too early")
+        require(lab.engine.suspend(), "the disk did not take all KV")
+        require(not lab.engine.tiers.pool.used_bytes, f"in memory: {lab.engine.tiers.pool!r}")
+        lab.engine.resume(setting.loaded)
+        for name, case in zip(names[1::2], cases[1::2], strict=True):
+            turns[name] = lab.start_case(name, case)
+        lab.finish(*turns.values())
+        for name, case in zip(names[1::2], cases[1::2], strict=True):
+            lab.require_reuse(turns[name], Tier.COLD, split_of(setting, case).num_held)
+        return [lab.recording(turns[name]) for name in names]
+
+
 PATHS = (
     Path("cold", _alone(cold)),
     Path("hot", _alone(hot)),
@@ -278,6 +300,7 @@ PATHS = (
     Path("preempted", _alone(preempted)),
     Path("chunks", _alone(chunked), min_tokens=CHUNK_TOKENS + 2),
     Path("beside decode", _alone(beside_decode)),
+    Path("swapped out and back", swapped, group_size=8),
     Path("batch of 2", batch, group_size=2),
     Path("batch of 4", batch, group_size=4),
     Path("batch of 8", batch, group_size=8),

@@ -34,6 +34,8 @@ _REMEDIES = {
     "rate_limited": "try again later",
 }
 
+_EVENTS = {"Accept": "text/event-stream"}
+
 Url = Annotated[
     str, typer.Option(envvar="KEEPWARM_URL", metavar="URL", help="The server's address.")
 ]
@@ -118,7 +120,9 @@ class Client:
         """The events of a streamed reply. Ending the iterator early hangs up."""
         with (
             self._said_well(),
-            self._http.stream("POST", path, json=body, timeout=_timeout(None)) as response,
+            self._http.stream(
+                "POST", path, json=body, timeout=_timeout(None), headers=_EVENTS
+            ) as response,
         ):
             _check(response, self.url)
             for event in _events(response.iter_bytes()):

@@ -9,6 +9,7 @@ from keepwarm.cli.bench import bench
 from keepwarm.cli.chat import chat
 from keepwarm.cli.demo import demo
 from keepwarm.cli.doctor import doctor
+from keepwarm.cli.models import models
 from keepwarm.cli.serve import serve
 from keepwarm.core.errors import KeepwarmError
 
@@ -23,6 +24,7 @@ app = typer.Typer(
 app.command()(serve)
 app.command()(chat)
 app.add_typer(agents)
+app.add_typer(models)
 app.command()(demo)
 app.command()(doctor)
 app.add_typer(bench)

@@ -4,6 +4,7 @@ A miss is a value, not an error. A bug is an `InvariantBroken` or a plain Python
 never caught on the way.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -117,6 +118,62 @@ class ModelLoadError(KeepwarmError):
 
 class UnsupportedModel(ModelLoadError):
     """The model is sound but Keepwarm cannot keep its cache yet."""
+
+
+class UnknownModel(KeepwarmError):
+    """The request names a model that is not served here."""
+
+    def __init__(self, model: str, known: Sequence[str]) -> None:
+        others = ", ".join(map(repr, known))
+        super().__init__(f"the model {model!r} is not served here; this server has {others}")
+        self.model = model
+
+
+class OtherWeights(KeepwarmError):
+    """A model came back with other weights: what was computed with the old ones cannot go on."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(f"the model {model!r} has other weights than before; send it again")
+        self.model = model
+
+
+class ModelTooLarge(KeepwarmError):
+    """There is not enough memory for a model, whatever else goes."""
+
+    def __init__(self, model: str, *, needed_bytes: int, free_bytes: int, limit_bytes: int) -> None:
+        super().__init__(
+            f"the model {model!r} needs {needed_bytes:,} bytes of memory; of {limit_bytes:,} for "
+            f"models {free_bytes:,} can be had"
+        )
+        self.model = model
+        self.needed_bytes = needed_bytes
+        self.free_bytes = free_bytes
+        self.limit_bytes = limit_bytes
+
+
+class NoRoomForModel(ModelTooLarge):
+    """There would be memory for a model if others went that are pinned."""
+
+
+class ModelNotLoaded(KeepwarmError):
+    """The model is not in memory, and requests may not load models here."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(
+            f"the model {model!r} is not loaded, and requests do not load models here; load it "
+            "first, or set model.auto_load"
+        )
+        self.model = model
+
+
+class ModelUnavailable(KeepwarmError):
+    """A model could not be loaded; `cause` says why. It is tried again after `retry_s`."""
+
+    def __init__(self, model: str, cause: Exception, *, retry_s: float) -> None:
+        super().__init__(f"the model {model!r} cannot be loaded: {cause}")
+        self.model = model
+        self.cause = cause
+        self.retry_s = retry_s
 
 
 class InvariantBroken(Exception):

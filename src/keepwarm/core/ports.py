@@ -163,6 +163,10 @@ class BatchGenerator(Protocol):
         """Feed one token to each row and sample the next; appends one token of KV to each row."""
         ...
 
+    def release_model(self) -> None:
+        """Let go of the weights. Slabs and payloads can still be moved, but no row computes."""
+        ...
+
 
 class BatchGenFactory(Protocol):
     def __call__(self, *, deterministic: bool) -> BatchGenerator: ...

@@ -134,6 +134,15 @@ class AgentState:
     settings: AgentSettings
     lines: tuple[LineState, ...]
 
+    @property
+    def mains(self) -> tuple[LineState, ...]:
+        """The main line, once for each tokenizer that has it."""
+        return tuple(line for line in self.lines if line.number == 0)
+
+    @property
+    def last_used(self) -> int:
+        return max(line.last_used for line in self.lines)
+
 
 @dataclass(frozen=True, slots=True)
 class AgentSummary:

@@ -212,6 +212,18 @@ class AgentBook:
             self._forget(line.blocks)
         del self._agents[agent_id]
 
+    def hand_over(self, old: Agent, new: Agent) -> None:
+        """The KV of the agent's lines goes to its lines of the same number, or is given up."""
+        by_number = {line.number: line for line in old.lines}
+        for line in new.lines:
+            former = by_number.pop(line.number, None)
+            if former is not None:
+                self._forget(line.blocks)
+                line.blocks = former.blocks
+        for former in by_number.values():
+            self._forget(former.blocks)
+        new.main.blocks.pinned = new.settings.pinned
+
     def tidy(self, agent_id: str | None) -> None:
         """Drop the longest idle side or anonymous lines beyond their number."""
         if agent_id is None:
@@ -235,7 +247,7 @@ class AgentBook:
         agent.turns = [
             replace(turn, num_tokens=min(turn.num_tokens, num_kept))
             for turn in agent.turns
-            if turn.num_tokens <= num_kept or _begins_with(messages, turn.messages)
+            if 0 < turn.num_tokens <= num_kept or _begins_with(messages, turn.messages)
         ]
         agent.turns.append(Turn(line.transcript.num_tokens, messages, receipt))
 

@@ -26,6 +26,7 @@ from keepwarm.core.policies import (
 )
 from keepwarm.core.ports import BatchGenerator, RowId, RowInput, Slab
 from keepwarm.core.sequence import Phase, TokenSequence
+from keepwarm.engine.counters import BatchCounters
 from keepwarm.engine.tiers import Tiers
 
 
@@ -69,17 +70,6 @@ class Restored:
 Outcome = Sampled | Opened | Advanced | Broken | Restored
 
 
-@dataclass(slots=True)
-class BatchCounters:
-    """What the batch has done so far."""
-
-    steps: int = 0
-    decoded_tokens: int = 0
-    prefilled_tokens: int = 0
-    preemptions: int = 0
-    generator_failures: int = 0
-
-
 class Batch:
     """Owns the queue, the rows and the generator. No lock: one thread."""
 
@@ -102,6 +92,7 @@ class Batch:
         self._throttle = PrefillThrottle(config.max_step_stretch)
         self._outcomes: list[Outcome] = []
         self._next_row = 0
+        self.is_suspended = False
 
     def __repr__(self) -> str:
         return f"Batch({len(self.running)} rows, {len(self.waiting)} waiting)"
@@ -122,8 +113,20 @@ class Batch:
             self.running.remove(sequence)
         sequence.phase = Phase.FINISHED
 
+    def suspend(self) -> None:
+        """Every row waits again, and none is admitted before `resume`."""
+        for sequence in list(self.running):
+            self._preempt(sequence)
+        self.is_suspended = True
+
+    def resume(self) -> None:
+        """On the generator that the tiers have now."""
+        self.is_suspended = False
+
     def step(self) -> list[Outcome]:
         self._outcomes = []
+        if self.is_suspended:
+            return self._outcomes
         self._admit()
         decode_s = self._decode()
         self._restore()
@@ -134,6 +137,8 @@ class Batch:
     @property
     def only_waits(self) -> bool:
         """Whether nothing can happen before the store has answered."""
+        if self.is_suspended:
+            return True
         if any(sequence.phase is not Phase.RESTORING for sequence in self.running):
             return False
         lines = [sequence.blocks.line for sequence in self.running]
@@ -143,6 +148,14 @@ class Batch:
 
     def check(self) -> None:
         """Rows are open exactly where a sequence prefills or decodes, and targets are in reach."""
+        if self.is_suspended and self.running:
+            raise InvariantBroken(f"{self!r} is suspended and has rows")
+        self._check_running()
+        for sequence in self.waiting:
+            if sequence.phase is not Phase.WAITING or sequence.row is not None:
+                raise InvariantBroken(f"{sequence.request_id} waits in phase {sequence.phase}")
+
+    def _check_running(self) -> None:
         for sequence in self.running:
             if sequence.phase in (Phase.WAITING, Phase.FINISHED) or not sequence.blocks.busy:
                 raise InvariantBroken(f"{sequence.request_id} runs in phase {sequence.phase}")
@@ -153,9 +166,6 @@ class Batch:
                 raise InvariantBroken(f"{sequence.request_id}: more KV than ids to feed")
             if sequence.phase is Phase.DECODING and sequence.num_missing:
                 raise InvariantBroken(f"{sequence.request_id}: decodes with a gap")
-        for sequence in self.waiting:
-            if sequence.phase is not Phase.WAITING or sequence.row is not None:
-                raise InvariantBroken(f"{sequence.request_id} waits in phase {sequence.phase}")
 
     def set_back(self, lines: Collection[LineId]) -> None:
         """The rows of these lines wait again: their KV is about to be cut."""

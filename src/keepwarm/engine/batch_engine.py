@@ -2,29 +2,36 @@
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from keepwarm.core.agent_store import AgentStore, NoStore
-from keepwarm.core.errors import AgentBusy, InvalidRequest, QueueFull
+from keepwarm.core.errors import AgentBusy, InvalidRequest, PoolExhausted, QueueFull
 from keepwarm.core.events import Event
 from keepwarm.core.fidelity import kv_bound
 from keepwarm.core.policies import EngineConfig
-from keepwarm.core.pool import BlockPool, PoolSnapshot
+from keepwarm.core.pool import BlockPool
 from keepwarm.core.ports import BatchGenFactory, LoadedModel, Message
 from keepwarm.core.sequence import TokenSequence, prefetch_sequence
-from keepwarm.core.stored import DEFAULT_SETTINGS, AgentSettings, KVFamily, Overflow, StoreHealth
+from keepwarm.core.stored import (
+    DEFAULT_SETTINGS,
+    AgentSettings,
+    AgentState,
+    KVFamily,
+    Overflow,
+)
 from keepwarm.core.transcript import Turn
 from keepwarm.engine.active import ActiveRequest
 from keepwarm.engine.agent_data import AgentPorter, AgentVerifier
 from keepwarm.engine.agents import Agent, AgentBook, AgentView, Line, view_of_summary
-from keepwarm.engine.batch import Batch, BatchCounters, Broken, Outcome, Restored
+from keepwarm.engine.batch import Batch, Broken, Outcome, Restored
 from keepwarm.engine.bundles import ExportSummary, ImportSummary
 from keepwarm.engine.chat import opening, truncate, validate_messages
-from keepwarm.engine.counters import TierCounters
 from keepwarm.engine.intake import Intake
 from keepwarm.engine.keeper import AgentKeeper
+from keepwarm.engine.model_seat import ModelSeat
 from keepwarm.engine.output import ReplyText, validate_stop
 from keepwarm.engine.requests import (
     PromptSource,
@@ -35,6 +42,7 @@ from keepwarm.engine.requests import (
     valid_priority,
     valid_sampling,
 )
+from keepwarm.engine.snapshot import EngineSnapshot
 from keepwarm.engine.store_link import StoreLink
 from keepwarm.engine.tiers import Tiers
 from keepwarm.engine.turns import Turns
@@ -44,25 +52,16 @@ CANONICAL_LINEAGE = "exact-canonical"
 """Blocks computed in canonical shapes differ in their last bits: they have other hashes."""
 
 
-@dataclass(frozen=True, slots=True)
-class EngineSnapshot:
-    """The engine at one moment, for people and metrics."""
-
-    num_waiting: int
-    num_running: int
-    pool: PoolSnapshot
-    tiers: TierCounters
-    batch: BatchCounters
-    store: StoreHealth
-
-
 class BlockPoolBatchEngine:
     """Continuous batching over agents that keep their KV in blocks.
 
     Everything happens in the caller's thread, and in `step`; the engine has no lock and must be
     used from one thread, the one that loaded the model. `batch_gen_factory` replaces the model's
     generator. `deterministic=True` computes in canonical shapes: the same bits whatever the chunks,
-    the batch and the history (on the CPU).
+    the batch and the history (on the CPU). `request_ids` is for engines that share a thread.
+
+    `suspend` gives the weights back and `resume` takes the same ones again: in between everything
+    works that computes nothing, and whatever ran waits.
     """
 
     def __init__(
@@ -75,22 +74,22 @@ class BlockPoolBatchEngine:
         batch_gen_factory: BatchGenFactory | None = None,
         deterministic: bool = False,
         clock: Callable[[], float] = time.perf_counter,
+        request_ids: Iterator[int] | None = None,
     ) -> None:
         self.config = config or EngineConfig()
+        self._model = ModelSeat(loaded, batch_gen_factory, deterministic=deterministic)
+        loaded = self._model.facts
         self._loaded = loaded
         self._tokenizer = loaded.tokenizer
         self._clock = clock
-        factory = batch_gen_factory or loaded.batch_gen_factory
         lineage = CANONICAL_LINEAGE if deterministic else "exact"
         family = KVFamily(loaded.fingerprint, loaded.layout, lineage)
         self._family = family
         self._store = store or NoStore()
-        self.tiers = Tiers(
-            pool, factory(deterministic=deterministic), family=family, store=self._store
-        )
+        self.tiers = Tiers(pool, self._model.new_generator(), family=family, store=self._store)
         self.batch = Batch(
             self.tiers,
-            new_generator=lambda: factory(deterministic=deterministic),
+            new_generator=self._model.new_generator,
             config=self.config,
             clock=clock,
         )
@@ -139,7 +138,7 @@ class BlockPoolBatchEngine:
         self._prefetching: dict[str, Line] = {}
         self._events: list[Event] = []
         self._stalled = False
-        self._ids = itertools.count(1)
+        self._ids = request_ids or itertools.count(1)
 
     def __repr__(self) -> str:
         return f"BlockPoolBatchEngine({self._loaded.name}: {self.batch!r}, {self.tiers!r})"
@@ -232,7 +231,17 @@ class BlockPoolBatchEngine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything, or events wait to be fetched."""
-        return bool(self._active or self._events or self._link.is_committing or self._prefetching)
+        is_running = not self.is_suspended and bool(self._active or self._prefetching)
+        return is_running or bool(self._events) or self._link.is_committing
+
+    @property
+    def num_active(self) -> int:
+        """How many requests have not ended."""
+        return len(self._active)
+
+    @property
+    def is_suspended(self) -> bool:
+        return self.batch.is_suspended
 
     @property
     def has_chores(self) -> bool:
@@ -242,12 +251,12 @@ class BlockPoolBatchEngine:
         """
         return self.tiers.saves.is_busy or bool(len(self.tiers.saves))
 
-    def step(self) -> list[Event]:
+    def step(self, *, may_wait: bool = True) -> list[Event]:
         """One decode step for every ready row, some prefill beside it, and what came of them.
 
-        Waits briefly when there is nothing to do but to hear from the store.
+        Waits briefly when there is nothing to do but to hear from the store, if it may.
         """
-        if self._stalled and self.has_work:
+        if may_wait and self._stalled and self.has_work:
             self._link.wait()
         self._link.take_events()
         outcomes = self.batch.step()
@@ -259,17 +268,107 @@ class BlockPoolBatchEngine:
         self._stalled = not (outcomes or events) and self.batch.only_waits
         return events
 
+    # -- the model -------------------------------------------------------------------------------
+
+    def suspend(self, timeout_s: float = 60.0) -> bool:
+        """Give the weights back. What runs waits, and all KV leaves memory for the disk.
+
+        Returns whether the disk took everything in time; what it did not take stays in memory.
+        """
+        self.batch.suspend()
+        self._park_prefetches()
+        self.tiers.put_all_away()
+        until = time.monotonic() + timeout_s
+        self._link.save_while(lambda: bool(len(self.tiers.saves)), until)
+        is_saved = self.flush(max(until - time.monotonic(), 1.0)) and not len(self.tiers.saves)
+        self.tiers.drop_spares()
+        self.tiers.generator.release_model()
+        self._model.leave()
+        self._stalled = False
+        return is_saved
+
+    def resume(self, loaded: LoadedModel) -> None:
+        """Take the weights again, which must be the same. What waited goes on."""
+        self._model.take(loaded)
+        self.tiers.generator = self._model.new_generator()
+        self.batch.resume()
+        self._stalled = False
+
+    @property
+    def model(self) -> str:
+        """Its name."""
+        return self._loaded.name
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the model."""
+        return self._loaded.fingerprint
+
+    def abandon(self, error: Exception) -> list[Event]:
+        """End all requests with this error: the model that they ran on does not come back."""
+        self._turns.abandon(error)
+        events, self._events = self._events, []
+        return events
+
+    def give_memory(self, budget_bytes: int) -> int:
+        """Let all KV together take so much, or as little more as running rows need.
+
+        Returns the budget that it has now.
+        """
+        pool = self.tiers.pool
+        excess_bytes = pool.used_bytes - budget_bytes
+        if excess_bytes > 0:
+            with suppress(PoolExhausted):
+                self.tiers.make_room(pool.free_bytes + excess_bytes)
+        pool.budget_bytes = max(budget_bytes, pool.used_bytes, 1)
+        return pool.budget_bytes
+
     # -- agents ----------------------------------------------------------------------------------
+
+    def holds(self, agent_id: str) -> bool:
+        """Whether the agent is in this engine's memory, be it only by what it said."""
+        return self._book.is_here(agent_id)
+
+    def is_in_use(self, agent_id: str) -> bool:
+        """Whether one of its lines runs, or waits to."""
+        return self.holds(agent_id) and self._book.get(agent_id).in_use
+
+    def state_of(self, agent_id: str) -> AgentState:
+        """What another engine needs to go on with the agent. Raises UnknownAgent, AgentBusy."""
+        return self._keeper.state_of(self._book.get_idle(agent_id, "move it to another model"))
+
+    def adopt(self, state: AgentState) -> None:
+        """Go on with an agent as another engine left it; what this one holds of its KV stays.
+
+        Raises AgentBusy.
+        """
+        old = None
+        if self.holds(state.agent_id):
+            old = self._book.get_idle(state.agent_id, "move it to another model")
+        self.tiers.catch_up(state.last_used)
+        agent = self._keeper.agent_of(state)
+        if old is not None:
+            self._book.hand_over(old, agent)
+        self._book.add(agent)
+
+    def let_go(self, agent_id: str) -> None:
+        """Forget an agent that another engine has deleted."""
+        if self.holds(agent_id):
+            self._book.get_idle(agent_id, "delete it")
+            self._book.remove(agent_id)
+
+    def agents_here(self) -> tuple[AgentView, ...]:
+        """Those in memory."""
+        return tuple(self._view(agent) for agent in self._book)
 
     def agents(self) -> tuple[AgentView, ...]:
         """All agents, those that are only on disk as well."""
-        here = [self._view(agent) for agent in self._book]
         there = [
             view_of_summary(summary)
             for summary in self._store.summaries()
             if not self._book.is_here(summary.agent_id)
         ]
-        return (*here, *there)
+        return (*self.agents_here(), *there)
 
     def agent(self, agent_id: str) -> AgentView:
         """Raises UnknownAgent."""
@@ -503,6 +602,15 @@ class BlockPoolBatchEngine:
             self._end_prefetch(outcome)
         else:
             self._turns.take(active, outcome)
+
+    def _park_prefetches(self) -> None:
+        """They are called off: whoever wants them asks again."""
+        for request_id, line in self._prefetching.items():
+            waiting = [s for s in self.batch.waiting if s.request_id == request_id]
+            for sequence in waiting:
+                self.batch.leave(sequence)
+            line.in_use = False
+        self._prefetching.clear()
 
     def _end_prefetch(self, outcome: Outcome) -> None:
         """It is complete, or it failed, which costs nothing but the time."""

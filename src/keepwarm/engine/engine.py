@@ -20,15 +20,17 @@ from keepwarm.core.events import (
 )
 from keepwarm.core.transcript import Turn
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
+from keepwarm.engine.fleet import Fleet
 from keepwarm.engine.loop import EngineLoop
 from keepwarm.engine.mailbox import Call
 from keepwarm.engine.requests import GenerateRequest, ReceiptKey
 from keepwarm.engine.stream import EventStream, replayed
+from keepwarm.engine.swapper import ModelSwapper
 from keepwarm.engine.turnstile import Turnstile
 
 T = TypeVar("T")
 
-OpenEngine = Callable[[], tuple[BlockPoolBatchEngine, Callable[[], None]]]
+OpenFleet = Callable[[], tuple[Fleet, Callable[[], None]]]
 Beginning = asyncio.Task[EventStream]
 
 ABORT_S = 10.0
@@ -41,23 +43,25 @@ class Engine:
     """Requests in, streams of events out. Belongs to the event loop's thread.
 
     `on_end` hears of every request's end. `max_waiting` may wait for their agents' turns, beside
-    those that wait in the engine. The requests' streams are known by their ids on the engine's
-    thread only, which enters them in the same command that submits them.
+    those that wait in the engine. `models` brings models in and out of memory; without it there are
+    those that the fleet was opened with. The requests' streams are known by their ids on the
+    engine's thread only, which enters them in the same command that submits them.
     """
 
     def __init__(
         self,
-        open_engine: OpenEngine,
+        open_fleet: OpenFleet,
         *,
         on_end: Callable[[Completed | Failed], None] = lambda event: None,
         max_waiting: int = 1024,
     ) -> None:
-        self._thread = EngineLoop(open_engine, deliver=self._deliver, lost=self._lose)
+        self._thread = EngineLoop(open_fleet, deliver=self._deliver, lost=self._lose)
         self._on_end = on_end
         self._running: set[EventStream] = set()
         self._turnstile = Turnstile(max_waiting)
         self._once: dict[tuple[str | None, str], tuple[ReceiptKey, Beginning]] = {}
         self._is_stopping = False
+        self.models: ModelSwapper | None = None
         self.has_stopped_well = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._streams: dict[str, EventStream] = {}
@@ -97,6 +101,8 @@ class Engine:
         if self._thread.has_ended:
             return False
         await self._wait_for_ends(grace_s)
+        if self.models is not None:
+            await self.models.stop()
         for stream in tuple(self._running):
             stream.fail(EngineStopped())
         self.has_stopped_well = await asyncio.to_thread(self._thread.stop, SAVE_S)
@@ -105,6 +111,33 @@ class Engine:
     async def call(self, call: Call[T]) -> T:
         """Call it on the engine's thread between two steps."""
         return await asyncio.wrap_future(self._thread.ask(call))
+
+    async def call_at(self, agent_id: str, call: Callable[[BlockPoolBatchEngine], T]) -> T:
+        """Call it on the engine that the agent is at, whose model need not be in memory."""
+        return await self.call(lambda fleet: call(fleet.of(agent_id)))
+
+    async def call_computing(self, agent_id: str, call: Callable[[BlockPoolBatchEngine], T]) -> T:
+        """The same with the model in memory. Raises what `submit` raises about that."""
+        name = await self._enter(GenerateRequest(agent_id=agent_id), None)
+        try:
+            return await self.call(lambda fleet: call(fleet.engine(name)))
+        finally:
+            self._leave_model(name)
+
+    async def call_on(self, model: str, call: Callable[[BlockPoolBatchEngine], T]) -> T:
+        """Call it on this model's engine; the model is loaded if it never was."""
+
+        def look(fleet: Fleet) -> T | None:
+            return call(fleet.engine(model)) if fleet.has_engine(model) else None
+
+        found = await self.call(look)
+        if found is not None:
+            return found
+        name = await self._enter(GenerateRequest(model=model), None)
+        try:
+            return await self.call(lambda fleet: call(fleet.engine(name)))
+        finally:
+            self._leave_model(name)
 
     async def submit(self, request: GenerateRequest) -> EventStream:
         """Raises what `BlockPoolBatchEngine.submit` raises, QueueTimeout and EngineStopped.
@@ -127,10 +160,22 @@ class Engine:
     async def _submit(self, request: GenerateRequest, arrived_s: float) -> EventStream:
         if self._is_stopping:
             raise EngineStopped
+        name = await self._enter(request, request.queue_timeout_s)
+        try:
+            stream = await self._submit_to(replace(request, model=name))
+        except BaseException:
+            self._leave_model(name)
+            raise
+        self._running.add(stream)
+        stream.end.add_done_callback(partial(self._ended, stream, name))
+        stream.limit(since_s=arrived_s, queue_s=request.queue_timeout_s, total_s=request.deadline_s)
+        return stream
+
+    async def _submit_to(self, request: GenerateRequest) -> EventStream:
         stream = EventStream(self._cancel)
 
-        def command(engine: BlockPoolBatchEngine) -> None:
-            request_id = engine.submit(**request.arguments())
+        def command(fleet: Fleet) -> None:
+            request_id = fleet.submit(request)
             stream.request_id = request_id
             self._streams[request_id] = stream
 
@@ -139,10 +184,20 @@ class Engine:
         except asyncio.CancelledError:
             self._cancel(stream)
             raise
-        self._running.add(stream)
-        stream.end.add_done_callback(partial(self._ended, stream))
-        stream.limit(since_s=arrived_s, queue_s=request.queue_timeout_s, total_s=request.deadline_s)
         return stream
+
+    async def _enter(self, request: GenerateRequest, timeout_s: float | None) -> str:
+        """The model that will answer is in memory, until `_leave_model`. Returns its name."""
+        if self.models is None:
+            return request.model
+        name = request.model or self.models.registry.only_loaded
+        name = name or await self.call(lambda fleet: fleet.model_of(request.agent_id))
+        await self.models.enter(name, timeout_s)
+        return name
+
+    def _leave_model(self, name: str) -> None:
+        if self.models is not None:
+            self.models.leave(name)
 
     async def submit_once(self, request: GenerateRequest, key: ReceiptKey) -> EventStream:
         """The same for a request that may be sent twice, which runs once.
@@ -165,7 +220,7 @@ class Engine:
     async def _find_or_submit(self, request: GenerateRequest, key: ReceiptKey) -> EventStream:
         agent_id = request.agent_id
         if agent_id is not None:
-            turn = await self.call(lambda engine: engine.receipt(agent_id, key.key))
+            turn = await self.call(lambda fleet: fleet.of(agent_id).receipt(agent_id, key.key))
             if turn is not None:
                 return _answer_of(turn, key)
         return await self.submit(replace(request, receipt_key=key))
@@ -182,18 +237,21 @@ class Engine:
     def _leave(self, agent_id: str, _: object) -> None:
         self._turnstile.leave(agent_id)
 
-    def _ended(self, stream: EventStream, end: "asyncio.Future[Completed | Failed]") -> None:
+    def _ended(
+        self, stream: EventStream, model: str, end: "asyncio.Future[Completed | Failed]"
+    ) -> None:
+        self._leave_model(model)
         self._running.discard(stream)
         self._on_end(end.result())
 
     def _cancel(self, stream: EventStream) -> None:
         """Behind the command that submits it, so that its id is known by then, if ever."""
 
-        def command(engine: BlockPoolBatchEngine) -> None:
-            # An engine that was opened again counts its ids from the start.
+        def command(fleet: Fleet) -> None:
+            # A fleet that was opened again counts its ids from the start.
             request_id = stream.request_id
             if request_id is not None and self._streams.get(request_id) is stream:
-                engine.cancel(request_id)
+                fleet.cancel(request_id)
 
         self._thread.ask(command)
 

@@ -1,6 +1,6 @@
 """Agents to and from the store: what is committed of them, and how they come back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from keepwarm.core.agent import AgentBlocks
@@ -8,6 +8,7 @@ from keepwarm.core.agent_store import AgentStore
 from keepwarm.core.block import BlockHash, chain_hashes
 from keepwarm.core.layout import BLOCK_TOKENS, whole_blocks
 from keepwarm.core.stored import AgentState, LineState
+from keepwarm.core.transcript import Turn
 from keepwarm.engine.agents import Agent, Line
 
 
@@ -46,25 +47,24 @@ class AgentKeeper:
         return None if state is None else self.agent_of(state)
 
     def agent_of(self, state: AgentState) -> Agent:
-        """The agent with its lines in this tokenizer's ids; without such, with what it said."""
+        """The agent with its lines in this tokenizer's ids, and with what it said last in any.
+
+        What was said in another tokenizer's gets its ids in this one with the next prompt.
+        """
         own = [line for line in state.lines if line.tokenizer == self._tokenizer]
         foreign = tuple(line for line in state.lines if line.tokenizer != self._tokenizer)
+        last = max(state.mains, key=lambda line: line.last_used)
         mains = [line for line in own if line.number == 0]
-        if not mains:
-            return self._translated(state, foreign)
-        main = self._line(mains[0], state.agent_id)
+        main = (
+            self._line(mains[0], state.agent_id)
+            if mains
+            else Line(self._new_blocks(state.agent_id))
+        )
+        main.messages = last.messages
         main.blocks.pinned = state.settings.pinned
         sides = [self._line(line, state.agent_id) for line in own if line.number]
-        turns = list(mains[0].turns)
+        turns = _translated(last.turns, mains[0].turns if mains else ())
         return Agent(state.agent_id, main, sides, turns, state.settings, foreign)
-
-    def _translated(self, state: AgentState, foreign: tuple[LineState, ...]) -> Agent:
-        """The main line's messages; their ids in this tokenizer come with the next prompt."""
-        spoken = next(line for line in foreign if line.number == 0)
-        main = Line(self._new_blocks(state.agent_id), messages=spoken.messages)
-        main.blocks.pinned = state.settings.pinned
-        turns = [replace(turn, num_tokens=0) for turn in spoken.turns]
-        return Agent(state.agent_id, main, [], turns, state.settings, foreign)
 
     def _line(self, state: LineState, agent_id: str) -> Line:
         blocks = self._new_blocks(agent_id)
@@ -95,3 +95,18 @@ class AgentKeeper:
         known = [block.hash for block in blocks]
         parent = known[-1] if known else self._root_of(line.blocks)
         return (*known, *chain_hashes(parent, token_ids[len(known) * BLOCK_TOKENS :]))
+
+
+def _translated(turns: Sequence[Turn], own: Sequence[Turn]) -> list[Turn]:
+    """The turns, with the number of tokens that they have in this tokenizer, where it had them."""
+    known = [*own, *[None] * (len(turns) - len(own))]
+    return [
+        turn
+        if turn == mine
+        else replace(turn, num_tokens=mine.num_tokens if mine and _agree(turn, mine) else 0)
+        for turn, mine in zip(turns, known, strict=False)
+    ]
+
+
+def _agree(a: Turn, b: Turn) -> bool:
+    return a.messages is not None and a.messages == b.messages

@@ -57,6 +57,10 @@ class Lines(Mapping[LineId, AgentBlocks]):
         self._now += 1
         line.last_used = self._now
 
+    def catch_up(self, last_used: int) -> None:
+        """What is used from now on was used after that."""
+        self._now = max(self._now, last_used)
+
     def remove(self, line: AgentBlocks) -> None:
         """The line goes; it must have nothing any more."""
         del self._lines[line.line]

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from keepwarm.core.errors import EngineBroke, EngineStopped
 from keepwarm.core.events import Event
-from keepwarm.engine.batch_engine import BlockPoolBatchEngine
+from keepwarm.engine.fleet import Fleet
 from keepwarm.engine.mailbox import Call, Command, Mailbox
 
 T = TypeVar("T")
@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 class EngineLoop:
     """Owns the engine: only this thread touches it, so nothing in it has a lock.
 
-    `open_engine` runs on the thread, loads what has to be loaded there, and returns the engine
+    `open_fleet` runs on the thread, loads what has to be loaded there, and returns the engine
     with what closes it. `deliver` gets each step's events on the thread. `lost` is called with
     EngineBroke when all that ran in the engine is gone (what it had on disk is not), and with
     EngineStopped when the loop ends. A model that raises does not break the engine; a bug in the
@@ -37,12 +37,12 @@ class EngineLoop:
 
     def __init__(
         self,
-        open_engine: Callable[[], tuple[BlockPoolBatchEngine, Callable[[], None]]],
+        open_fleet: Callable[[], tuple[Fleet, Callable[[], None]]],
         *,
         deliver: Callable[[Sequence[Event]], None],
         lost: Callable[[Exception], None],
     ) -> None:
-        self._open_engine = open_engine
+        self._open_fleet = open_fleet
         self._deliver = deliver
         self._lost = lost
         self._mailbox = Mailbox()
@@ -77,7 +77,7 @@ class EngineLoop:
     def stop(self, timeout_s: float) -> bool:
         """End the loop: KV is saved and the store closed. Returns whether all was, in time."""
         self._stopping.set()
-        self._mailbox.put(Command(lambda engine: None))
+        self._mailbox.put(Command(lambda fleet: None))
         self._thread.join(timeout_s)
         return not self._thread.is_alive() and self._has_saved
 
@@ -96,14 +96,14 @@ class EngineLoop:
     def _serve(self) -> bool:
         """Open the engine and run it. Returns whether it broke and is to be opened again."""
         try:
-            engine, close = self._open_engine()
+            fleet, close = self._open_fleet()
         except Exception as error:  # noqa: BLE001 - it is raised where the server is started
             self._fail_to_open(error)
             return False
         if not self._opened.done():
             self._opened.set_result(None)
         try:
-            self._run_until_stopped(engine)
+            self._run_until_stopped(fleet)
         except Exception as error:  # noqa: BLE001 - a bug must not leave a deaf server behind
             _log.exception("the engine broke; its agents are read from the disk again")
             self._lost(EngineBroke(error))
@@ -112,22 +112,23 @@ class EngineLoop:
             _close_quietly(close)
         return False
 
-    def _run_until_stopped(self, engine: BlockPoolBatchEngine) -> None:
+    def _run_until_stopped(self, fleet: Fleet) -> None:
         while not self._stopping.is_set():
-            self._turn(engine)
+            self._turn(fleet)
         # What was asked for before the end, like cutting off a reply, is done before saving.
-        self._run_commands(engine, wait_s=0.0)
-        self._has_saved = engine.close()
+        self._run_commands(fleet, wait_s=0.0)
+        self._has_saved = fleet.close()
+        fleet.release()
 
-    def _turn(self, engine: BlockPoolBatchEngine) -> None:
-        self._run_commands(engine, wait_s=_wait_s(engine))
-        events = engine.step()
+    def _turn(self, fleet: Fleet) -> None:
+        self._run_commands(fleet, wait_s=_wait_s(fleet))
+        events = fleet.step()
         if events:
             self._deliver(events)
 
-    def _run_commands(self, engine: BlockPoolBatchEngine, *, wait_s: float) -> None:
+    def _run_commands(self, fleet: Fleet, *, wait_s: float) -> None:
         for command in self._mailbox.drain(wait_s=wait_s):
-            command.run(engine)
+            command.run(fleet)
 
     def _fail_to_open(self, error: Exception) -> None:
         if self._opened.done():
@@ -154,7 +155,7 @@ def _close_quietly(close: Callable[[], None]) -> None:
         _log.exception("the engine's store or model did not close")
 
 
-def _wait_s(engine: BlockPoolBatchEngine) -> float:
-    if engine.has_work:
+def _wait_s(fleet: Fleet) -> float:
+    if fleet.has_work:
         return 0.0
-    return CHORE_WAIT_S if engine.has_chores else IDLE_WAIT_S
+    return CHORE_WAIT_S if fleet.has_chores else IDLE_WAIT_S

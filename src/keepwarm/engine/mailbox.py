@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
-from keepwarm.engine.batch_engine import BlockPoolBatchEngine
+from keepwarm.engine.fleet import Fleet
 
 T = TypeVar("T")
 
-Call = Callable[[BlockPoolBatchEngine], T]
+Call = Callable[[Fleet], T]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +20,11 @@ class Command:
     call: Call[Any]
     answer: "Future[Any]" = field(default_factory=Future)
 
-    def run(self, engine: BlockPoolBatchEngine) -> None:
+    def run(self, fleet: Fleet) -> None:
         if not self.answer.set_running_or_notify_cancel():
             return
         try:
-            self.answer.set_result(self.call(engine))
+            self.answer.set_result(self.call(fleet))
         except Exception as error:  # noqa: BLE001 - it is raised where it was asked for
             self.answer.set_exception(error)
 

@@ -29,9 +29,11 @@ class ReceiptKey:
 class GenerateRequest:
     """What every protocol translates to: `submit`'s arguments, whose checks are `submit`'s.
 
+    `model`: which one answers; the one that the agent talked to last where it is empty.
     `queue_timeout_s`: how long it may wait for its row; `deadline_s`: for its last token.
     """
 
+    model: str = ""
     agent_id: str | None = None
     namespace: str = ""
     messages: Sequence[Message] | None = None
@@ -52,7 +54,7 @@ class GenerateRequest:
 
     def arguments(self) -> dict[str, Any]:
         """For `BlockPoolBatchEngine.submit`."""
-        limits = ("queue_timeout_s", "deadline_s")
+        limits = ("model", "queue_timeout_s", "deadline_s")
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in limits}
 
 

@@ -90,6 +90,10 @@ class Tiers:
         """The line was used just now."""
         self._lines.touch(line)
 
+    def catch_up(self, last_used: int) -> None:
+        """What is used from now on was used after that."""
+        self._lines.catch_up(last_used)
+
     def forget(self, line: AgentBlocks) -> None:
         """The line goes; blocks that others own stay with them."""
         self.truncate(line, 0)
@@ -324,6 +328,18 @@ class Tiers:
     def make_room(self, needed_bytes: int) -> None:
         """Free bytes until so many are free. Raises PoolExhausted when that cannot be."""
         self._room.make(needed_bytes)
+
+    def put_all_away(self) -> None:
+        """Save every resting line to its last token; the memory is free when the store has it."""
+        for line in list(self._lines.values()):
+            if not line.busy:
+                self.saver.put_away(line)
+        self.drop_spares()
+
+    def drop_spares(self) -> None:
+        """Memory that is kept only to be used again."""
+        self.fetches.free_buffers()
+        self._shelf.drop(self.pool.budget_bytes + 1)
 
     def give_slab(self, line: AgentBlocks, capacity_tokens: int) -> None:
         """An empty one, for a line without KV. Raises PoolExhausted."""

@@ -53,6 +53,12 @@ class Turns:
         self._finish(active, FinishReason.CANCELLED)
         return True
 
+    def abandon(self, error: Exception) -> None:
+        """All of them end with the error."""
+        for active in list(self.active.values()):
+            self._batch.leave(active.sequence)
+            self._fail(active, error)
+
     def take(self, active: ActiveRequest, outcome: Outcome) -> None:
         """A step of the batch brought this request on, or broke it."""
         if isinstance(outcome, Sampled):

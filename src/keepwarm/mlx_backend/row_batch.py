@@ -53,7 +53,7 @@ class RowBatchGenerator:
         if deterministic and (reason := canonical.why_not_promised()):
             warnings.warn(f"deterministic: equal bits are {reason}", stacklevel=2)
         open_seam(model)
-        self._model = model
+        self._model: nn.Module | None = model
         self._layout = layout
         self._deterministic = deterministic
         self._sampler = sampler
@@ -139,6 +139,11 @@ class RowBatchGenerator:
         mx.eval(tokens)
         return cast("list[int]", tokens.tolist())
 
+    def release_model(self) -> None:
+        if self._rows:
+            raise InvariantBroken(f"{self!r} was to release its model")
+        self._model = None
+
     def _logits(self, inputs: Sequence[RowInput], slabs: Sequence[RowSlab]) -> mx.array:
         """(rows, vocabulary): what follows the fed tokens, whose KV is appended to the slabs."""
         ids = [item.token_id for item in inputs]
@@ -167,6 +172,8 @@ class RowBatchGenerator:
 
     def _run(self, token_ids: Sequence[Sequence[int]], layers: Sequence[Any]) -> mx.array:
         """The model over (rows, tokens); lazy, as all of MLX is until it is evaluated."""
+        if self._model is None:
+            raise InvariantBroken("a row computes after the weights were released")
         return cast("mx.array", self._model(mx.array(cast("list[Any]", token_ids)), cache=layers))
 
     def _padded(self, capacity_tokens: int) -> int:

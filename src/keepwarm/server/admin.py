@@ -1,19 +1,18 @@
-"""Operations: models, health, metrics, the page, and one snapshot of everything."""
+"""Operations: health, metrics, the page, and one snapshot of everything."""
 
-from collections.abc import Mapping
 from dataclasses import asdict
-from datetime import UTC, datetime
 from importlib.resources import files
 from typing import Annotated, Any
 
 import msgspec
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Depends, Query
 from starlette.responses import Response
 
 from keepwarm.engine.agents import AgentView
-from keepwarm.engine.batch_engine import BlockPoolBatchEngine, EngineSnapshot
+from keepwarm.engine.fleet import Fleet
+from keepwarm.engine.snapshot import EngineSnapshot
 from keepwarm.server.agents.encode import agent_fields
-from keepwarm.server.dialects import is_anthropic
+from keepwarm.server.models import model_card
 from keepwarm.server.serving import VERSION, Serving, serving_of
 
 router = APIRouter(tags=["operations"])
@@ -28,29 +27,15 @@ PAGE_POLICY = (
 )
 
 
-@router.get("/v1/models", response_class=Response)
-async def models(request: Request, serving: ServingOf) -> Response:
-    """The models that are served here, in the dialect of whoever asks."""
-    card = _card(request, serving)
-    if is_anthropic(request.scope):
-        page = {"data": [card], "has_more": False, "first_id": card["id"], "last_id": card["id"]}
-        return _json(page)
-    return _json({"object": "list", "data": [card]})
-
-
-@router.get("/v1/models/{name:path}", response_class=Response)
-async def model(name: str, request: Request, serving: ServingOf) -> Response:
-    """One of them."""
-    serving.check_model(name)
-    return _json(_card(request, serving))
-
-
 @router.get("/health", response_class=Response)
 @router.get("/health/ready", response_class=Response)
 async def ready(serving: ServingOf) -> Response:
     """Whether requests are answered: 503 while the server stops, or when the engine has ended."""
     is_serving = serving.engine.is_serving
-    body = {"status": "ok" if is_serving else "stopping", "model": serving.house.model.name}
+    body = {
+        "status": "ok" if is_serving else "stopping",
+        "model": serving.house.models.registry.default.name,
+    }
     return _json(body, 200 if is_serving else 503)
 
 
@@ -65,7 +50,7 @@ async def metrics(serving: ServingOf) -> Response:
     """For Prometheus."""
     snapshot = None
     if serving.engine.is_serving:
-        snapshot = await serving.engine.call(lambda engine: engine.snapshot())
+        snapshot = await serving.engine.call(lambda fleet: fleet.snapshot())
     text = serving.house.metrics.text(snapshot)
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -75,12 +60,12 @@ async def stats(
     serving: ServingOf, agents: Annotated[int, Query(ge=0, le=MAX_SHOWN_AGENTS)] = 50
 ) -> Response:
     """Everything at one moment; of the caller's agents those that were used last."""
-    snapshot, views = await serving.engine.call(lambda engine: _look(engine, agents))
+    snapshot, views = await serving.engine.call(lambda fleet: _look(fleet, agents))
     mine = [view for view in views if serving.caller.owns(view.agent_id)]
     return _json(
         {
             "version": VERSION,
-            "model": asdict(serving.house.model),
+            "models": [model_card(model) for model in serving.house.models.registry],
             **_snapshot_fields(snapshot),
             "requests": serving.engine.num_requests,
             "num_agents": len(mine),
@@ -106,10 +91,8 @@ def _agent(view: AgentView, serving: Serving) -> dict[str, Any]:
     return agent_fields(view, None, None, serving.caller.shown(view.agent_id))
 
 
-def _look(
-    engine: BlockPoolBatchEngine, num_agents: int
-) -> tuple[EngineSnapshot, tuple[AgentView, ...]]:
-    return engine.snapshot(), engine.agents() if num_agents else ()
+def _look(fleet: Fleet, num_agents: int) -> tuple[EngineSnapshot, tuple[AgentView, ...]]:
+    return fleet.snapshot(), fleet.agents() if num_agents else ()
 
 
 def _snapshot_fields(snapshot: EngineSnapshot) -> dict[str, Any]:
@@ -117,25 +100,6 @@ def _snapshot_fields(snapshot: EngineSnapshot) -> dict[str, Any]:
     for name in ("bytes_by_kind", "num_by_kind"):
         fields["pool"][name] = dict(fields["pool"][name])
     return fields
-
-
-def _card(request: Request, serving: Serving) -> Mapping[str, Any]:
-    model_card = serving.house.model
-    if is_anthropic(request.scope):
-        created = datetime.fromtimestamp(model_card.created, UTC)
-        return {
-            "type": "model",
-            "id": model_card.name,
-            "display_name": model_card.name,
-            "created_at": created.isoformat(timespec="seconds").replace("+00:00", "Z"),
-        }
-    return {
-        "id": model_card.name,
-        "object": "model",
-        "created": model_card.created,
-        "owned_by": "keepwarm",
-        "context_length": model_card.max_context_tokens,
-    }
 
 
 def _json(value: object, status: int = 200) -> Response:

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from keepwarm.core.errors import KeepwarmError
-from keepwarm.server import admin
+from keepwarm.server import admin, models
 from keepwarm.server.agents import routes as agents
 from keepwarm.server.anthropic import routes as anthropic
 from keepwarm.server.dialects import error_response
@@ -36,7 +36,7 @@ def build_app(house: House) -> ASGIApp:
         redirect_slashes=False,
     )
     api.state.house = house
-    for module in (openai, anthropic, agents, admin):
+    for module in (openai, anthropic, agents, models, admin):
         api.include_router(module.router)
     for error_type in (
         KeepwarmError,

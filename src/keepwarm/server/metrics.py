@@ -8,7 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from keepwarm.core.events import Completed, Failed
-from keepwarm.engine.batch_engine import EngineSnapshot
+from keepwarm.engine.snapshot import EngineSnapshot
 
 TIME_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 

@@ -20,12 +20,19 @@ from keepwarm.core.errors import (
     InvalidRequest,
     KeepwarmError,
     KeyReused,
+    ModelLoadError,
+    ModelNotLoaded,
+    ModelTooLarge,
+    ModelUnavailable,
     NeverFits,
     NoAgentStore,
+    NoRoomForModel,
+    OtherWeights,
     PoolExhausted,
     QueueFull,
     QueueTimeout,
     UnknownAgent,
+    UnknownModel,
 )
 
 
@@ -46,6 +53,7 @@ class Kind(StrEnum):
     RATE_LIMITED = "rate_limited"
     QUEUE_FULL = "queue_full"
     OVERLOADED = "overloaded"
+    MODEL_UNAVAILABLE = "model_unavailable"
     TIMEOUT = "timeout"
     INTERNAL = "internal_error"
 
@@ -73,14 +81,6 @@ class TransferFailed(KeepwarmError):
         super().__init__(f"the agent could not be written or read: {problem}")
 
 
-class UnknownModel(KeepwarmError):
-    """The request names a model that is not served here."""
-
-    def __init__(self, model: str, served: str) -> None:
-        super().__init__(f"the model {model!r} is not served here; this server has {served!r}")
-        self.model = model
-
-
 class NotAllowed(KeepwarmError):
     """The request was refused before it was read: its key, its Host, its size, its rate."""
 
@@ -99,6 +99,12 @@ _STATUS: tuple[tuple[type[Exception], int, Kind], ...] = (
     (AgentExists, 409, Kind.EXISTS),
     (AgentBusy, 409, Kind.BUSY),
     (KeyReused, 409, Kind.CONFLICT),
+    (OtherWeights, 409, Kind.CONFLICT),
+    (ModelNotLoaded, 409, Kind.CONFLICT),
+    (NoRoomForModel, 503, Kind.MODEL_UNAVAILABLE),
+    (ModelTooLarge, 400, Kind.NEVER_FITS),
+    (ModelUnavailable, 503, Kind.MODEL_UNAVAILABLE),
+    (ModelLoadError, 503, Kind.MODEL_UNAVAILABLE),
     (QueueFull, 429, Kind.QUEUE_FULL),
     (QueueTimeout, 503, Kind.OVERLOADED),
     (PoolExhausted, 503, Kind.OVERLOADED),
@@ -110,7 +116,12 @@ _STATUS: tuple[tuple[type[Exception], int, Kind], ...] = (
     (TransferFailed, 507, Kind.INTERNAL),
     (GeneratorFailed, 500, Kind.INTERNAL),
 )
-_RETRY_AFTER_S = {Kind.QUEUE_FULL: 2, Kind.OVERLOADED: 5, Kind.BUSY: 1}
+_RETRY_AFTER_S = {
+    Kind.QUEUE_FULL: 2,
+    Kind.OVERLOADED: 5,
+    Kind.BUSY: 1,
+    Kind.MODEL_UNAVAILABLE: 30,
+}
 _KIND_OF_STATUS = {401: Kind.UNAUTHENTICATED, 403: Kind.FORBIDDEN, 404: Kind.NOT_FOUND}
 
 

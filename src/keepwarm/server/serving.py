@@ -1,9 +1,8 @@
 """What a route has at hand: the engine, the caller, and the one way to answer."""
 
-import fnmatch
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,11 +10,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from keepwarm.engine.engine import Engine
+from keepwarm.engine.models import Model
 from keepwarm.engine.requests import GenerateRequest, ReceiptKey
+from keepwarm.engine.swapper import ModelSwapper
 from keepwarm.server.caller import Caller
 from keepwarm.server.choices import Choices
 from keepwarm.server.metrics import Metrics
-from keepwarm.server.problems import UnknownModel
 from keepwarm.server.reply import Encoder, StreamedReply, WholeReply
 from keepwarm.server.settings import ServerConfig
 
@@ -25,25 +25,17 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class ModelCard:
-    """The model that is served, as clients ask for it."""
-
-    name: str
-    max_context_tokens: int
-    created: int
-    fingerprint: str
-
-
-@dataclass(frozen=True, slots=True)
 class House:
     """What all requests share. Belongs to the event loop's thread."""
 
     engine: Engine
-    model: ModelCard
+    models: ModelSwapper
     config: ServerConfig
     metrics: Metrics
     transfers: Path
     """A folder for agents on their way in and out."""
+    started: int
+    """When the server was started, in seconds since 1970."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,24 +53,35 @@ class Serving:
     def config(self) -> ServerConfig:
         return self.house.config
 
-    def check_model(self, name: str) -> None:
-        """Raises UnknownModel. A hub id may be given by its last part."""
-        served = self.house.model.name
-        names = (served, served.rpartition("/")[2], *self.config.model_aliases)
-        is_text = name.isprintable()  # half a surrogate pair is not
-        if not is_text or not any(fnmatch.fnmatchcase(name, known) for known in names):
-            raise UnknownModel(name, served)
+    def model(self, name: str) -> Model:
+        """By any of its names. Raises UnknownModel."""
+        return self.house.models.registry.resolve(name)
+
+    def known_model(self, name: str) -> Model:
+        """The same, but one that nobody has heard of stays unknown."""
+        return self.house.models.registry.resolve(name, may_add=False)
+
+    def config_for(self, model: Model) -> ServerConfig:
+        """The server's, with the model's own sampling."""
+        own = model.settings.temperature
+        return self.config if own < 0.0 else replace(self.config, default_temperature=own)
 
     async def answer(
         self,
         requests: Sequence[GenerateRequest],
         encoder: Encoder,
         *,
+        model: Model | None = None,
         stream: bool,
         ignored: Sequence[str] = (),
         key: ReceiptKey | None = None,
     ) -> Response:
-        """Replies as the encoder says. They are submitted, and may be refused, when it is sent."""
+        """Replies as the encoder says. They are submitted, and may be refused, when it is sent.
+
+        Without `model`, the one answers that the agent talked to last.
+        """
+        if model is not None:
+            requests = [replace(request, model=model.name) for request in requests]
         headers: dict[str, str] = {}
         if ignored:
             names = ", ".join(sorted({_safe(name) for name in ignored}))

@@ -88,6 +88,7 @@ class FakeBatchGenerator:
         self._script = script
         self._fail_at = set(fail_at)
         self._rows: dict[RowId, FakeSlab] = {}
+        self._has_model = True
         self.num_calls = 0
         self.num_copied_tokens = 0
         self.prefilled: list[tuple[RowId, int]] = []
@@ -204,6 +205,11 @@ class FakeBatchGenerator:
         self.batch_sizes.append(len(inputs))
         return [self._sample(item) for item in inputs]
 
+    def release_model(self) -> None:
+        if self._rows:
+            raise InvariantBroken(f"rows {list(self._rows)} are open, and the model was to go")
+        self._has_model = False
+
     def _sample(self, item: RowInput) -> int:
         if self._script is not None:
             return self._script[item.draw % len(self._script)]
@@ -226,6 +232,8 @@ class FakeBatchGenerator:
         slab.values.extend(values)
 
     def _count_call(self) -> None:
+        if not self._has_model:
+            raise InvariantBroken("a row computes after the weights were released")
         self.num_calls += 1
         if self.num_calls in self._fail_at:
             raise GeneratorFault(f"call {self.num_calls} was told to fail")

@@ -45,7 +45,7 @@ async def list_agents(
     after: str | None = None,
 ) -> Response:
     """The caller's agents by name, a page at a time: `after` is the last name one has."""
-    views = await serving.engine.call(lambda engine: engine.agents())
+    views = await serving.engine.call(lambda fleet: fleet.agents())
     mine = {
         serving.caller.shown(view.agent_id): view
         for view in views
@@ -62,7 +62,7 @@ async def put_agent(name: str, body: AgentBody, serving: ServingOf) -> Response:
     if body.kv_policy not in (None, "exact"):
         raise Unsupported("kv_policy", f"{body.kv_policy!r} does not exist yet; only exact does")
     agent_id = serving.caller.agent(name)
-    created = await serving.engine.call(lambda engine: _put(engine, agent_id, body))
+    created = await serving.engine.call_at(agent_id, lambda engine: _put(engine, agent_id, body))
     return await _shown(serving, agent_id, 201 if created else 200)
 
 
@@ -76,7 +76,7 @@ async def get_agent(name: str, serving: ServingOf) -> Response:
 async def delete_agent(name: str, serving: ServingOf) -> Response:
     """The agent and what only it owned are gone, from the disk as well."""
     agent_id = serving.caller.agent(name)
-    await serving.engine.call(lambda engine: engine.delete(agent_id))
+    await serving.engine.call(lambda fleet: fleet.delete(agent_id))
     return _json({"id": name, "deleted": True})
 
 
@@ -93,12 +93,14 @@ async def send(
     then runs to its end when the client hangs up.
     """
     agent_id = serving.caller.agent(name)
+    model = None if body.model is None else serving.model(body.model)
+    config = serving.config if model is None else serving.config_for(model)
     temperature = body.temperature
     request = GenerateRequest(
         agent_id=agent_id,
         append=body.new_messages(),
         max_tokens=body.max_tokens,
-        temperature=serving.config.default_temperature if temperature is None else temperature,
+        temperature=config.default_temperature if temperature is None else temperature,
         top_p=body.top_p,
         top_k=body.top_k,
         min_p=body.min_p,
@@ -109,14 +111,16 @@ async def send(
         deadline_s=serving.config.deadline_s or None,
     )
     key = _receipt_key(idempotency_key, body)
-    return await serving.answer([request], AgentEncoder(name), stream=body.stream, key=key)
+    return await serving.answer(
+        [request], AgentEncoder(name), model=model, stream=body.stream, key=key
+    )
 
 
 @router.post("/{name}/fork", response_class=Response)
 async def fork(name: str, body: ForkBody, serving: ServingOf) -> Response:
     """A new agent that knows what this one knew after `at_turn` turns; nothing is copied."""
     agent_id, new_id = serving.caller.agent(name), serving.caller.agent(body.new_id)
-    await serving.engine.call(lambda engine: engine.fork(agent_id, new_id, at_turn=body.at_turn))
+    await serving.engine.call(lambda fleet: fleet.fork(agent_id, new_id, at_turn=body.at_turn))
     return await _shown(serving, new_id, 201)
 
 
@@ -135,14 +139,16 @@ async def park(name: str, serving: ServingOf) -> Response:
 @router.post("/{name}/prefetch", response_class=Response)
 async def prefetch(name: str, serving: ServingOf) -> Response:
     """Bring the agent's KV back in the background, so that its next turn begins at once."""
-    return await _changed(serving, name, lambda engine, i: engine.prefetch(i))
+    agent_id = serving.caller.agent(name)
+    await serving.engine.call_computing(agent_id, lambda engine: engine.prefetch(agent_id))
+    return await _shown(serving, agent_id)
 
 
 @router.post("/{name}/verify", response_class=Response)
 async def verify(name: str, serving: ServingOf) -> Response:
     """Compute the agent's KV anew and compare; takes a prefill, and nothing else runs meanwhile."""
     agent_id = serving.caller.agent(name)
-    report = await serving.engine.call(lambda engine: engine.verify(agent_id))
+    report = await serving.engine.call_computing(agent_id, lambda engine: engine.verify(agent_id))
     return _json(verify_fields(report, name))
 
 
@@ -150,7 +156,7 @@ async def verify(name: str, serving: ServingOf) -> Response:
 async def turns(name: str, serving: ServingOf) -> Response:
     """What was said in each turn."""
     agent_id = serving.caller.agent(name)
-    found = await serving.engine.call(lambda engine: engine.turns(agent_id))
+    found = await serving.engine.call_at(agent_id, lambda engine: engine.turns(agent_id))
     before = (None, *found)
     rows = [
         turn_fields(number, turn, earlier)
@@ -165,7 +171,9 @@ async def export(name: str, serving: ServingOf) -> Response:
     agent_id = serving.caller.agent(name)
     path = _new_transfer(serving)
     try:
-        summary = await serving.engine.call(lambda engine: engine.export(agent_id, path))
+        summary = await serving.engine.call_at(
+            agent_id, lambda engine: engine.export(agent_id, path)
+        )
     except BundleFailed as error:
         path.unlink(missing_ok=True)
         raise TransferFailed(error.problem) from error
@@ -193,7 +201,7 @@ async def import_agent(
             async for chunk in request.stream():
                 file.write(chunk)
         summary = await serving.engine.call(
-            lambda engine: engine.import_agent(path, agent_id, namespace=serving.caller.namespace)
+            lambda fleet: fleet.import_agent(path, agent_id, namespace=serving.caller.namespace)
         )
     except BundleFailed as error:
         raise TransferFailed(error.problem) from error
@@ -238,7 +246,7 @@ async def _changed(
     serving: Serving, name: str, change: Callable[[BlockPoolBatchEngine, str], None]
 ) -> Response:
     agent_id = serving.caller.agent(name)
-    await serving.engine.call(lambda engine: change(engine, agent_id))
+    await serving.engine.call_at(agent_id, lambda engine: change(engine, agent_id))
     return await _shown(serving, agent_id)
 
 
@@ -247,9 +255,10 @@ async def _shown(serving: Serving, agent_id: str, status: int = 200) -> Response
 
     def look(engine: BlockPoolBatchEngine) -> dict[str, Any]:
         view = engine.agent(agent_id)
-        return agent_fields(view, engine.settings(agent_id), engine.system(agent_id), shown)
+        fields = agent_fields(view, engine.settings(agent_id), engine.system(agent_id), shown)
+        return {**fields, "model": engine.model}
 
-    return _json(await serving.engine.call(look), status)
+    return _json(await serving.engine.call_at(agent_id, look), status)
 
 
 def _receipt_key(key: str | None, body: MessagesBody) -> ReceiptKey | None:

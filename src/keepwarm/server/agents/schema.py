@@ -40,8 +40,12 @@ class NewMessage(Strict):
 
 
 class MessagesBody(Strict):
-    """The new message only: `content` as a user's, or `messages`."""
+    """The new message only: `content` as a user's, or `messages`.
 
+    Without `model` the one answers that the agent talked to last.
+    """
+
+    model: str | None = None
     content: str | None = None
     messages: list[NewMessage] | None = Field(default=None, min_length=1)
     stream: bool = False

@@ -16,6 +16,7 @@ _TYPES = {
     Kind.RATE_LIMITED: "rate_limit_error",
     Kind.QUEUE_FULL: "rate_limit_error",
     Kind.OVERLOADED: "overloaded_error",
+    Kind.MODEL_UNAVAILABLE: "overloaded_error",
     Kind.TIMEOUT: "timeout_error",
     Kind.INTERNAL: "api_error",
 }

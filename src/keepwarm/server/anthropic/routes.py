@@ -19,21 +19,25 @@ ServingOf = Annotated[Serving, Depends(serving_of)]
 @router.post("/v1/messages", response_class=Response)
 async def messages(body: MessagesRequest, serving: ServingOf) -> Response:
     """A reply to a conversation, streamed with `stream`."""
-    serving.check_model(body.model)
-    translated = translate_messages(body, serving.caller, serving.config)
+    model = serving.model(body.model)
+    translated = translate_messages(body, serving.caller, serving.config_for(model))
     encoder = MessagesEncoder(body.model, asks_for_cache=translated.asks_for_cache)
     return await serving.answer(
-        [translated.request], encoder, stream=bool(body.stream), ignored=translated.ignored
+        [translated.request],
+        encoder,
+        model=model,
+        stream=bool(body.stream),
+        ignored=translated.ignored,
     )
 
 
 @router.post("/v1/messages/count_tokens", response_class=Response)
 async def count_tokens(body: Conversation, serving: ServingOf) -> Response:
     """How many tokens the prompt has; tools are not in it, as they are not in the prompt."""
-    serving.check_model(body.model)
+    model = serving.model(body.model)
     conversation = messages_of(body)
-    num_tokens = await serving.engine.call(
-        lambda engine: engine.count_tokens(messages=conversation)
+    num_tokens = await serving.engine.call_on(
+        model.name, lambda engine: engine.count_tokens(messages=conversation)
     )
     return Response(
         msgspec.json.encode({"input_tokens": num_tokens}), media_type="application/json"

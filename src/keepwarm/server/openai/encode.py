@@ -15,6 +15,7 @@ _TYPES = {
     Kind.RATE_LIMITED: "rate_limit_error",
     Kind.QUEUE_FULL: "rate_limit_error",
     Kind.OVERLOADED: "server_error",
+    Kind.MODEL_UNAVAILABLE: "server_error",
     Kind.TIMEOUT: "server_error",
     Kind.INTERNAL: "server_error",
 }

@@ -19,26 +19,34 @@ ServingOf = Annotated[Serving, Depends(serving_of)]
 @router.post("/v1/chat/completions", response_class=Response)
 async def chat_completions(body: ChatRequest, serving: ServingOf) -> Response:
     """A reply to a conversation, streamed with `stream`."""
-    serving.check_model(body.model)
-    translated = translate_chat(body, serving.caller, serving.config)
+    model = serving.model(body.model)
+    translated = translate_chat(body, serving.caller, serving.config_for(model))
     encoder = ChatEncoder(
         body.model, num_choices=len(translated.requests), with_usage=_with_usage(body)
     )
     return await serving.answer(
-        translated.requests, encoder, stream=bool(body.stream), ignored=translated.ignored
+        translated.requests,
+        encoder,
+        model=model,
+        stream=bool(body.stream),
+        ignored=translated.ignored,
     )
 
 
 @router.post("/v1/completions", response_class=Response)
 async def completions(body: CompletionRequest, serving: ServingOf) -> Response:
     """A continuation of bare text, whose special tokens count as such."""
-    serving.check_model(body.model)
-    translated = translate_completion(body, serving.caller, serving.config)
+    model = serving.model(body.model)
+    translated = translate_completion(body, serving.caller, serving.config_for(model))
     encoder = TextEncoder(
         body.model, num_choices=len(translated.requests), with_usage=_with_usage(body)
     )
     return await serving.answer(
-        translated.requests, encoder, stream=bool(body.stream), ignored=translated.ignored
+        translated.requests,
+        encoder,
+        model=model,
+        stream=bool(body.stream),
+        ignored=translated.ignored,
     )
 
 

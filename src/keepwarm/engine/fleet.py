@@ -1,0 +1,293 @@
+"""The fleet: one engine for each model that was loaded, over one store and one memory budget."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from keepwarm.core.agent import home_namespace
+from keepwarm.core.agent_store import AgentStore, NoStore
+from keepwarm.core.errors import AgentBusy, AgentExists, InvariantBroken, OtherWeights, UnknownModel
+from keepwarm.core.events import Event
+from keepwarm.core.ports import LoadedModel
+from keepwarm.engine.agents import AgentView, view_of_summary
+from keepwarm.engine.batch_engine import BlockPoolBatchEngine
+from keepwarm.engine.bundles import ImportSummary
+from keepwarm.engine.requests import GenerateRequest
+from keepwarm.engine.sharing import SharedStore
+from keepwarm.engine.snapshot import EngineSnapshot, merged
+
+NewEngine = Callable[[LoadedModel, AgentStore, Iterator[int]], BlockPoolBatchEngine]
+"""Makes an engine of a model, its share of the store and the requests' numbers.
+
+Its pool's budget is the fleet's affair.
+"""
+
+
+@dataclass(slots=True)
+class Weights:
+    """What is in the device's memory, by model. It outlives a fleet that broke."""
+
+    loaded: dict[str, LoadedModel] = field(default_factory=dict)
+
+
+class Fleet:
+    """Owns the engines. No lock: one thread, the engines' own.
+
+    An engine stays when its model goes: suspended, it keeps its agents and whatever waits. An agent
+    may be in several engines, each with the KV of its own model; it is *at* the one that it talked
+    to last, which knows what was said.
+    """
+
+    def __init__(
+        self,
+        new_engine: NewEngine,
+        *,
+        default: str,
+        store: AgentStore | None = None,
+        budget_bytes: int,
+        weights: Weights | None = None,
+    ) -> None:
+        self.store = store or NoStore()
+        self._new_engine = new_engine
+        self._default = default
+        self._budget_bytes = budget_bytes
+        self._shared = SharedStore(self.store)
+        self._engines: dict[str, BlockPoolBatchEngine] = {}
+        self._at: dict[str, str] = {}
+        self._ids = itertools.count(1)
+        self._events: list[Event] = []
+        self._weights = weights or Weights()
+        for loaded in list(self._weights.loaded.values()):
+            self.attach(loaded)
+
+    @classmethod
+    def of_one(cls, engine: BlockPoolBatchEngine) -> "Fleet":
+        """Of an engine that is there already, with a store of its own."""
+
+        def no_other(*_: object) -> BlockPoolBatchEngine:
+            raise InvariantBroken("this fleet has one engine")
+
+        fleet = cls(no_other, default=engine.model, budget_bytes=engine.tiers.pool.budget_bytes)
+        fleet._engines[engine.model] = engine
+        return fleet
+
+    def __repr__(self) -> str:
+        return f"Fleet({self._engines})"
+
+    # -- models ----------------------------------------------------------------------------------
+
+    def attach(self, loaded: LoadedModel) -> None:
+        """The model computes from now on; what waited for it goes on.
+
+        With other weights than before it is another model: its agents keep what was said, and what
+        ran on the old ones fails with OtherWeights.
+        """
+        name = loaded.name
+        old = self._engines.get(name)
+        if old is not None and old.fingerprint == loaded.fingerprint:
+            old.resume(loaded)
+        else:
+            new = self._new_engine(loaded, self._shared.share(), self._ids)
+            self._engines[name] = new
+            if old is not None:
+                self._replace(name, old, new)
+        self._weights.loaded[name] = loaded
+        self._share_memory()
+
+    def detach(self, name: str, timeout_s: float = 60.0) -> bool:
+        """The model's weights can go; its agents' KV is on the disk, as far as that took it.
+
+        Returns whether it took everything. What the model was answering waits for its return.
+        """
+        is_saved = self.engine(name).suspend(timeout_s)
+        close = self._weights.loaded.pop(name).close
+        close()  # nothing holds the weights now, so their memory is given back
+        self._share_memory()
+        return is_saved
+
+    def is_attached(self, name: str) -> bool:
+        return name in self._weights.loaded
+
+    def has_engine(self, name: str) -> bool:
+        """Whether the model was ever loaded."""
+        return name in self._engines
+
+    def engine(self, name: str) -> BlockPoolBatchEngine:
+        """Raises UnknownModel."""
+        if name not in self._engines:
+            raise UnknownModel(name, tuple(self._engines))
+        return self._engines[name]
+
+    def num_active(self, name: str) -> int:
+        """How many requests the model is answering, or will when it is back."""
+        return self._engines[name].num_active if name in self._engines else 0
+
+    # -- requests --------------------------------------------------------------------------------
+
+    def submit(self, request: GenerateRequest) -> str:
+        """Raises what `BlockPoolBatchEngine.submit` raises, and UnknownModel.
+
+        While an agent talks to one model, what is asked in its name of another is answered without
+        touching it.
+        """
+        arguments = request.arguments()
+        name = request.model or self.model_of(request.agent_id)
+        engine = self.engine(name)
+        agent_id = request.agent_id
+        if agent_id is not None and not self._move(agent_id, name):
+            if request.append is not None:
+                raise AgentBusy(agent_id, "send it another message")
+            arguments |= {"agent_id": None, "namespace": home_namespace(agent_id)}
+        return engine.submit(**arguments)
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request now. False when it had ended."""
+        return any(engine.cancel(request_id) for engine in self._engines.values())
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._events) or any(engine.has_work for engine in self._engines.values())
+
+    @property
+    def has_chores(self) -> bool:
+        return any(engine.has_chores for engine in self._engines.values())
+
+    def step(self) -> list[Event]:
+        """A step of every engine that has something to do."""
+        busy = [engine for engine in self._engines.values() if engine.has_work]
+        for engine in self._engines.values():
+            self._events += engine.step(may_wait=busy == [engine])
+        events, self._events = self._events, []
+        return events
+
+    # -- agents ----------------------------------------------------------------------------------
+
+    def model_of(self, agent_id: str | None) -> str:
+        """The model that the agent is at; the default one for whoever is nowhere yet."""
+        if agent_id is None:
+            return self._default
+        if agent_id in self._at:
+            return self._at[agent_id]
+        here = (name for name, engine in self._engines.items() if engine.holds(agent_id))
+        return next(here, self._default)
+
+    def of(self, agent_id: str | None) -> BlockPoolBatchEngine:
+        """The engine that knows the agent, if any does."""
+        return self.engine(self.model_of(agent_id))
+
+    def agents(self) -> tuple[AgentView, ...]:
+        """All agents, each as the engine that it is at sees it."""
+        here = {
+            view.agent_id: view
+            for name, engine in self._engines.items()
+            for view in engine.agents_here()
+            if self.model_of(view.agent_id) == name
+        }
+        summaries = (s for s in self.store.summaries() if s.agent_id not in here)
+        return (*here.values(), *map(view_of_summary, summaries))
+
+    def fork(self, agent_id: str, new_id: str, *, at_turn: int | None = None) -> None:
+        """As the engine's own; a name that any engine knows is taken."""
+        if any(engine.holds(new_id) for engine in self._engines.values()):
+            raise AgentExists(new_id)
+        name = self.model_of(agent_id)
+        self.engine(name).fork(agent_id, new_id, at_turn=at_turn)
+        self._at[new_id] = name
+
+    def import_agent(
+        self, path: Path, agent_id: str | None, *, namespace: str = ""
+    ) -> ImportSummary:
+        """As the engine's own: into the default model's, if it is of no use to another."""
+        engine = self.engine(self._default)
+        if agent_id is not None and any(e.holds(agent_id) for e in self._engines.values()):
+            raise AgentExists(agent_id)
+        return engine.import_agent(path, agent_id, namespace=namespace)
+
+    def num_agents_at(self, name: str) -> int:
+        """How many agents are in memory and talked to this model last."""
+        if name not in self._engines:
+            return 0
+        views = self._engines[name].agents_here()
+        return sum(self.model_of(view.agent_id) == name for view in views)
+
+    def abandon(self, name: str, error: Exception) -> None:
+        """What waits for the model fails: it does not come back."""
+        if name in self._engines:
+            self._events += self._engines[name].abandon(error)
+
+    def delete(self, agent_id: str) -> None:
+        """The agent is gone from everywhere. Raises UnknownAgent, AgentBusy."""
+        for engine in self._engines.values():
+            if engine.is_in_use(agent_id):
+                raise AgentBusy(agent_id, "delete it")
+        present = self.of(agent_id)
+        present.delete(agent_id)
+        for engine in self._engines.values():
+            engine.let_go(agent_id)
+        self._at.pop(agent_id, None)
+
+    # -- the whole -------------------------------------------------------------------------------
+
+    def snapshot(self) -> EngineSnapshot:
+        """All engines together, and their one store."""
+        return merged(
+            [engine.snapshot() for engine in self._engines.values()],
+            self.store.health(),
+            budget_bytes=self._budget_bytes,
+        )
+
+    def close(self, timeout_s: float = 60.0) -> bool:
+        """Save every line's KV to its last token; the store stays open. As the engine's own."""
+        is_saved = True
+        for engine in self._engines.values():
+            is_saved &= engine.close(timeout_s)
+        return is_saved
+
+    def release(self) -> None:
+        """Close all models: the end, after `close`."""
+        for loaded in self._weights.loaded.values():
+            loaded.close()
+        self._weights.loaded.clear()
+
+    def check(self) -> None:
+        """Raise InvariantBroken when any of the bookkeeping contradicts itself."""
+        for name, engine in self._engines.items():
+            engine.check()
+            if engine.is_suspended == self.is_attached(name):
+                raise InvariantBroken(f"{name}: suspended and attached, or neither")
+        for agent_id, name in self._at.items():
+            if name not in self._engines:
+                raise InvariantBroken(f"{agent_id} is at {name!r}, which has no engine")
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _move(self, agent_id: str, name: str) -> bool:
+        """The agent is at this model now. False when it talks to another one."""
+        here = self.model_of(agent_id)
+        if here != name and (engine := self._engines.get(here)) and engine.holds(agent_id):
+            if engine.is_in_use(agent_id):
+                return False
+            self.engine(name).adopt(engine.state_of(agent_id))
+        self._at[agent_id] = name
+        return True
+
+    def _replace(self, name: str, old: BlockPoolBatchEngine, new: BlockPoolBatchEngine) -> None:
+        self._events += old.abandon(OtherWeights(name))
+        for view in old.agents_here():
+            if self.model_of(view.agent_id) == name:
+                new.adopt(old.state_of(view.agent_id))
+
+    def _share_memory(self) -> None:
+        """Engines with weights share equally what those without them do not hold still."""
+        free_bytes = self._budget_bytes
+        sharing: list[BlockPoolBatchEngine] = []
+        for name, engine in self._engines.items():
+            if self.is_attached(name):
+                sharing.append(engine)
+            else:
+                free_bytes -= engine.tiers.pool.used_bytes
+        # Whoever cannot shrink to its share comes first, and the others share what is left.
+        sharing.sort(key=lambda engine: -engine.tiers.pool.used_bytes)
+        for num_left, engine in zip(range(len(sharing), 0, -1), sharing, strict=True):
+            free_bytes -= engine.give_memory(max(free_bytes, 0) // num_left)

@@ -1,0 +1,216 @@
+"""The models that a server knows: where each stands, by which names it goes, and who makes room."""
+
+import fnmatch
+import math
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from keepwarm.core.errors import (
+    ConfigError,
+    InvariantBroken,
+    ModelTooLarge,
+    NoRoomForModel,
+    UnknownModel,
+)
+
+DTYPES = ("", "float32", "float16", "bfloat16")
+
+
+class ModelState(StrEnum):
+    """Where a model stands.
+
+    Known: it can be loaded. Draining: it answers what it has, and nothing new. Failed: loading it
+    went wrong.
+    """
+
+    KNOWN = "known"
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    UNLOADING = "unloading"
+    FAILED = "failed"
+
+
+MOVES: dict[ModelState, frozenset[ModelState]] = {
+    ModelState.KNOWN: frozenset({ModelState.LOADING}),
+    ModelState.LOADING: frozenset({ModelState.READY, ModelState.FAILED, ModelState.KNOWN}),
+    ModelState.READY: frozenset({ModelState.DRAINING}),
+    ModelState.DRAINING: frozenset({ModelState.UNLOADING, ModelState.READY}),
+    ModelState.UNLOADING: frozenset({ModelState.KNOWN}),
+    ModelState.FAILED: frozenset({ModelState.LOADING}),
+}
+"""A load that could not begin, for want of memory, leaves the model known and not failed."""
+
+
+class AutoLoad(StrEnum):
+    """Which models a request may have loaded by naming them: any, those of the settings, none."""
+
+    ANY = "any"
+    KNOWN = "known"
+    NEVER = "never"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSettings:
+    """A model of its own, under `[models.NAME]`.
+
+    source: smollm2, a folder, or a hub id; the name itself where it is empty. aliases: other names
+    that requests may use; `*` stands for anything. dtype: float32, float16 or bfloat16; the
+    device's own where it is empty. context_tokens: at most so many, 0 is what the model was trained
+    on. temperature: where a request gives none; the server's own where it is negative.
+    idle_unload_s: unloaded after so long without a request; 0 is never. pinned: never unloaded to
+    make room.
+    """
+
+    source: str = ""
+    aliases: tuple[str, ...] = ()
+    dtype: str = ""
+    context_tokens: int = 0
+    temperature: float = -1.0
+    idle_unload_s: float = 0.0
+    pinned: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            known = ", ".join(filter(None, DTYPES))
+            raise ConfigError("dtype", f"must be empty or one of {known}, not {self.dtype!r}")
+        if self.context_tokens < 0:
+            raise ConfigError("context_tokens", "must not be negative")
+        if self.idle_unload_s < 0.0:
+            raise ConfigError("idle_unload_s", "must not be negative")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What is known of a model once it was loaded; `weight_bytes` as they were estimated."""
+
+    fingerprint: str
+    max_context_tokens: int
+    weight_bytes: int
+
+
+@dataclass(slots=True, eq=False)
+class Model:
+    """One of the models. `num_requests` are being answered, or wait for it inside the engine.
+
+    `is_added`: it came with a request, and is in no settings.
+    """
+
+    name: str
+    settings: ModelSettings
+    state: ModelState = ModelState.KNOWN
+    facts: ModelFacts | None = None
+    problem: Exception | None = None
+    failed_s: float = -math.inf
+    last_used_s: float = 0.0
+    num_requests: int = 0
+    num_loads: int = 0
+    is_added: bool = False
+
+    @property
+    def source(self) -> str:
+        return self.settings.source or self.name
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What it may be called; a hub id by its last part as well."""
+        return (self.name, self.name.rpartition("/")[2], *self.settings.aliases)
+
+    def move(self, state: ModelState) -> None:
+        """Raises InvariantBroken for a move that there is not."""
+        if state not in MOVES[self.state]:
+            raise InvariantBroken(f"{self.name} was {self.state} and cannot be {state}")
+        self.state = state
+
+
+class ModelRegistry:
+    """Owns the models. Belongs to the event loop's thread.
+
+    With `may_add`, a name that is not known becomes a model of that name when it is asked for.
+    """
+
+    def __init__(self, default: str, models: Iterable[Model], *, may_add: bool = False) -> None:
+        self._models = {model.name: model for model in models}
+        self._default = default
+        self._may_add = may_add
+        if default not in self._models:
+            raise InvariantBroken(f"{default!r} is none of {list(self._models)}")
+
+    def __repr__(self) -> str:
+        states = ", ".join(f"{model.name} {model.state}" for model in self)
+        return f"ModelRegistry({states})"
+
+    def __iter__(self) -> Iterator[Model]:
+        return iter(self._models.values())
+
+    @property
+    def default(self) -> Model:
+        return self._models[self._default]
+
+    @property
+    def only_loaded(self) -> str:
+        """The one model that was ever loaded; empty where there were others."""
+        loaded = [model.name for model in self if model.num_loads]
+        return loaded[0] if len(loaded) == 1 else ""
+
+    def get(self, name: str) -> Model:
+        """By its own name. Raises UnknownModel."""
+        if name not in self._models:
+            raise UnknownModel(name, tuple(self._models))
+        return self._models[name]
+
+    def resolve(self, name: str, *, may_add: bool = True) -> Model:
+        """By any of its names. Raises UnknownModel."""
+        if name in self._models:
+            return self._models[name]
+        if name.isprintable():  # half a surrogate pair is not
+            for model in self:
+                if any(fnmatch.fnmatchcase(name, known) for known in model.names):
+                    return model
+            if may_add and self._may_add and name.strip():
+                return self._models.setdefault(name, Model(name, ModelSettings(), is_added=True))
+        raise UnknownModel(name, tuple(self._models))
+
+    def forget(self, model: Model) -> None:
+        """One that was added for a request and could not be loaded."""
+        if model.is_added and model.num_loads == 0:
+            self._models.pop(model.name, None)
+
+    def check(self) -> None:
+        for model in self:
+            if model.num_requests < 0:
+                raise InvariantBroken(f"{model.name} answers {model.num_requests} requests")
+            if model.state is ModelState.READY and model.facts is None:
+                raise InvariantBroken(f"{model.name} is ready and nothing is known of it")
+
+
+def choose_to_unload(
+    wanted: Model, needed_bytes: int, limit_bytes: int, models: Collection[Model]
+) -> Sequence[Model]:
+    """Which models make room: those that were used longest ago, never pinned ones, the fewest.
+
+    Raises ModelTooLarge, or NoRoomForModel, with the numbers.
+    """
+    ready = [model for model in models if model.state is ModelState.READY and model is not wanted]
+    free_bytes = limit_bytes - sum(map(_weight_bytes, ready))
+    chosen: list[Model] = []
+    for model in sorted(ready, key=lambda model: model.last_used_s):
+        if free_bytes >= needed_bytes:
+            break
+        if not model.settings.pinned:
+            free_bytes += _weight_bytes(model)
+            chosen.append(model)
+    if free_bytes < needed_bytes:
+        refusal = NoRoomForModel if needed_bytes <= limit_bytes else ModelTooLarge
+        raise refusal(
+            wanted.name,
+            needed_bytes=needed_bytes,
+            free_bytes=max(free_bytes, 0),
+            limit_bytes=limit_bytes,
+        )
+    return chosen
+
+
+def _weight_bytes(model: Model) -> int:
+    return model.facts.weight_bytes if model.facts is not None else 0

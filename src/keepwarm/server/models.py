@@ -1,0 +1,143 @@
+"""`/v1/models`: which there are, where each stands, and bringing them in and out of memory."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import APIRouter, Depends, Request
+from starlette.responses import Response, StreamingResponse
+
+from keepwarm.engine.models import Model
+from keepwarm.server.agents.encode import error_body
+from keepwarm.server.dialects import is_anthropic
+from keepwarm.server.problems import problem_of
+from keepwarm.server.serving import Serving, serving_of
+
+router = APIRouter(tags=["models"])
+
+ServingOf = Annotated[Serving, Depends(serving_of)]
+
+SSE = "text/event-stream"
+HEARTBEAT = b": still at it\n\n"
+POLL_S = 0.1
+"""Between two looks at where a model stands."""
+
+
+@router.get("/v1/models", response_class=Response)
+async def models(request: Request, serving: ServingOf) -> Response:
+    """The models that may be asked for, in the dialect of whoever asks."""
+    known = list(serving.house.models.registry)
+    if is_anthropic(request.scope):
+        cards = [_anthropic_card(model, serving) for model in known]
+        ids = [card["id"] for card in cards]
+        page = {"data": cards, "has_more": False, "first_id": ids[0], "last_id": ids[-1]}
+        return _json(page)
+    return _json({"object": "list", "data": [await _card(model, serving) for model in known]})
+
+
+@router.get("/v1/models/{name:path}", response_class=Response)
+async def model(name: str, request: Request, serving: ServingOf) -> Response:
+    """One of them."""
+    found = serving.known_model(name)
+    if is_anthropic(request.scope):
+        return _json(_anthropic_card(found, serving))
+    return _json(await _card(found, serving))
+
+
+@router.post("/v1/models/{name:path}/load", response_class=Response)
+async def load(name: str, request: Request, serving: ServingOf) -> Response:
+    """Bring the model into memory; others make room where they have to.
+
+    With `Accept: text/event-stream` its states come as they change.
+    """
+    wanted = serving.model(name)
+    return await _brought(wanted, request, serving, serving.house.models.load(wanted.name))
+
+
+@router.post("/v1/models/{name:path}/unload", response_class=Response)
+async def unload(name: str, request: Request, serving: ServingOf) -> Response:
+    """Take the model out of memory; its agents stay, and what it was answering brings it back."""
+    wanted = serving.known_model(name)
+    return await _brought(wanted, request, serving, serving.house.models.unload(wanted.name))
+
+
+def model_card(model: Model) -> dict[str, Any]:
+    """A model as people see it."""
+    facts = model.facts
+    return {
+        "id": model.name,
+        "state": model.state.value,
+        "source": model.source,
+        "fingerprint": facts.fingerprint if facts else None,
+        "memory_bytes": facts.weight_bytes if facts else None,
+        "context_length": facts.max_context_tokens if facts else None,
+        "pinned": model.settings.pinned,
+        "requests": model.num_requests,
+        "loads": model.num_loads,
+        "problem": None if model.problem is None else str(model.problem),
+    }
+
+
+async def _card(model: Model, serving: Serving) -> dict[str, Any]:
+    num_agents = await serving.engine.call(lambda fleet: fleet.num_agents_at(model.name))
+    openai = {"object": "model", "created": serving.house.started, "owned_by": "keepwarm"}
+    return {**model_card(model), **openai, "agents": num_agents}
+
+
+def _anthropic_card(model: Model, serving: Serving) -> dict[str, Any]:
+    created = datetime.fromtimestamp(serving.house.started, UTC)
+    return {
+        "type": "model",
+        "id": model.name,
+        "display_name": model.name,
+        "created_at": created.isoformat(timespec="seconds").replace("+00:00", "Z"),
+    }
+
+
+async def _brought(
+    model: Model, request: Request, serving: Serving, bringing: Awaitable[None]
+) -> Response:
+    if SSE not in request.headers.get("accept", ""):
+        await bringing
+        return _json(await _card(model, serving))
+    events = _progress(model, serving, bringing)
+    return StreamingResponse(events, media_type=SSE, headers={"Cache-Control": "no-store"})
+
+
+async def _progress(
+    model: Model, serving: Serving, bringing: Awaitable[None]
+) -> AsyncIterator[bytes]:
+    """A `state` event for each, comments in between, and `done` or `error` at last.
+
+    Whoever stops listening stops nothing.
+    """
+    begun = time.monotonic()
+    task = asyncio.ensure_future(bringing)
+    shown = ""
+    said_s = begun
+    while not task.done():
+        now = time.monotonic()
+        if model.state.value != shown:
+            shown, said_s = model.state.value, now
+            yield _frame("state", {"state": shown, "elapsed_s": round(now - begun, 3)})
+        elif now - said_s >= serving.config.heartbeat_s:
+            said_s = now
+            yield HEARTBEAT
+        await asyncio.wait({task}, timeout=POLL_S)
+    error = task.exception()
+    if isinstance(error, Exception):
+        problem = problem_of(error)
+        yield b"event: error\ndata: " + error_body(problem) + b"\n\n"
+    else:
+        yield _frame("done", await _card(model, serving))
+
+
+def _frame(name: str, data: object) -> bytes:
+    return f"event: {name}\ndata: ".encode() + msgspec.json.encode(data) + b"\n\n"
+
+
+def _json(value: object, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value), status_code=status, media_type="application/json")

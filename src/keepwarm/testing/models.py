@@ -1,0 +1,39 @@
+"""Sources of models that need no weights."""
+
+from typing import Protocol
+
+from keepwarm.core.ports import LoadedModel
+
+ROOM_BYTES = 1 << 62
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def source(self) -> str: ...
+
+
+class FixedSource:
+    """Implements the swapper's `ModelSource` with models that are there already.
+
+    They are found by name, and as large as `sizes` say; any other name is the first one.
+    """
+
+    def __init__(
+        self, *models: LoadedModel, sizes: dict[str, int] | None = None, room: int = ROOM_BYTES
+    ) -> None:
+        self._models = {model.name: model for model in models}
+        self._first = models[0]
+        self._sizes = sizes or {}
+        self._room = room
+
+    def measure(self, model: _Named) -> int:
+        return self._sizes.get(model.name, 0)
+
+    def load(self, model: _Named) -> LoadedModel:
+        return self._models.get(model.source, self._first)
+
+    def memory_bytes(self) -> int:
+        return self._room

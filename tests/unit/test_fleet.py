@@ -1,0 +1,320 @@
+"""Several engines over one store: models come and go, and no agent loses anything."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engines import FakeFactory, fake_loaded, fresh_reply, ids
+from keepwarm import AgentCacheStore, BlockPool, BlockPoolBatchEngine
+from keepwarm.core.agent import Tier
+from keepwarm.core.agent_store import AgentStore
+from keepwarm.core.errors import AgentBusy, OtherWeights, UnknownAgent, UnknownModel
+from keepwarm.core.events import Completed, Event, Failed
+from keepwarm.core.policies import EngineConfig
+from keepwarm.core.ports import LoadedModel
+from keepwarm.engine.fleet import Fleet
+from keepwarm.engine.requests import GenerateRequest
+from keepwarm.store.agent_cache_store import StoreConfig
+from keepwarm.testing.tokenizer import FakeTokenizer
+
+BUDGET_BYTES = 1 << 22
+NAMES = ("small", "other")
+
+
+@dataclass(frozen=True, slots=True)
+class OtherTokenizer(FakeTokenizer):
+    """Spells every text byte by byte."""
+
+    @property
+    def fingerprint(self) -> str:
+        return "bytes"
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+
+def loaded(
+    name: str, *, fingerprint: str = "", tokenizer: FakeTokenizer | None = None
+) -> LoadedModel:
+    made = fake_loaded(
+        factory=FakeFactory(),
+        tokenizer=tokenizer or FakeTokenizer(),
+        fingerprint=fingerprint or name,
+    )
+    return replace(made, name=name)
+
+
+@dataclass
+class Setup:
+    fleet: Fleet
+    ended: dict[str, Completed | Failed] = field(default_factory=dict)
+
+    def attach(self, name: str, **more: Any) -> None:
+        tokenizer = OtherTokenizer() if name == "other" else FakeTokenizer()
+        self.fleet.attach(loaded(name, tokenizer=tokenizer, **more))
+
+    def start(self, model: str = "", **request: Any) -> str:
+        return self.fleet.submit(GenerateRequest(model=model, **request))
+
+    def step(self, times: int = 1) -> list[Event]:
+        events: list[Event] = []
+        for _ in range(times):
+            events += self.fleet.step()
+            self.fleet.check()
+        for event in events:
+            if isinstance(event, Completed | Failed):
+                self.ended[event.request_id] = event
+        return events
+
+    def finish(self, request_id: str) -> Completed:
+        for _ in range(20_000):
+            if request_id in self.ended:
+                break
+            self.step()
+        end = self.ended[request_id]
+        assert isinstance(end, Completed), end
+        return end
+
+    def run(self, model: str = "", **request: Any) -> Completed:
+        return self.finish(self.start(model, **request))
+
+    def say(self, agent: str, content: str, model: str = "", **more: Any) -> Completed:
+        append = [{"role": "user", "content": content}]
+        return self.run(model, agent_id=agent, append=append, max_tokens=6, **more)
+
+
+def new_engine(
+    model: LoadedModel, store: AgentStore, request_ids: Iterator[int]
+) -> BlockPoolBatchEngine:
+    config = EngineConfig(always_restore=True)
+    pool = BlockPool(1)
+    return BlockPoolBatchEngine(
+        model, pool=pool, store=store, config=config, request_ids=request_ids
+    )
+
+
+@pytest.fixture
+def setup(tmp_path: Path) -> Iterator[Setup]:
+    config = StoreConfig(free_floor_bytes=0)
+    with AgentCacheStore(tmp_path, config=config) as store:
+        fleet = Fleet(new_engine, default="small", store=store, budget_bytes=BUDGET_BYTES)
+        setup = Setup(fleet)
+        setup.attach("small")
+        yield setup
+        fleet.check()
+
+
+def create(setup: Setup, *names: str) -> None:
+    for name in names:
+        setup.fleet.of(name).create(name)
+
+
+class TestSwap:
+    def test_an_agent_goes_on_where_it_was(self, setup: Setup) -> None:
+        prompt = ids(900)
+        first = setup.run(agent_id="ada", token_ids=prompt, max_tokens=9)
+        setup.fleet.detach("small")
+        setup.attach("other")
+        setup.run("other", agent_id="eve", token_ids=ids(500, 7), max_tokens=5)
+        setup.fleet.detach("other")
+        setup.attach("small")
+        again = setup.run(agent_id="ada", token_ids=[*prompt, *first.token_ids, 5], max_tokens=9)
+        assert again.cache.tier is Tier.COLD
+        assert again.cache.cached_tokens == 900 + 9 - 1
+
+    def test_nothing_stays_in_memory(self, setup: Setup) -> None:
+        for number in range(4):
+            setup.run(agent_id=f"a{number}", token_ids=ids(700, number), max_tokens=9)
+        setup.run(token_ids=ids(300, 9), max_tokens=3)
+        assert setup.fleet.detach("small")
+        engine = setup.fleet.engine("small")
+        assert engine.tiers.pool.used_bytes == 0
+        assert engine.is_suspended
+        assert not setup.fleet.has_work
+
+    @pytest.mark.parametrize("steps", [0, 1, 2, 3, 5, 9, 20])
+    def test_a_reply_is_interrupted_anywhere_and_ends_the_same(
+        self, setup: Setup, steps: int
+    ) -> None:
+        prompt = ids(1100)
+        expected = fresh_reply(prompt, max_tokens=30)
+        request = setup.start(agent_id="ada", token_ids=prompt, max_tokens=30)
+        setup.step(steps)
+        for _ in range(3):
+            setup.fleet.detach("small")
+            setup.step(3)
+            assert request not in setup.ended
+            setup.attach("small")
+            setup.step(2)
+        assert setup.finish(request).token_ids == expected
+
+    def test_one_that_is_cancelled_while_its_model_is_away_ends(self, setup: Setup) -> None:
+        request = setup.start(agent_id="ada", token_ids=ids(600), max_tokens=50)
+        setup.step(5)
+        setup.fleet.detach("small")
+        assert setup.fleet.cancel(request)
+        assert setup.finish(request).finish_reason == "cancelled"
+        setup.attach("small")
+        assert not setup.fleet.engine("small").num_active
+
+    def test_other_weights_fail_what_ran_and_keep_what_was_said(self, setup: Setup) -> None:
+        create(setup, "ada")
+        setup.say("ada", "Hello")
+        request = setup.start(agent_id="eve", token_ids=ids(600), max_tokens=50)
+        setup.step(4)
+        setup.fleet.detach("small")
+        setup.attach("small", fingerprint="others")
+        setup.step()
+        failed = setup.ended[request]
+        assert isinstance(failed, Failed)
+        assert isinstance(failed.error, OtherWeights)
+        again = setup.say("ada", "And now?")
+        assert again.cache.cached_tokens == 0
+        assert again.turn == 2
+        assert len(setup.fleet.of("ada").turns("ada")) == 2
+
+    def test_a_model_that_nobody_knows(self, setup: Setup) -> None:
+        with pytest.raises(UnknownModel):
+            setup.start("nobody", token_ids=[1])
+
+
+class TestTwoModels:
+    def test_what_was_said_goes_with_the_agent_and_kv_waits_for_it(self, setup: Setup) -> None:
+        setup.attach("other")
+        create(setup, "ada")
+        first = setup.say("ada", "Hello " * 80)
+        assert first.turn == 1
+        second = setup.say("ada", "More " * 80, "other")
+        assert second.turn == 2
+        assert second.cache.cached_tokens == 0
+        assert setup.fleet.of("ada").model == "other"
+        third = setup.say("ada", "Again " * 80, "small")
+        assert third.turn == 3
+        assert third.cache.tier is Tier.HOT
+        assert third.cache.cached_tokens >= first.usage.prompt_tokens
+        messages = setup.fleet.of("ada").turns("ada")[-1].messages
+        assert messages is not None
+        assert [m["role"] for m in messages] == ["user", "assistant"] * 3
+
+    def test_after_a_restart_the_last_words_count(self, tmp_path: Path) -> None:
+        for turn, model in enumerate(["small", "other", "small", "other", "small"], 1):
+            with AgentCacheStore(tmp_path, config=StoreConfig(free_floor_bytes=0)) as store:
+                fleet = Fleet(new_engine, default="small", store=store, budget_bytes=BUDGET_BYTES)
+                setup = Setup(fleet)
+                setup.attach("small")
+                setup.attach("other")
+                if turn == 1:
+                    create(setup, "ada")
+                said = setup.say("ada", f"number {turn} " * 40, model)
+                assert said.turn == turn
+                messages = fleet.of("ada").turns("ada")[-1].messages
+                assert messages is not None
+                assert len(messages) == 2 * turn
+                if turn > 2:
+                    assert said.cache.cached_tokens > 0
+                assert fleet.close()
+
+    def test_beside_its_talk_with_one_model_another_is_asked_in_its_name(
+        self, setup: Setup
+    ) -> None:
+        setup.attach("other")
+        running = setup.start("small", agent_id="ada", token_ids=ids(300), max_tokens=400)
+        setup.step(5)
+        title = setup.run("other", agent_id="ada", token_ids=ids(40, 3), max_tokens=4)
+        assert title.agent_id is None
+        assert setup.fleet.model_of("ada") == "small"
+        with pytest.raises(AgentBusy):
+            setup.say("ada", "Hello", "other")
+        assert len(setup.finish(running).token_ids) == 400
+
+    def test_deleted_everywhere(self, setup: Setup) -> None:
+        setup.attach("other")
+        create(setup, "ada")
+        setup.say("ada", "Hello")
+        setup.say("ada", "Hello", "other")
+        setup.fleet.delete("ada")
+        assert "ada" not in [view.agent_id for view in setup.fleet.agents()]
+        with pytest.raises(UnknownAgent):
+            setup.say("ada", "Hello")
+
+    def test_memory_is_shared_and_never_more_than_there_is(self, setup: Setup) -> None:
+        def budgets() -> list[int]:
+            names = [n for n in ("small", "other") if setup.fleet.is_attached(n)]
+            return [setup.fleet.engine(name).tiers.pool.budget_bytes for name in names]
+
+        assert budgets() == [BUDGET_BYTES]
+        setup.run(agent_id="ada", token_ids=ids(900), max_tokens=9)
+        setup.attach("other")
+        assert budgets() == [BUDGET_BYTES // 2] * 2
+        setup.fleet.detach("small")
+        assert budgets() == [BUDGET_BYTES]
+        assert setup.fleet.snapshot().pool.budget_bytes == BUDGET_BYTES
+
+
+class Crowd:
+    """Agents talk to either model while the models come and go."""
+
+    def __init__(self, setup: Setup, seed: int) -> None:
+        self.setup = setup
+        self.rng = random.Random(seed)  # noqa: S311 - to be the same each time
+        self.said = {f"a{number}": 0 for number in range(5)}
+        self.running: dict[str, str] = {}
+        create(setup, *self.said)
+
+    def play(self, times: int) -> None:
+        for _ in range(times):
+            if self.rng.random() < 0.25:
+                self.swap_one()
+            if self.rng.random() < 0.6:
+                self.say_something()
+            self.setup.step(self.rng.choice([1, 3, 10]))
+            for agent in list(self.running):
+                if self.running[agent] in self.setup.ended:
+                    self.take_end(agent)
+
+    def swap_one(self) -> None:
+        name = self.rng.choice(NAMES)
+        if self.setup.fleet.is_attached(name):
+            self.setup.fleet.detach(name)
+        else:
+            self.setup.attach(name)
+
+    def say_something(self) -> None:
+        idle = [agent for agent in self.said if agent not in self.running]
+        if idle:
+            agent = self.rng.choice(idle)
+            content = "word " * self.rng.choice([1, 60, 150])
+            self.running[agent] = self.setup.start(
+                self.rng.choice(NAMES),
+                agent_id=agent,
+                append=[{"role": "user", "content": content}],
+                max_tokens=20,
+            )
+
+    def take_end(self, agent: str) -> None:
+        self.said[agent] += 1
+        assert self.setup.finish(self.running.pop(agent)).turn == self.said[agent]
+
+    def end(self) -> None:
+        for name in NAMES:
+            if not self.setup.fleet.is_attached(name):
+                self.setup.attach(name)
+        for agent in list(self.running):
+            self.take_end(agent)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_any_order_of_events(setup: Setup, seed: int) -> None:
+    """Every turn arrives, in order, and is remembered by whichever model comes next."""
+    setup.attach("other")
+    crowd = Crowd(setup, seed)
+    crowd.play(120)
+    crowd.end()
+    for agent, num_said in crowd.said.items():
+        turns = setup.fleet.of(agent).turns(agent)
+        assert len(turns) == num_said > 0
+        assert len(turns[-1].messages or ()) == 2 * num_said
