@@ -49,9 +49,13 @@ def write_tiny_model(
     dtype: mx.Dtype = mx.float32,
     quantise_bits: int | None = None,
     seed: int = 0,
+    other_ids: bool = False,
     **changes: Any,
 ) -> Path:
-    """Config, random weights and a byte-level tokenizer; `changes` go into the config."""
+    """Config, random weights and a byte-level tokenizer; `changes` go into the config.
+
+    With `other_ids` the tokenizer gives its tokens other ids.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config = tiny_config(model_type, **changes)
     model_class, args_class = _get_classes(config)
@@ -64,12 +68,12 @@ def write_tiny_model(
     weights = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     write_json(folder / "config.json", config)
-    write_tiny_tokenizer(folder)
+    write_tiny_tokenizer(folder, other_ids=other_ids)
     return folder
 
 
-def write_tiny_tokenizer(folder: Path) -> None:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+def write_tiny_tokenizer(folder: Path, *, other_ids: bool = False) -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=other_ids)
     vocab = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
