@@ -1,6 +1,8 @@
 """What a line has said and heard: texts, special tokens and turns, by the ids that were fed."""
 
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 
 from keepwarm.core.errors import InvariantBroken
 from keepwarm.core.ports import Message, Piece
@@ -29,7 +31,7 @@ class Span:
 NO_TEXT = Span("", ())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Transcript:
     """A line's spans: a text, a special token, a text, and so on; first and last is a text.
 
@@ -38,13 +40,13 @@ class Transcript:
 
     spans: tuple[Span, ...] = (NO_TEXT,)
 
-    @property
+    @cached_property
     def token_ids(self) -> tuple[int, ...]:
-        return tuple(token_id for span in self.spans for token_id in span.token_ids)
+        return tuple(chain.from_iterable(span.token_ids for span in self.spans))
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(span.token_ids) for span in self.spans)
+        return len(self.token_ids)
 
     def check(self) -> None:
         """Texts and special tokens take turns."""

@@ -7,11 +7,13 @@ seen or said, the stored ids stand for it, whatever a tokenizer would make of th
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from itertools import zip_longest
 
+from keepwarm.core.block import common_prefix
 from keepwarm.core.errors import InvalidRequest, check_unicode
 from keepwarm.core.ports import ROLES, Message, Piece
-from keepwarm.core.transcript import NO_TEXT, Span, Transcript
+from keepwarm.core.transcript import EMPTY, NO_TEXT, Span, Transcript
 from keepwarm.engine.output import Reply
 
 Encode = Callable[[str], Sequence[int]]
@@ -51,18 +53,26 @@ class Divergence:
     new_text: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Prompt:
     """A whole prompt in ids, and how it continues what the line knows.
 
     `num_spliced` ids were kept because their text came back; `num_shared` ids are the same as
-    before, spliced or not. `divergence` is None when the line knows the whole prompt.
+    before, spliced or not. `known` is what the line had; `is_of_ids`: the prompt was given as ids.
     """
 
     transcript: Transcript
     num_spliced: int
     num_shared: int
-    divergence: Divergence | None
+    known: Transcript = EMPTY
+    is_of_ids: bool = False
+
+    @cached_property
+    def divergence(self) -> Divergence | None:
+        """None when the line knows the whole prompt."""
+        if self.is_of_ids:
+            return _divergence_of_ids(self.known, self.num_shared, self.transcript.num_tokens)
+        return _divergence(self.known, self.transcript, self.num_shared)
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -86,26 +96,20 @@ def continue_line(
     if spans[-1].token_ids and ends_amid(spans[-1].token_ids):
         spans[-1] = _encoded(wanted[-1], encode)
     transcript = Transcript(tuple(spans))
-    num_shared = _common_length(known.token_ids, transcript.token_ids)
     return Prompt(
         transcript,
         num_spliced=_num_spliced(known, transcript),
-        num_shared=num_shared,
-        divergence=_divergence(known, transcript, num_shared),
+        num_shared=common_prefix(known.token_ids, transcript.token_ids),
+        known=known,
     )
 
 
 def continue_ids(known: Transcript, token_ids: Sequence[int]) -> Prompt:
     """The same for a prompt that is given as ids: text is known of the shared part only."""
-    num_shared = _common_length(known.token_ids, token_ids)
+    num_shared = common_prefix(known.token_ids, token_ids)
     shared = truncate(known, num_shared)
     transcript = _continue_open_text(shared, Span(None, tuple(token_ids[num_shared:])))
-    return Prompt(
-        transcript,
-        num_spliced=0,
-        num_shared=num_shared,
-        divergence=_divergence_of_ids(known, num_shared, len(token_ids)),
-    )
+    return Prompt(transcript, num_spliced=0, num_shared=num_shared, known=known, is_of_ids=True)
 
 
 def with_reply(transcript: Transcript, reply: Reply, echo: Sequence[Piece] = ()) -> Transcript:
@@ -196,13 +200,6 @@ def _cut(span: Span, num_tokens: int) -> tuple[Span, ...]:
     if span.is_special:
         return ()
     return (Span(None, span.token_ids[:num_tokens]) if num_tokens else NO_TEXT,)
-
-
-def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
-    length = min(len(one), len(other))
-    if tuple(one[:length]) == tuple(other[:length]):
-        return length
-    return next(index for index in range(length) if one[index] != other[index])
 
 
 def _divergence(known: Transcript, new: Transcript, num_shared: int) -> Divergence | None:

@@ -158,7 +158,10 @@ class Intake:
             pieces = self._tokenizer.split(valid_text(source.text or ""))
         # Every line of the agent is asked, and most spans of the prompt are new to most of them.
         encode = cache(self._tokenizer.encode)
-        return lambda known: continue_line(known, pieces, encode, self._ends_amid)
+        ends_amid = cache(self._ends_amid)
+        return lambda known: continue_line(
+            known, pieces, encode, lambda ids: ends_amid(ids[-MAX_TOKENS_OF_CHARACTER:])
+        )
 
     def _locator(
         self, prompt: Prompt, conversation: Conversation | None, known: Sequence[Message] | None
@@ -172,9 +175,10 @@ class Intake:
             )
         )
 
-    def _ends_amid(self, token_ids: Sequence[int]) -> bool:
+    def _ends_amid(self, token_ids: tuple[int, ...]) -> bool:
+        """Whether these, which are the last ones, leave a character unfinished."""
         detokenizer = self._tokenizer.detokenizer()
-        for token_id in token_ids[-MAX_TOKENS_OF_CHARACTER:]:
+        for token_id in token_ids:
             detokenizer.push(token_id)
         return detokenizer.pending
 
