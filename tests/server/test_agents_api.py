@@ -64,6 +64,9 @@ class TestCreation:
         assert changed.json()["pinned"] is False
         assert changed.json()["priority"] == 3
         assert changed.json()["quota_bytes"] == 5
+        assert client.put("/v1/agents/ada", json={}).json()["quota_bytes"] == 5
+        lifted = client.put("/v1/agents/ada", json={"quota_bytes": None})
+        assert lifted.json()["quota_bytes"] is None
 
     def test_another_system_prompt_is_a_conflict(self, client: httpx.Client) -> None:
         client.put("/v1/agents/ada", json={"system": "Be brief."})

@@ -516,6 +516,12 @@ class BlockPoolBatchEngine:
         agent.main.blocks.pinned = agent.settings.pinned
         self._link.commit(agent)
 
+    def lift_quota(self, agent_id: str) -> None:
+        """Let the agent's own blocks take what they need on disk. Raises UnknownAgent."""
+        agent = self._book.get(agent_id)
+        agent.settings = replace(agent.settings, quota_bytes=None)
+        self._link.commit(agent)
+
     def delete(self, agent_id: str) -> None:
         """The agent and what only it owned are gone, from the disk as well.
 

@@ -229,6 +229,8 @@ def _put(engine: BlockPoolBatchEngine, agent_id: str, body: AgentBody) -> bool:
         quota_bytes=body.quota_bytes,
         overflow=body.overflow,
     )
+    if "quota_bytes" in body.model_fields_set and body.quota_bytes is None:
+        engine.lift_quota(agent_id)
     return False
 
 

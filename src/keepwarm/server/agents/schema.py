@@ -17,7 +17,10 @@ class Strict(BaseModel):
 
 
 class AgentBody(Strict):
-    """What `PUT /v1/agents/{id}` sets; what is left out stays as it is, or at its default."""
+    """What `PUT /v1/agents/{id}` sets; what is left out stays as it is, or at its default.
+
+    A `quota_bytes` of null lifts the quota.
+    """
 
     system: str | None = None
     priority: Priority | None = None
