@@ -164,13 +164,18 @@ class Fleet:
     # -- agents ----------------------------------------------------------------------------------
 
     def model_of(self, agent_id: str | None) -> str:
-        """The model that the agent is at; the default one for whoever is nowhere yet."""
-        if agent_id is None:
-            return self._default
-        if agent_id in self._at:
+        """The model that the agent is at; the default one for whoever is nowhere yet.
+
+        After a bug there may be no engine of the default one; then any is as good.
+        """
+        if agent_id is not None and agent_id in self._at:
             return self._at[agent_id]
-        here = (name for name, engine in self._engines.items() if engine.holds(agent_id))
-        return next(here, self._default)
+        for name, engine in self._engines.items():
+            if agent_id is not None and engine.holds(agent_id):
+                return name
+        if self._default in self._engines:
+            return self._default
+        return next(iter(self._engines), self._default)
 
     def of(self, agent_id: str | None) -> BlockPoolBatchEngine:
         """The engine that knows the agent, if any does."""

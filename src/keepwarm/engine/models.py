@@ -37,10 +37,11 @@ MOVES: dict[ModelState, frozenset[ModelState]] = {
     ModelState.LOADING: frozenset({ModelState.READY, ModelState.FAILED, ModelState.KNOWN}),
     ModelState.READY: frozenset({ModelState.DRAINING}),
     ModelState.DRAINING: frozenset({ModelState.UNLOADING, ModelState.READY}),
-    ModelState.UNLOADING: frozenset({ModelState.KNOWN}),
+    ModelState.UNLOADING: frozenset({ModelState.KNOWN, ModelState.READY}),
     ModelState.FAILED: frozenset({ModelState.LOADING}),
 }
-"""A load that could not begin, for want of memory, leaves the model known and not failed."""
+"""A load that could not begin, for want of memory, leaves the model known and not failed; a model
+that could not be unloaded is ready as before."""
 
 
 class AutoLoad(StrEnum):

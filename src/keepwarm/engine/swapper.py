@@ -26,6 +26,8 @@ T = TypeVar("T")
 
 RETRY_S = 30.0
 """A model that could not be loaded is not tried again for a request before that."""
+AFTER_ERROR_S = 1.0
+"""After an error that no model is to blame for."""
 UNLOAD_TIMEOUT_S = 60.0
 """How long the disk may take over an unloaded model's KV."""
 
@@ -186,18 +188,26 @@ class ModelSwapper:
     # -- one after the other ---------------------------------------------------------------------
 
     async def _work(self) -> None:
+        """Whatever goes wrong with one model, the others can be had."""
         while True:
-            self._changed.clear()
-            name = self._next_wanted()
-            if name is not None:
-                async with self._in_turn:
-                    await self._bring(name)
-            elif (idle := self._idle()) is not None:
-                await self.unload(idle.name)
-            else:
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(self._next_look_s()):
-                        await self._changed.wait()
+            try:
+                await self._work_once()
+            except Exception:  # noqa: BLE001 - the top of the task
+                _log.exception("a model could not be brought in or out")
+                await asyncio.sleep(AFTER_ERROR_S)
+
+    async def _work_once(self) -> None:
+        self._changed.clear()
+        name = self._next_wanted()
+        if name is not None:
+            async with self._in_turn:
+                await self._bring(name)
+        elif (idle := self._idle()) is not None:
+            await self.unload(idle.name)
+        else:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._next_look_s()):
+                    await self._changed.wait()
 
     def _next_wanted(self) -> str | None:
         for name, want in list(self._wanted.items()):
@@ -272,10 +282,12 @@ class ModelSwapper:
                 async with asyncio.timeout(left_s):
                     await self._changed.wait()
         self._move(model, ModelState.UNLOADING)
-        is_saved = await self._ask(lambda fleet: fleet.detach(model.name, UNLOAD_TIMEOUT_S))
-        if not is_saved:
-            _log.warning("the disk did not take all KV of %s; it stays in memory", model.name)
-        self._move(model, ModelState.KNOWN)
+        try:
+            if not await self._ask(lambda fleet: fleet.detach(model.name, UNLOAD_TIMEOUT_S)):
+                _log.warning("the disk did not take all KV of %s; it stays in memory", model.name)
+        finally:
+            is_there = await self._ask(lambda fleet: fleet.is_attached(model.name))
+            self._move(model, ModelState.READY if is_there else ModelState.KNOWN)
         if model.num_requests:
             self._want(model.name)
 
