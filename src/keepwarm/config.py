@@ -195,6 +195,8 @@ def _models_of(path: Path) -> dict[str, ModelSettings]:
 
 
 def _model_of(name: str, table: Mapping[str, object], path: Path) -> ModelSettings:
+    if not name.strip():
+        raise ConfigError(MODELS, f"has a table without a name, in {path}")
     hints = get_type_hints(ModelSettings)
     values: dict[str, Any] = {}
     for key, value in table.items():

@@ -1,6 +1,6 @@
 """Puts a server together: store and engines on their thread, the models, and the application."""
 
-import os
+import itertools
 import shutil
 import sys
 import time
@@ -86,14 +86,15 @@ async def start_server(
     """Opens the home and loads the default model. Raises what opening and loading raise."""
     sys.setswitchinterval(SWITCH_S)
     metrics = Metrics()
+    source = source or MLXSource()
     engine = Engine(
-        _fleet_opener(settings, home),
+        _fleet_opener(settings, home, memory_budget(settings, source.memory_bytes())),
         on_end=metrics.observe_end,
         max_waiting=settings.engine.max_waiting,
     )
     await engine.start()
     try:
-        models = _swapper(settings, source or MLXSource(), engine)
+        models = _swapper(settings, source, engine)
         engine.models = models
         models.start()
         try:
@@ -130,38 +131,38 @@ def build_engine(
     settings: Settings, home: Path, source: ModelSource | None = None
 ) -> tuple[BlockPoolBatchEngine, Callable[[], None]]:
     """One engine on the default model, in this thread, and what closes it and its store."""
+    source = source or MLXSource()
     with ExitStack() as opened:
-        loaded = (source or MLXSource()).load(registry_of(settings).default)
+        loaded = source.load(registry_of(settings).default)
         opened.callback(loaded.close)
         store = AgentCacheStore(home / STORE_FOLDER, config=settings.disk)
         opened.callback(store.close)
-        engine = _engine_maker(settings, memory_budget(settings))(
-            loaded, store, iter(range(1, 1 << 62))
-        )
+        pool = BlockPool(memory_budget(settings, source.memory_bytes()))
+        engine = _engine_maker(settings)(loaded, pool, store, itertools.count(1))
         return engine, opened.pop_all().close
 
 
-def memory_budget(settings: Settings) -> int:
-    """As configured, or a quarter of the machine's memory."""
-    if settings.memory.budget_bytes:
-        return settings.memory.budget_bytes
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // SHARE_OF_MEMORY
+def memory_budget(settings: Settings, memory_bytes: int) -> int:
+    """As configured, or a quarter of what the device has."""
+    return settings.memory.budget_bytes or memory_bytes // SHARE_OF_MEMORY
 
 
 def _swapper(settings: Settings, source: ModelSource, engine: Engine) -> ModelSwapper:
-    given_bytes = settings.model.memory_bytes
+    given_bytes, memory_bytes = settings.model.memory_bytes, source.memory_bytes()
     return ModelSwapper(
         registry_of(settings),
         source,
         engine.call,
-        limit_bytes=given_bytes or max(source.memory_bytes() - memory_budget(settings), 0),
+        limit_bytes=given_bytes or max(memory_bytes - memory_budget(settings, memory_bytes), 0),
         patience_s=settings.model.patience_s,
         may_load=settings.model.auto_load is not AutoLoad.NEVER,
         max_waiting=settings.engine.max_waiting,
     )
 
 
-def _fleet_opener(settings: Settings, home: Path) -> Callable[[], tuple[Fleet, Callable[[], None]]]:
+def _fleet_opener(
+    settings: Settings, home: Path, budget_bytes: int
+) -> Callable[[], tuple[Fleet, Callable[[], None]]]:
     weights = Weights()
 
     def open_fleet() -> tuple[Fleet, Callable[[], None]]:
@@ -170,10 +171,10 @@ def _fleet_opener(settings: Settings, home: Path) -> Callable[[], tuple[Fleet, C
         with ExitStack() as opened:
             opened.callback(store.close)
             fleet = Fleet(
-                _engine_maker(settings, 1),
+                _engine_maker(settings),
                 default=settings.model.name,
                 store=store,
-                budget_bytes=memory_budget(settings),
+                budget_bytes=budget_bytes,
                 weights=weights,
             )
             return fleet, opened.pop_all().close
@@ -181,13 +182,13 @@ def _fleet_opener(settings: Settings, home: Path) -> Callable[[], tuple[Fleet, C
     return open_fleet
 
 
-def _engine_maker(settings: Settings, budget_bytes: int) -> NewEngine:
+def _engine_maker(settings: Settings) -> NewEngine:
     def new_engine(
-        loaded: LoadedModel, store: AgentStore, request_ids: Iterator[int]
+        loaded: LoadedModel, pool: BlockPool, store: AgentStore, request_ids: Iterator[int]
     ) -> BlockPoolBatchEngine:
         return BlockPoolBatchEngine(
             loaded,
-            pool=BlockPool(budget_bytes=budget_bytes),
+            pool=pool,
             store=store,
             config=settings.engine,
             deterministic=settings.model.deterministic,

@@ -1,5 +1,6 @@
 """Models by name: loaded when they are asked for, swapped, unloaded, and refused."""
 
+import asyncio
 import json
 import threading
 import time
@@ -11,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from commands import keepwarm
 from engines import FakeFactory, SlowFactory, fake_loaded
-from keepwarm.core.errors import ModelLoadError
+from keepwarm.core.errors import EngineStopped, ModelLoadError
 from keepwarm.core.ports import LoadedModel
+from keepwarm.engine.fleet import Fleet
 from keepwarm.engine.models import ModelState
+from keepwarm.engine.requests import GenerateRequest
+from keepwarm.engine.stream import EventStream
 from keepwarm.testing.models import FixedSource
 from servers import FakeServer, fake_server
 from sockets import RawClient
@@ -180,6 +185,22 @@ class TestByName:
             assert c.post("/v1/agents/ada/verify").json()["passed"]
             assert states(c)["other"] == "ready"
 
+    def test_a_temperature_of_its_own(self, tmp_path: Path) -> None:
+        with served(tmp_path) as (server, _), server.client() as client:
+            seen: list[float] = []
+            submit = server.engine.submit
+
+            async def watched(request: GenerateRequest) -> EventStream:
+                seen.append(request.temperature)
+                return await submit(request)
+
+            server.engine.submit = watched  # type: ignore[method-assign]
+            client.put("/v1/agents/ada", json={})
+            for more in ({"model": "third"}, {}, {"model": "fake"}, {}):
+                body = {"content": "Hello", "max_tokens": 2, **more}
+                assert client.post("/v1/agents/ada/messages", json=body).status_code == 200
+            assert seen == [0.5, 0.5, 0.0, 0.0]
+
     def test_settings_of_its_own(self, tmp_path: Path) -> None:
         with served(tmp_path) as (server, _), server.client() as client:
             assert ask(client, "fake", "x" * 800).status_code == 200
@@ -290,6 +311,20 @@ class TestRefusals:
             source.errors = []
             assert client.post("/v1/models/other/load").json()["state"] == "ready"
 
+    @pytest.mark.parametrize("auto_load", ["known", "never"])
+    def test_who_made_room_comes_back_unasked(self, tmp_path: Path, auto_load: str) -> None:
+        options = {"room": 100, "model__auto_load": auto_load}
+        with served(tmp_path, **options) as (server, source), server.client() as client:
+            source.errors = [StopIteration()]
+            assert client.post("/v1/models/other/load").status_code == 503
+            wait_until(lambda: states(client)["fake"] == "ready")
+            assert text_of(ask(client, "fake")) == "ffff"
+
+    def test_the_default_model_is_tried_whatever_the_numbers_say(self, tmp_path: Path) -> None:
+        with served(tmp_path, room=50) as (server, _), server.client() as client:
+            assert text_of(ask(client, "fake")) == "ffff"
+            assert ask(client, "other").status_code == 400
+
     def test_a_failed_model_is_not_tried_for_every_request(self, tmp_path: Path) -> None:
         with served(tmp_path) as (server, source), server.client() as c:
             source.errors = [ModelLoadError("f", "it is damaged", "Fetch it")]
@@ -333,11 +368,15 @@ class TestRefusals:
     def test_any_name_where_that_is_allowed(self, tmp_path: Path) -> None:
         options = {"model__auto_load": "any"}
         with served(tmp_path, **options) as (server, source), server.client() as client:
-            source.errors = [ModelLoadError("x/y", "there is no such folder", "Check it")]
-            assert ask(client, "x/y").status_code == 503
-            assert "x/y" not in states(client)
             assert ask(client, "x/y").status_code == 200
             assert states(client)["x/y"] == "ready"
+            source.errors = [ModelLoadError("a/b", "there is no such folder", "Check it")]
+            for _ in range(3):
+                assert ask(client, "a/b").status_code == 503
+            assert source.loads == ["fake", "x/y", "a/b"]
+            assert ask(client, "c/d", temperature=-1).status_code == 400
+            assert text_of(ask(client, "other")) == "oooo"
+            assert "c/d" not in states(client)
 
     def test_who_waits_too_long_for_a_model(self, tmp_path: Path) -> None:
         options = {"server__queue_timeout_s": 0.3}
@@ -350,6 +389,50 @@ class TestRefusals:
             assert refused.status_code == 503
             wait_until(lambda: states(client)["other"] == "ready")
             assert text_of(ask(client, "other")) == "oooo"
+
+    def test_who_has_gone_does_not_count_as_waiting(self, tmp_path: Path) -> None:
+        options = {"engine__max_waiting": 3, "server__queue_timeout_s": 0.1}
+        with served(tmp_path, **options) as (server, source), server.client() as client:
+            source.open.clear()
+            try:
+                assert {ask(client, "other").status_code for _ in range(5)} == {503}
+            finally:
+                source.open.set()
+
+    def test_a_deadline_counts_the_load(self, tmp_path: Path) -> None:
+        with served(tmp_path, server__deadline_s=0.2) as (server, source), server.client() as c:
+            source.open.clear()
+            try:
+                assert ask(c, "other").status_code == 504
+            finally:
+                source.open.set()
+
+    def test_after_a_stop_nobody_waits(self, tmp_path: Path) -> None:
+        with served(tmp_path) as (server, _):
+            models = server.engine.models
+            assert models is not None
+
+            async def load() -> None:
+                await models.stop()
+                with pytest.raises(EngineStopped):
+                    await models.load("other")
+
+            asyncio.run_coroutine_threadsafe(load(), server.loop).result(10.0)
+
+    def test_agents_can_be_managed_after_a_bug_while_the_default_model_is_away(
+        self, tmp_path: Path
+    ) -> None:
+        with served(tmp_path, room=100) as (server, _), server.client() as client:
+            client.put("/v1/agents/ada", json={"system": "Be brief."})
+            assert text_of(ask(client, "other")) == "oooo"
+
+            def spoil(fleet: Fleet) -> None:
+                fleet.step = lambda: 1 // 0  # type: ignore[assignment,method-assign,return-value]
+
+            server.call_fleet(spoil)
+            wait_until(lambda: client.get("/v1/agents/ada").status_code == 200)
+            body = {"content": "Hello", "model": "fake", "max_tokens": 2}
+            assert client.post("/v1/agents/ada/messages", json=body).json()["turn"] == 1
 
     def test_who_hangs_up_while_waiting_leaves_nothing(self, tmp_path: Path) -> None:
         with served(tmp_path) as (server, source), server.client() as c:

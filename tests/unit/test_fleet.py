@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 
-from engines import FakeFactory, fake_loaded, fresh_reply, ids
+from engines import BLOCK_BYTES, FakeFactory, fake_loaded, fresh_reply, ids
 from keepwarm import AgentCacheStore, BlockPool, BlockPoolBatchEngine
 from keepwarm.core.agent import Tier
 from keepwarm.core.agent_store import AgentStore
-from keepwarm.core.errors import AgentBusy, OtherWeights, UnknownAgent, UnknownModel
+from keepwarm.core.errors import AgentBusy, InvalidRequest, OtherWeights, UnknownAgent, UnknownModel
 from keepwarm.core.events import Completed, Event, Failed
 from keepwarm.core.policies import EngineConfig
 from keepwarm.core.ports import LoadedModel
+from keepwarm.core.stored import Committed, StoreEvent
 from keepwarm.engine.fleet import Fleet
 from keepwarm.engine.requests import GenerateRequest
 from keepwarm.store.agent_cache_store import StoreConfig
@@ -51,6 +52,7 @@ def loaded(
 @dataclass
 class Setup:
     fleet: Fleet
+    store: AgentCacheStore
     ended: dict[str, Completed | Failed] = field(default_factory=dict)
 
     def attach(self, name: str, **more: Any) -> None:
@@ -88,10 +90,9 @@ class Setup:
 
 
 def new_engine(
-    model: LoadedModel, store: AgentStore, request_ids: Iterator[int]
+    model: LoadedModel, pool: BlockPool, store: AgentStore, request_ids: Iterator[int]
 ) -> BlockPoolBatchEngine:
     config = EngineConfig(always_restore=True)
-    pool = BlockPool(1)
     return BlockPoolBatchEngine(
         model, pool=pool, store=store, config=config, request_ids=request_ids
     )
@@ -102,7 +103,7 @@ def setup(tmp_path: Path) -> Iterator[Setup]:
     config = StoreConfig(free_floor_bytes=0)
     with AgentCacheStore(tmp_path, config=config) as store:
         fleet = Fleet(new_engine, default="small", store=store, budget_bytes=BUDGET_BYTES)
-        setup = Setup(fleet)
+        setup = Setup(fleet, store)
         setup.attach("small")
         yield setup
         fleet.check()
@@ -204,7 +205,7 @@ class TestTwoModels:
         for turn, model in enumerate(["small", "other", "small", "other", "small"], 1):
             with AgentCacheStore(tmp_path, config=StoreConfig(free_floor_bytes=0)) as store:
                 fleet = Fleet(new_engine, default="small", store=store, budget_bytes=BUDGET_BYTES)
-                setup = Setup(fleet)
+                setup = Setup(fleet, store)
                 setup.attach("small")
                 setup.attach("other")
                 if turn == 1:
@@ -241,18 +242,182 @@ class TestTwoModels:
         with pytest.raises(UnknownAgent):
             setup.say("ada", "Hello")
 
-    def test_memory_is_shared_and_never_more_than_there_is(self, setup: Setup) -> None:
-        def budgets() -> list[int]:
-            names = [n for n in ("small", "other") if setup.fleet.is_attached(n)]
-            return [setup.fleet.engine(name).tiers.pool.budget_bytes for name in names]
-
-        assert budgets() == [BUDGET_BYTES]
-        setup.run(agent_id="ada", token_ids=ids(900), max_tokens=9)
+    def test_a_request_that_is_refused_moves_nobody(self, setup: Setup) -> None:
         setup.attach("other")
-        assert budgets() == [BUDGET_BYTES // 2] * 2
+        create(setup, "ada")
+        setup.say("ada", "Hello", "small")
+        with pytest.raises(InvalidRequest):
+            setup.say("ada", "Hello", "other", temperature=-3.0)
+        with pytest.raises(UnknownAgent):
+            setup.say("nobody", "Hello", "other")
+        assert setup.fleet.model_of("ada") == "small"
+        assert setup.fleet.model_of("nobody") == "small"
+        assert setup.say("ada", "And now?").turn == 2
+
+    def test_a_fork_of_an_earlier_turn(self, setup: Setup) -> None:
+        setup.attach("other")
+        create(setup, "ada")
+        for number in range(3):
+            setup.say("ada", f"message {number}", "small")
+        setup.say("ada", "message 3", "other")
+        setup.fleet.fork("ada", "eve", at_turn=1)
+        assert len(setup.fleet.of("eve").turns("eve")) == 1
+        assert setup.say("eve", "Hello").turn == 2
+
+    def test_a_rollback_holds_for_the_other_model_as_well(self, setup: Setup) -> None:
+        setup.attach("other")
+        create(setup, "ada")
+        setup.say("ada", "one", "small")
+        setup.say("ada", "two", "other")
+        append = [{"role": "user", "content": "three"}]
+        request = setup.start("small", agent_id="ada", append=append, max_tokens=3)
+        setup.fleet.cancel(request)
+        setup.step(3)
+        setup.fleet.of("ada").rollback("ada", turn=1)
+        assert setup.say("ada", "four", "other").turn == 2
+
+
+def refusing(store: AgentCacheStore, patch: pytest.MonkeyPatch) -> None:
+    """Commits count as not written, though they were."""
+    real = store.poll
+
+    def poll() -> list[StoreEvent]:
+        return [replace(e, durable=False) if isinstance(e, Committed) else e for e in real()]
+
+    patch.setattr(store, "poll", poll)
+
+
+class TestCommitsThatWereRefused:
+    """They are sent again later, and must not bring back what is over."""
+
+    def test_of_an_agent_that_went_on_elsewhere(
+        self, setup: Setup, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        setup.attach("other")
+        create(setup, "ada")
+        with monkeypatch.context() as patch:
+            refusing(setup.store, patch)
+            assert not setup.say("ada", "one", "small").durable
+        for number in range(3):
+            assert setup.say("ada", f"more {number}", "other").durable
         setup.fleet.detach("small")
-        assert budgets() == [BUDGET_BYTES]
-        assert setup.fleet.snapshot().pool.budget_bytes == BUDGET_BYTES
+        state = setup.store.load_agent("ada")
+        assert state is not None
+        assert len(max(state.mains, key=lambda line: line.last_used).turns) == 4
+
+    def test_of_an_agent_that_was_deleted(
+        self, setup: Setup, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        setup.attach("other")
+        create(setup, "ada")
+        with monkeypatch.context() as patch:
+            refusing(setup.store, patch)
+            setup.say("ada", "one", "small")
+        setup.say("ada", "two", "other")
+        setup.fleet.delete("ada")
+        setup.fleet.detach("small")
+        setup.fleet.detach("other")
+        assert setup.store.summaries() == []
+
+
+@pytest.fixture
+def tight(tmp_path: Path) -> Iterator[Setup]:
+    """Forty blocks for both models."""
+    with AgentCacheStore(tmp_path, config=StoreConfig(free_floor_bytes=0)) as store:
+        fleet = Fleet(new_engine, default="small", store=store, budget_bytes=40 * BLOCK_BYTES)
+        setup = Setup(fleet, store)
+        setup.attach("small")
+        yield setup
+        fleet.check()
+
+
+class TestOneBudget:
+    def used(self, setup: Setup) -> int:
+        engines = [setup.fleet.engine(name) for name in NAMES if setup.fleet.has_engine(name)]
+        used = sum(engine.tiers.pool.used_bytes for engine in engines)
+        assert used <= 40 * BLOCK_BYTES
+        return used
+
+    def test_a_long_reply_goes_on_when_another_model_comes(self, tight: Setup) -> None:
+        request = tight.start("small", token_ids=ids(256 * 10), max_tokens=256 * 20)
+        tight.step(50)
+        tight.attach("other")
+        assert len(tight.finish(request).token_ids) == 256 * 20
+
+    def test_whoever_comes_while_all_is_taken_waits(self, tight: Setup) -> None:
+        first = tight.start("small", token_ids=ids(256 * 36), max_tokens=200)
+        tight.step(60)
+        tight.attach("other")
+        second = tight.start("other", token_ids=ids(256 * 8), max_tokens=3)
+        while second not in tight.ended:
+            tight.step()
+            self.used(tight)
+        assert len(tight.finish(first).token_ids) == 200
+        assert len(tight.finish(second).token_ids) == 3
+
+    def test_both_grow_in_turn(self, tight: Setup) -> None:
+        tight.attach("other")
+        requests = [
+            tight.start(
+                name,
+                agent_id=f"{name}-{number}",
+                token_ids=ids(256 * 6, number),
+                max_tokens=256 * 9,
+            )
+            for name in NAMES
+            for number in range(2)
+        ]
+        while not all(request in tight.ended for request in requests):
+            tight.step()
+            self.used(tight)
+        for request in requests:
+            assert len(tight.finish(request).token_ids) == 256 * 9
+
+    def test_what_rests_makes_room_for_the_other_model(self, tight: Setup) -> None:
+        tight.run("small", agent_id="ada", token_ids=ids(256 * 30), max_tokens=3)
+        tight.attach("other")
+        assert len(tight.run("other", token_ids=ids(256 * 30, 9), max_tokens=3).token_ids) == 3
+        self.used(tight)
+
+    def test_a_model_away_gives_its_memory_back(self, tight: Setup) -> None:
+        tight.run("small", agent_id="ada", token_ids=ids(256 * 20), max_tokens=3)
+        tight.fleet.detach("small")
+        assert self.used(tight) == 0
+        assert tight.fleet.snapshot().pool.budget_bytes == 40 * BLOCK_BYTES
+
+    def test_a_detach_that_fails_leaves_a_model_that_answers(
+        self, tight: Setup, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tight.run("small", agent_id="ada", token_ids=ids(300), max_tokens=3)
+
+        def out_of_memory(*_: object) -> None:
+            raise MemoryError("[malloc] unable to allocate")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(tight.fleet.engine("small").tiers.generator, "extract", out_of_memory)
+            with pytest.raises(MemoryError):
+                tight.fleet.detach("small")
+        assert tight.fleet.is_attached("small")
+        assert len(tight.run("small", token_ids=ids(20), max_tokens=2).token_ids) == 2
+
+
+def test_two_engines_that_wait_for_the_disk_wait(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loop without pause would keep the store's thread from the interpreter."""
+    setup.attach("other")
+    create(setup, "ada")
+    setup.fleet.engine("other").create("eve")
+    setup.fleet.close()
+    waits: list[float] = []
+    monkeypatch.setattr(setup.store, "poll", list)
+    monkeypatch.setattr(setup.store, "wait", waits.append)
+    setup.fleet.of("ada").configure("ada", priority=1)
+    setup.fleet.of("eve").configure("eve", priority=1)
+    for _ in range(10):
+        setup.fleet.step()
+    assert len(waits) >= 8
+    monkeypatch.undo()
 
 
 class Crowd:

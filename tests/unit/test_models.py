@@ -78,17 +78,35 @@ class TestNames:
         added = registry.resolve("org/new")
         assert added.source == "org/new"
         assert registry.resolve("new") is added
-        registry.forget(added)
+        registry.forget_strangers(["org/new"], until_s=0.0)
+        assert registry.resolve("new") is added
+        registry.forget_strangers([], until_s=0.0)
         with pytest.raises(UnknownModel):
             registry.resolve("org/new", may_add=False)
 
-    def test_those_of_the_settings_are_not_forgotten(self) -> None:
-        registry = self.registry()
-        registry.forget(registry.resolve("small"))
-        assert registry.resolve("small") is registry.default
+    def test_those_that_failed_are_forgotten_later_and_those_of_the_settings_never(self) -> None:
+        registry = self.registry(may_add=True)
+        added = registry.resolve("org/new")
+        added.state, added.failed_s = ModelState.FAILED, 50.0
+        registry.forget_strangers([], until_s=49.0)
+        assert registry.resolve("new") is added
+        registry.forget_strangers([], until_s=50.0)
+        assert [model.name for model in registry] == ["org/Qwen3-4B", "small"]
+
+    def test_the_longest_pattern_counts(self) -> None:
+        models = [model("a", aliases=("*",)), model("b", aliases=("gpt-*",))]
+        registry = ModelRegistry("a", models)
+        assert registry.resolve("gpt-4o").name == "b"
+        assert registry.resolve("anything").name == "a"
 
     @pytest.mark.parametrize(
-        ("key", "value"), [("context_tokens", -1), ("idle_unload_s", -1.0), ("dtype", "int3")]
+        ("key", "value"),
+        [
+            ("context_tokens", -1),
+            ("idle_unload_s", -1.0),
+            ("dtype", "int3"),
+            ("temperature", 101.0),
+        ],
     )
     def test_wrong_settings_name_the_key(self, key: str, value: object) -> None:
         with pytest.raises(ConfigError, match=key):

@@ -81,6 +81,14 @@ def http(
     _finish({"http": _http(model, quick=quick, seed=seed)}, json_file)
 
 
+@bench.command()
+def swap(
+    model: Model = "smollm2", quick: Quick = False, seed: Seed = 0, json_file: JsonFile = None
+) -> None:
+    """Two models in memory for one: what a swap takes, keeps and leaves; clients on both."""
+    _finish({"swap": _swap(model, quick=quick, seed=seed)}, json_file)
+
+
 @bench.command(name="all")
 def all_of_them(
     model: Model = "smollm2", quick: Quick = False, seed: Seed = 0, json_file: JsonFile = None
@@ -95,6 +103,7 @@ def all_of_them(
         "store": _store(loaded, quick=quick, seed=seed),
         "chaos": _chaos(quick=quick, seed=seed),
         "http": _http(model, quick=quick, seed=seed),
+        "swap": _swap(model, quick=quick, seed=seed),
     }
     _finish(reports, json_file)
 
@@ -181,6 +190,16 @@ def _http(model: str, *, quick: bool, seed: int) -> _Report:
     plan = http_plan(quick=quick, seed=seed)
     result = _with_progress("http", lambda tell: run_http(model, plan, tell))
     _show(figures_table("The server on top of the engine", result), *result.notes)
+    return _Report(result, result.passed)
+
+
+def _swap(model: str, *, quick: bool, seed: int) -> _Report:
+    from keepwarm.bench.swap import run_swap, swap_plan
+    from keepwarm.bench.tables import figures_table
+
+    plan = swap_plan(quick=quick, seed=seed)
+    result = _with_progress("swap", lambda tell: run_swap(model, plan, tell))
+    _show(figures_table("Two models in turn", result), *result.notes)
     return _Report(result, result.passed)
 
 

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Protocol
 
 from keepwarm.core.errors import ConfigError, InvariantBroken, PoolExhausted
 
@@ -41,8 +42,39 @@ class PoolSnapshot:
     num_by_kind: Mapping[str, int]
 
 
+class Neighbours(Protocol):
+    """The other pools of one budget."""
+
+    def used_bytes(self) -> int:
+        """What they take of it."""
+        ...
+
+    def make_room(self, needed_bytes: int) -> None:
+        """Have them give up what rests, until so many bytes are free, if they can."""
+        ...
+
+    def will_free(self) -> bool:
+        """Whether some of theirs comes free by itself: somebody runs, or is being saved."""
+        ...
+
+
+class Nobody:
+    """Implements `Neighbours` for a pool that has its budget to itself."""
+
+    def used_bytes(self) -> int:
+        return 0
+
+    def make_room(self, needed_bytes: int) -> None:
+        return
+
+    def will_free(self) -> bool:
+        return False
+
+
 class BlockPool:
     """A budget in bytes that is never exceeded. Owned by the engine's thread: it has no lock.
+
+    `neighbours` are the pools that take of the same budget.
 
     >>> pool = BlockPool(budget_bytes=100)
     >>> block = pool.allocate(Kind.BLOCK, 60)
@@ -53,10 +85,11 @@ class BlockPool:
     100
     """
 
-    def __init__(self, budget_bytes: int) -> None:
+    def __init__(self, budget_bytes: int, neighbours: Neighbours | None = None) -> None:
         if budget_bytes <= 0:
             raise ConfigError("budget_bytes", f"must be positive, not {budget_bytes}")
         self.budget_bytes = budget_bytes
+        self.neighbours = neighbours or Nobody()
         self.used_bytes = 0
         self.peak_bytes = 0
         self._live: set[Allocation] = set()
@@ -68,7 +101,7 @@ class BlockPool:
 
     @property
     def free_bytes(self) -> int:
-        return self.budget_bytes - self.used_bytes
+        return self.budget_bytes - self.used_bytes - self.neighbours.used_bytes()
 
     def allocate(self, kind: Kind, nbytes: int) -> Allocation:
         """Take `nbytes`, retained once. Raises PoolExhausted when fewer are free."""

@@ -43,7 +43,8 @@ class Line:
 class Agent:
     """A named conversation: a main line, and side lines of requests that ran beside it.
 
-    `foreign` are its lines in the ids of other tokenizers, kept as they were committed.
+    `foreign` are its lines in the ids of other tokenizers, kept as they were committed. `has_left`:
+    another engine has the agent as it is now, or has deleted it.
     """
 
     agent_id: str
@@ -52,6 +53,7 @@ class Agent:
     turns: list[Turn] = field(default_factory=list)
     settings: AgentSettings = DEFAULT_SETTINGS
     foreign: tuple[LineState, ...] = ()
+    has_left: bool = False
 
     @property
     def lines(self) -> list[Line]:

@@ -135,6 +135,11 @@ class Batch:
         return self._outcomes
 
     @property
+    def will_free(self) -> bool:
+        """Whether memory comes free by itself: rows end, or KV is being saved."""
+        return bool(self.running) or self._tiers.saves.is_busy
+
+    @property
     def only_waits(self) -> bool:
         """Whether nothing can happen before the store has answered."""
         if self.is_suspended:
@@ -206,7 +211,7 @@ class Batch:
 
     def _memory_may_come(self) -> bool:
         """Whether somebody will leave, or the disk will have taken what is kept for it."""
-        return bool(self.running) or self._tiers.saves.is_busy
+        return self.will_free or self._tiers.pool.neighbours.will_free()
 
     def _make_hot(self, sequence: TokenSequence) -> None:
         target = sequence.token_ids[: sequence.target_tokens]
@@ -309,6 +314,8 @@ class Batch:
             self._enlarge(sequence)
         except PoolExhausted as error:
             victim = choose_preempted(self.running)
+            if victim is None and self._tiers.pool.neighbours.will_free():
+                victim = sequence
             if victim is None:
                 self._break(sequence, error)
             else:

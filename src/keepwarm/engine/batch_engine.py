@@ -3,12 +3,11 @@
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from keepwarm.core.agent_store import AgentStore, NoStore
-from keepwarm.core.errors import AgentBusy, InvalidRequest, PoolExhausted, QueueFull
+from keepwarm.core.errors import AgentBusy, InvalidRequest, QueueFull
 from keepwarm.core.events import Event
 from keepwarm.core.fidelity import kv_bound
 from keepwarm.core.policies import EngineConfig
@@ -56,7 +55,7 @@ class BlockPoolBatchEngine:
     """Continuous batching over agents that keep their KV in blocks.
 
     Everything happens in the caller's thread, and in `step`; the engine has no lock and must be
-    used from one thread, the one that loaded the model. `batch_gen_factory` replaces the model's
+    used from one thread. `batch_gen_factory` replaces the model's
     generator. `deterministic=True` computes in canonical shapes: the same bits whatever the chunks,
     the batch and the history (on the CPU). `request_ids` is for engines that share a thread.
 
@@ -274,10 +273,15 @@ class BlockPoolBatchEngine:
         """Give the weights back. What runs waits, and all KV leaves memory for the disk.
 
         Returns whether the disk took everything in time; what it did not take stays in memory.
+        Whatever raises leaves the engine as it was, but for rows that wait.
         """
         self.batch.suspend()
-        self._park_prefetches()
-        self.tiers.put_all_away()
+        try:
+            self._park_prefetches()
+            self.tiers.put_all_away()
+        except BaseException:
+            self.batch.resume()
+            raise
         until = time.monotonic() + timeout_s
         self._link.save_while(lambda: bool(len(self.tiers.saves)), until)
         is_saved = self.flush(max(until - time.monotonic(), 1.0)) and not len(self.tiers.saves)
@@ -310,19 +314,6 @@ class BlockPoolBatchEngine:
         events, self._events = self._events, []
         return events
 
-    def give_memory(self, budget_bytes: int) -> int:
-        """Let all KV together take so much, or as little more as running rows need.
-
-        Returns the budget that it has now.
-        """
-        pool = self.tiers.pool
-        excess_bytes = pool.used_bytes - budget_bytes
-        if excess_bytes > 0:
-            with suppress(PoolExhausted):
-                self.tiers.make_room(pool.free_bytes + excess_bytes)
-        pool.budget_bytes = max(budget_bytes, pool.used_bytes, 1)
-        return pool.budget_bytes
-
     # -- agents ----------------------------------------------------------------------------------
 
     def holds(self, agent_id: str) -> bool:
@@ -340,7 +331,7 @@ class BlockPoolBatchEngine:
     def adopt(self, state: AgentState) -> None:
         """Go on with an agent as another engine left it; what this one holds of its KV stays.
 
-        Raises AgentBusy.
+        It is committed as it is now, and counts as used last. Raises AgentBusy.
         """
         old = None
         if self.holds(state.agent_id):
@@ -350,12 +341,24 @@ class BlockPoolBatchEngine:
         if old is not None:
             self._book.hand_over(old, agent)
         self._book.add(agent)
+        self.tiers.touch(agent.main.blocks)
+        self._link.commit(agent)
+
+    def leave(self, agent_id: str) -> None:
+        """Another engine goes on with the agent: what this one had to say of it is not written."""
+        if self.holds(agent_id):
+            self._book.get(agent_id).has_left = True
 
     def let_go(self, agent_id: str) -> None:
         """Forget an agent that another engine has deleted."""
         if self.holds(agent_id):
-            self._book.get_idle(agent_id, "delete it")
+            self._book.get_idle(agent_id, "delete it").has_left = True
             self._book.remove(agent_id)
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether the last step found that there is only the store to wait for."""
+        return self._stalled and self.has_work
 
     def agents_here(self) -> tuple[AgentView, ...]:
         """Those in memory."""
@@ -437,7 +440,7 @@ class BlockPoolBatchEngine:
             truncate(main.transcript, num_tokens),
             messages,
         )
-        turns = [turn for turn in parent.turns if turn.num_tokens <= num_tokens]
+        turns = parent.turns[:at_turn]
         self._link.commit(self._book.add(Agent(new_id, child, turns=turns)))
 
     def rollback(self, agent_id: str, *, turn: int) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TypeVar
 
 from keepwarm.core.agent import Tier
-from keepwarm.core.errors import EngineStopped, KeyReused
+from keepwarm.core.errors import DeadlineExceeded, EngineStopped, KeyReused, QueueTimeout
 from keepwarm.core.events import (
     CacheReport,
     Completed,
@@ -160,7 +160,7 @@ class Engine:
     async def _submit(self, request: GenerateRequest, arrived_s: float) -> EventStream:
         if self._is_stopping:
             raise EngineStopped
-        name = await self._enter(request, request.queue_timeout_s)
+        name = await self._enter_in_time(request)
         try:
             stream = await self._submit_to(replace(request, model=name))
         except BaseException:
@@ -185,6 +185,23 @@ class Engine:
             self._cancel(stream)
             raise
         return stream
+
+    async def _enter_in_time(self, request: GenerateRequest) -> str:
+        deadline_s, queue_s = request.deadline_s, request.queue_timeout_s
+        if deadline_s is None or (queue_s is not None and queue_s <= deadline_s):
+            return await self._enter(request, queue_s)
+        try:
+            return await self._enter(request, deadline_s)
+        except QueueTimeout:
+            raise DeadlineExceeded(deadline_s=deadline_s) from None
+
+    async def model_of(self, agent_id: str) -> str:
+        """The name of the model that the agent is at; empty where there is no choice."""
+        if self.models is None:
+            return ""
+        return self.models.registry.only_loaded or await self.call(
+            lambda fleet: fleet.model_of(agent_id)
+        )
 
     async def _enter(self, request: GenerateRequest, timeout_s: float | None) -> str:
         """The model that will answer is in memory, until `_leave_model`. Returns its name."""

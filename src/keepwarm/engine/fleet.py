@@ -2,13 +2,22 @@
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from keepwarm.core.agent import home_namespace
 from keepwarm.core.agent_store import AgentStore, NoStore
-from keepwarm.core.errors import AgentBusy, AgentExists, InvariantBroken, OtherWeights, UnknownModel
+from keepwarm.core.errors import (
+    AgentBusy,
+    AgentExists,
+    InvariantBroken,
+    OtherWeights,
+    PoolExhausted,
+    UnknownModel,
+)
 from keepwarm.core.events import Event
+from keepwarm.core.pool import BlockPool
 from keepwarm.core.ports import LoadedModel
 from keepwarm.engine.agents import AgentView, view_of_summary
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
@@ -16,12 +25,10 @@ from keepwarm.engine.bundles import ImportSummary
 from keepwarm.engine.requests import GenerateRequest
 from keepwarm.engine.sharing import SharedStore
 from keepwarm.engine.snapshot import EngineSnapshot, merged
+from keepwarm.engine.store_link import STORE_WAIT_S
 
-NewEngine = Callable[[LoadedModel, AgentStore, Iterator[int]], BlockPoolBatchEngine]
-"""Makes an engine of a model, its share of the store and the requests' numbers.
-
-Its pool's budget is the fleet's affair.
-"""
+NewEngine = Callable[[LoadedModel, BlockPool, AgentStore, Iterator[int]], BlockPoolBatchEngine]
+"""Makes an engine of a model, its pool, its share of the store and the requests' numbers."""
 
 
 @dataclass(slots=True)
@@ -88,12 +95,12 @@ class Fleet:
         if old is not None and old.fingerprint == loaded.fingerprint:
             old.resume(loaded)
         else:
-            new = self._new_engine(loaded, self._shared.share(), self._ids)
+            pool = BlockPool(self._budget_bytes, _Others(self._engines, name))
+            new = self._new_engine(loaded, pool, self._shared.share(), self._ids)
             self._engines[name] = new
             if old is not None:
                 self._replace(name, old, new)
         self._weights.loaded[name] = loaded
-        self._share_memory()
 
     def detach(self, name: str, timeout_s: float = 60.0) -> bool:
         """The model's weights can go; its agents' KV is on the disk, as far as that took it.
@@ -103,7 +110,6 @@ class Fleet:
         is_saved = self.engine(name).suspend(timeout_s)
         close = self._weights.loaded.pop(name).close
         close()  # nothing holds the weights now, so their memory is given back
-        self._share_memory()
         return is_saved
 
     def is_attached(self, name: str) -> bool:
@@ -119,10 +125,6 @@ class Fleet:
             raise UnknownModel(name, tuple(self._engines))
         return self._engines[name]
 
-    def num_active(self, name: str) -> int:
-        """How many requests the model is answering, or will when it is back."""
-        return self._engines[name].num_active if name in self._engines else 0
-
     # -- requests --------------------------------------------------------------------------------
 
     def submit(self, request: GenerateRequest) -> str:
@@ -131,15 +133,23 @@ class Fleet:
         While an agent talks to one model, what is asked in its name of another is answered without
         touching it.
         """
-        arguments = request.arguments()
-        name = request.model or self.model_of(request.agent_id)
-        engine = self.engine(name)
         agent_id = request.agent_id
-        if agent_id is not None and not self._move(agent_id, name):
+        engine = self.engine(request.model or self.model_of(agent_id))
+        if agent_id is None:
+            return engine.submit(**request.arguments())
+        if self._talks_elsewhere(agent_id, engine):
             if request.append is not None:
                 raise AgentBusy(agent_id, "send it another message")
-            arguments |= {"agent_id": None, "namespace": home_namespace(agent_id)}
-        return engine.submit(**arguments)
+            namespace = home_namespace(agent_id)
+            nameless = {"agent_id": None, "namespace": namespace}
+            return engine.submit(**{**request.arguments(), **nameless})
+        former = self.of(agent_id)
+        self._move(agent_id, engine)
+        try:
+            return engine.submit(**request.arguments())
+        except BaseException:
+            self._move(agent_id, former)
+            raise
 
     def cancel(self, request_id: str) -> bool:
         """End a request now. False when it had ended."""
@@ -156,6 +166,8 @@ class Fleet:
     def step(self) -> list[Event]:
         """A step of every engine that has something to do."""
         busy = [engine for engine in self._engines.values() if engine.has_work]
+        if len(busy) > 1 and all(engine.is_stalled for engine in busy):
+            self.store.wait(STORE_WAIT_S)
         for engine in self._engines.values():
             self._events += engine.step(may_wait=busy == [engine])
         events, self._events = self._events, []
@@ -226,8 +238,7 @@ class Fleet:
         for engine in self._engines.values():
             if engine.is_in_use(agent_id):
                 raise AgentBusy(agent_id, "delete it")
-        present = self.of(agent_id)
-        present.delete(agent_id)
+        self.of(agent_id).delete(agent_id)
         for engine in self._engines.values():
             engine.let_go(agent_id)
         self._at.pop(agent_id, None)
@@ -267,15 +278,21 @@ class Fleet:
 
     # -- inside ----------------------------------------------------------------------------------
 
-    def _move(self, agent_id: str, name: str) -> bool:
-        """The agent is at this model now. False when it talks to another one."""
-        here = self.model_of(agent_id)
-        if here != name and (engine := self._engines.get(here)) and engine.holds(agent_id):
-            if engine.is_in_use(agent_id):
-                return False
-            self.engine(name).adopt(engine.state_of(agent_id))
-        self._at[agent_id] = name
-        return True
+    def _talks_elsewhere(self, agent_id: str, engine: BlockPoolBatchEngine) -> bool:
+        """Whether the agent is in the middle of a request to another model."""
+        here = self.of(agent_id)
+        return here is not engine and here.is_in_use(agent_id)
+
+    def _move(self, agent_id: str, engine: BlockPoolBatchEngine) -> None:
+        """The agent is at this engine now, with all that it knew where it was."""
+        here = self.of(agent_id)
+        if here is not engine and here.holds(agent_id):
+            engine.adopt(here.state_of(agent_id))
+            here.leave(agent_id)
+        if engine.holds(agent_id):
+            self._at[agent_id] = engine.model
+        else:
+            self._at.pop(agent_id, None)
 
     def _replace(self, name: str, old: BlockPoolBatchEngine, new: BlockPoolBatchEngine) -> None:
         self._events += old.abandon(OtherWeights(name))
@@ -283,16 +300,25 @@ class Fleet:
             if self.model_of(view.agent_id) == name:
                 new.adopt(old.state_of(view.agent_id))
 
-    def _share_memory(self) -> None:
-        """Engines with weights share equally what those without them do not hold still."""
-        free_bytes = self._budget_bytes
-        sharing: list[BlockPoolBatchEngine] = []
-        for name, engine in self._engines.items():
-            if self.is_attached(name):
-                sharing.append(engine)
-            else:
-                free_bytes -= engine.tiers.pool.used_bytes
-        # Whoever cannot shrink to its share comes first, and the others share what is left.
-        sharing.sort(key=lambda engine: -engine.tiers.pool.used_bytes)
-        for num_left, engine in zip(range(len(sharing), 0, -1), sharing, strict=True):
-            free_bytes -= engine.give_memory(max(free_bytes, 0) // num_left)
+
+class _Others:
+    """Implements `Neighbours` with the engines of all models but one."""
+
+    def __init__(self, engines: dict[str, BlockPoolBatchEngine], name: str) -> None:
+        self._engines = engines
+        self._name = name
+
+    def used_bytes(self) -> int:
+        return sum(engine.tiers.pool.used_bytes for engine in self._others())
+
+    def make_room(self, needed_bytes: int) -> None:
+        """Each in turn; none of them asks others in turn."""
+        for engine in self._others():
+            with suppress(PoolExhausted):
+                engine.tiers.make_room(needed_bytes, ask_others=False)
+
+    def will_free(self) -> bool:
+        return any(engine.batch.will_free for engine in self._others())
+
+    def _others(self) -> Iterator[BlockPoolBatchEngine]:
+        return (engine for name, engine in self._engines.items() if name != self._name)

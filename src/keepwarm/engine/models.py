@@ -14,6 +14,7 @@ from keepwarm.core.errors import (
     UnknownModel,
 )
 
+MAX_TEMPERATURE = 100.0
 DTYPES = ("", "float32", "float16", "bfloat16")
 
 
@@ -36,12 +37,16 @@ MOVES: dict[ModelState, frozenset[ModelState]] = {
     ModelState.KNOWN: frozenset({ModelState.LOADING}),
     ModelState.LOADING: frozenset({ModelState.READY, ModelState.FAILED, ModelState.KNOWN}),
     ModelState.READY: frozenset({ModelState.DRAINING}),
-    ModelState.DRAINING: frozenset({ModelState.UNLOADING, ModelState.READY}),
+    ModelState.DRAINING: frozenset({ModelState.UNLOADING}),
     ModelState.UNLOADING: frozenset({ModelState.KNOWN, ModelState.READY}),
     ModelState.FAILED: frozenset({ModelState.LOADING}),
 }
 """A load that could not begin, for want of memory, leaves the model known and not failed; a model
 that could not be unloaded is ready as before."""
+
+
+AWAY = frozenset({ModelState.KNOWN, ModelState.FAILED})
+"""Where a model is that nobody is busy with."""
 
 
 class AutoLoad(StrEnum):
@@ -76,6 +81,8 @@ class ModelSettings:
         if self.dtype not in DTYPES:
             known = ", ".join(filter(None, DTYPES))
             raise ConfigError("dtype", f"must be empty or one of {known}, not {self.dtype!r}")
+        if self.temperature > MAX_TEMPERATURE:
+            raise ConfigError("temperature", f"must be at most {MAX_TEMPERATURE:g}")
         if self.context_tokens < 0:
             raise ConfigError("context_tokens", "must not be negative")
         if self.idle_unload_s < 0.0:
@@ -166,17 +173,28 @@ class ModelRegistry:
         if name in self._models:
             return self._models[name]
         if name.isprintable():  # half a surrogate pair is not
-            for model in self:
-                if any(fnmatch.fnmatchcase(name, known) for known in model.names):
-                    return model
+            if (model := self._of_alias(name)) is not None:
+                return model
             if may_add and self._may_add and name.strip():
                 return self._models.setdefault(name, Model(name, ModelSettings(), is_added=True))
         raise UnknownModel(name, tuple(self._models))
 
-    def forget(self, model: Model) -> None:
-        """One that was added for a request and could not be loaded."""
-        if model.is_added and model.num_loads == 0:
-            self._models.pop(model.name, None)
+    def _of_alias(self, name: str) -> Model | None:
+        """The longest pattern counts, so that `*` is for whatever no other model is meant by."""
+        matching = [
+            (len(alias), model)
+            for model in self
+            for alias in model.names
+            if fnmatch.fnmatchcase(name, alias)
+        ]
+        return max(matching, key=lambda pair: pair[0])[1] if matching else None
+
+    def forget_strangers(self, but: Collection[str], until_s: float) -> None:
+        """Those that came with a request and were never loaded, but who failed after `until_s`."""
+        for model in list(self):
+            is_stranger = model.is_added and not model.num_loads and model.name not in but
+            if is_stranger and model.state in AWAY and model.failed_s <= until_s:
+                del self._models[model.name]
 
     def check(self) -> None:
         for model in self:

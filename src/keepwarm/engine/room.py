@@ -39,7 +39,7 @@ class Room:
         self._counters = counters
         self._demote = demote
 
-    def make(self, needed_bytes: int) -> None:
+    def make(self, needed_bytes: int, *, ask_others: bool = True) -> None:
         """Free bytes until so many are free. Raises PoolExhausted when that cannot be."""
         if self._pool.free_bytes >= needed_bytes:
             return
@@ -49,6 +49,8 @@ class Room:
             if self._pool.free_bytes >= needed_bytes:
                 return
         self._evict(needed_bytes)
+        if ask_others and self._pool.free_bytes < needed_bytes:
+            self._pool.neighbours.make_room(needed_bytes)
         if self._pool.free_bytes < needed_bytes:
             raise PoolExhausted(needed_bytes=needed_bytes, free_bytes=self._pool.free_bytes)
 

@@ -118,7 +118,8 @@ class StoreLink:
         """
         refused, self._refused = self._refused, {}
         for commit in refused.values():
-            self._send(replace(commit, completed=None))
+            if commit.agent is None or not commit.agent.has_left:
+                self._send(replace(commit, completed=None))
         until = time.monotonic() + timeout_s
         while self._uncommitted and time.monotonic() < until:
             self.hear()

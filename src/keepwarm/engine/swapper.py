@@ -2,13 +2,11 @@
 
 import asyncio
 import logging
-import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from keepwarm.core.errors import (
     EngineStopped,
@@ -20,9 +18,15 @@ from keepwarm.core.errors import (
 )
 from keepwarm.core.ports import LoadedModel
 from keepwarm.engine.fleet import Fleet
-from keepwarm.engine.models import Model, ModelFacts, ModelRegistry, ModelState, choose_to_unload
-
-T = TypeVar("T")
+from keepwarm.engine.load_thread import LoadThread
+from keepwarm.engine.models import (
+    AWAY,
+    Model,
+    ModelFacts,
+    ModelRegistry,
+    ModelState,
+    choose_to_unload,
+)
 
 RETRY_S = 30.0
 """A model that could not be loaded is not tried again for a request before that."""
@@ -35,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 
 class ModelSource(Protocol):
-    """Where weights come from. Real: `wiring`; `measure` and `load` run on threads of their own."""
+    """Where weights come from. Real: `wiring`. `measure` and `load` run on a `LoadThread`."""
 
     def measure(self, model: Model) -> int:
         """The bytes that it will need, found without loading it. Raises ModelLoadError."""
@@ -57,6 +61,8 @@ class _Want:
     since_s: float
     requests: list["asyncio.Future[None]"] = field(default_factory=list)
     people: list["asyncio.Future[None]"] = field(default_factory=list)
+    is_owed: bool = False
+    """It made room for a model that could not be loaded."""
 
     @property
     def futures(self) -> Iterator["asyncio.Future[None]"]:
@@ -96,18 +102,16 @@ class ModelSwapper:
         self._changed = asyncio.Event()
         self._in_turn = asyncio.Lock()
         self._worker: asyncio.Task[None] | None = None
+        self._thread = LoadThread()
+        self._is_stopped = False
 
     def __repr__(self) -> str:
         return f"ModelSwapper({self.registry!r}, {list(self._wanted)} wanted)"
 
     @property
-    def limit_bytes(self) -> int:
-        """What all weights together may take."""
-        return self._limit_bytes
-
-    @property
     def num_waiting(self) -> int:
-        return sum(len(want.requests) for want in self._wanted.values())
+        requests = (future for want in self._wanted.values() for future in want.requests)
+        return sum(not future.done() for future in requests)
 
     def start(self) -> None:
         self._worker = asyncio.create_task(self._work())
@@ -118,6 +122,7 @@ class ModelSwapper:
             self._worker.cancel()
             with suppress(asyncio.CancelledError):
                 await self._worker
+        self._is_stopped = True
         for name in list(self._wanted):
             self._refuse(name, EngineStopped())
 
@@ -128,7 +133,7 @@ class ModelSwapper:
 
         Raises UnknownModel, ModelUnavailable, ModelTooLarge, QueueFull and QueueTimeout.
         """
-        model = self.registry.get(name)
+        model = self.registry.resolve(name)
         model.last_used_s = self._clock()
         if model.state is ModelState.READY:
             model.num_requests += 1
@@ -157,8 +162,7 @@ class ModelSwapper:
         since_s = self._clock() - model.failed_s
         if model.state is ModelState.FAILED and since_s < RETRY_S and model.problem is not None:
             raise ModelUnavailable(model.name, model.problem, retry_s=RETRY_S - since_s)
-        is_away = model.state in (ModelState.KNOWN, ModelState.FAILED)
-        if is_away and not self._may_load and model.name not in self._wanted:
+        if model.state in AWAY and not self._may_load and model.name not in self._wanted:
             raise ModelNotLoaded(model.name)
         if self.num_waiting >= self._max_waiting:
             raise QueueFull(num_waiting=self.num_waiting)
@@ -211,8 +215,10 @@ class ModelSwapper:
 
     def _next_wanted(self) -> str | None:
         for name, want in list(self._wanted.items()):
-            if not any(want.futures) and not self.registry.get(name).num_requests:
+            is_wanted = want.is_owed or any(want.futures)
+            if not is_wanted and not self.registry.get(name).num_requests:
                 del self._wanted[name]  # whoever wanted it has gone
+        self.registry.forget_strangers(self._wanted, self._clock() - RETRY_S)
         return min(self._wanted, key=lambda name: self._wanted[name].since_s, default=None)
 
     async def _bring(self, name: str) -> None:
@@ -224,13 +230,12 @@ class ModelSwapper:
         self._move(model, ModelState.LOADING)
         put_out: list[Model] = []
         try:
-            needed_bytes = await _on_a_thread(lambda: self._source.measure(model))
-            chosen = choose_to_unload(model, needed_bytes, self._limit_bytes, tuple(self.registry))
-            for other in chosen:
+            needed_bytes = await self._thread.run(lambda: self._source.measure(model))
+            for other in self._who_makes_room(model, needed_bytes):
                 put_out.append(other)
                 await self._put_out(other)
-            loaded = _as_set(await _on_a_thread(lambda: self._source.load(model)), model)
-            await self._ask(lambda fleet: fleet.attach(loaded))
+            loaded = _as_set(await self._thread.run(lambda: self._source.load(model)), model)
+            await self._attach(loaded)
         except Exception as error:  # noqa: BLE001 - whatever weights and libraries come up with
             await self._fail(model, error, put_out)
             return
@@ -240,6 +245,24 @@ class ModelSwapper:
         model.last_used_s = self._clock()
         self._move(model, ModelState.READY)
         self._grant(model)
+
+    def _who_makes_room(self, model: Model, needed_bytes: int) -> Sequence[Model]:
+        """Raises ModelTooLarge. The default model is tried whatever the numbers say."""
+        others = [other for other in self.registry if other.state is ModelState.READY]
+        try:
+            return choose_to_unload(model, needed_bytes, self._limit_bytes, others)
+        except ModelTooLarge as error:
+            if model is not self.registry.default:
+                raise
+            _log.warning("%s; it is loaded all the same, because it is the default", error)
+            return [other for other in others if not other.settings.pinned]
+
+    async def _attach(self, loaded: LoadedModel) -> None:
+        try:
+            await self._ask(lambda fleet: fleet.attach(loaded))
+        except BaseException:
+            loaded.close()
+            raise
 
     def _grant(self, model: Model) -> None:
         """Those who waited for it may go on, before anybody thinks of unloading it again."""
@@ -257,7 +280,8 @@ class ModelSwapper:
         _log.warning("the model %s could not be loaded: %s", model.name, error)
         for other in put_out:
             if other.state is ModelState.KNOWN:
-                self._want(other.name).since_s = float("-inf")
+                want = self._want(other.name)
+                want.since_s, want.is_owed = float("-inf"), True
         is_short = isinstance(error, ModelTooLarge)
         model.problem = None if is_short else error
         model.failed_s = self._clock()
@@ -266,7 +290,6 @@ class ModelSwapper:
         if model.num_requests:
             await self._ask(lambda fleet: fleet.abandon(model.name, shown))
         self._refuse(model.name, shown)
-        self.registry.forget(model)
 
     def _refuse(self, name: str, error: Exception) -> None:
         want = self._wanted.pop(name, None)
@@ -298,6 +321,8 @@ class ModelSwapper:
     # -- inside ----------------------------------------------------------------------------------
 
     def _want(self, name: str) -> _Want:
+        if self._is_stopped:
+            raise EngineStopped
         self._changed.set()
         return self._wanted.setdefault(name, _Want(self._clock()))
 
@@ -323,35 +348,3 @@ def _as_set(loaded: LoadedModel, model: Model) -> LoadedModel:
     return replace(
         loaded, name=model.name, max_context_tokens=min(limit, loaded.max_context_tokens)
     )
-
-
-async def _on_a_thread(call: Callable[[], T]) -> T:
-    """On a thread of its own, as long as it takes; a pool's would be waited for at the exit."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def run() -> None:
-        try:
-            result = call()
-        except BaseException as error:  # noqa: BLE001 - it is raised where it was asked for
-            _post(loop, partial(_fail, future, error))
-        else:
-            _post(loop, partial(_answer, future, result))
-
-    threading.Thread(target=run, name="keepwarm-load", daemon=True).start()
-    return await future
-
-
-def _answer(future: "asyncio.Future[T]", result: T) -> None:
-    if not future.done():
-        future.set_result(result)
-
-
-def _fail(future: "asyncio.Future[T]", error: BaseException) -> None:
-    if not future.done():
-        future.set_exception(error)
-
-
-def _post(loop: asyncio.AbstractEventLoop, call: Callable[[], object]) -> None:
-    with suppress(RuntimeError):  # the loop has been closed, and nobody waits any more
-        loop.call_soon_threadsafe(call)

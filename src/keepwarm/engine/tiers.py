@@ -325,9 +325,12 @@ class Tiers:
 
     # -- the whole -------------------------------------------------------------------------------
 
-    def make_room(self, needed_bytes: int) -> None:
-        """Free bytes until so many are free. Raises PoolExhausted when that cannot be."""
-        self._room.make(needed_bytes)
+    def make_room(self, needed_bytes: int, *, ask_others: bool = True) -> None:
+        """Free bytes until so many are free. Raises PoolExhausted when that cannot be.
+
+        At last the pools of the same budget are asked for theirs.
+        """
+        self._room.make(needed_bytes, ask_others=ask_others)
 
     def put_all_away(self) -> None:
         """Save every resting line to its last token; the memory is free when the store has it."""

@@ -56,8 +56,8 @@ def load_model(
 ) -> LoadedModel:
     """Load "smollm2" (embedded), a folder that mlx-lm can load, or a hub id.
 
-    Call it on the thread that will run the model: MLX's lazy arrays belong to it. On the CPU
-    device weights are dequantised and float32 unless `dtype` says otherwise.
+    Any thread may run the model: nothing of it is lazy any more. On the CPU device weights are
+    dequantised and float32 unless `dtype` says otherwise.
     """
     if dtype is not None and dtype not in _DTYPES:
         raise ConfigError("dtype", f"{dtype!r} is not one of {sorted(_DTYPES)}")
@@ -156,6 +156,9 @@ def _load_weights(folder: ModelFolder, dtype: str | None) -> _Weights:
     elif mx.default_device() == mx.cpu or dtype is not None:
         model.set_dtype(_DTYPES[dtype or "float32"])
     _materialise(folder, model)
+    # mlx-lm draws random weights that are never computed, and each draw makes the chain of lazy
+    # keys behind this state longer: 1.4 MB for every load of SmolLM2, measured with MLX 0.32.4.
+    mx.eval(mx.random.state)
     return _Weights(model, config, _compute_dtype(model), dequantised)
 
 

@@ -1,5 +1,6 @@
 """What went wrong, once, for every dialect to say in its own shape."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -144,7 +145,10 @@ def _problem_of(error: Exception) -> Problem:
     for error_type, status, kind in _STATUS:
         if isinstance(error, error_type):
             param = error.field if isinstance(error, InvalidRequest) else None
-            return Problem(status, kind, str(error), param, _RETRY_AFTER_S.get(kind))
+            retry_after_s = _RETRY_AFTER_S.get(kind)
+            if isinstance(error, ModelUnavailable):
+                retry_after_s = max(math.ceil(error.retry_s), 1)
+            return Problem(status, kind, str(error), param, retry_after_s)
     return Problem(500, Kind.INTERNAL, "an error inside the server; its log has the details")
 
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from keepwarm.core.errors import ConfigError, InvalidRequest
+from keepwarm.engine.models import MAX_TEMPERATURE
 from keepwarm.engine.requests import valid_namespace
 
-MAX_TEMPERATURE = 100.0
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 

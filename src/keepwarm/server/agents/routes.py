@@ -94,7 +94,8 @@ async def send(
     """
     agent_id = serving.caller.agent(name)
     model = None if body.model is None else serving.model(body.model)
-    config = serving.config if model is None else serving.config_for(model)
+    at = model or serving.model(await serving.engine.model_of(agent_id))
+    config = serving.config_for(at)
     temperature = body.temperature
     request = GenerateRequest(
         agent_id=agent_id,
