@@ -77,7 +77,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryConfig:
-    """budget_bytes: what the KV of all agents may take in memory; 0 is a quarter of the machine's.
+    """budget_bytes: what the KV of all agents may take in memory; 0 is a quarter of the device's.
 
     The model's weights come on top of it.
     """

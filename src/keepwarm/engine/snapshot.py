@@ -37,7 +37,7 @@ def merged(
         pool=PoolSnapshot(
             budget_bytes=budget_bytes,
             used_bytes=sum(pool.used_bytes for pool in pools),
-            peak_bytes=sum(pool.peak_bytes for pool in pools),
+            peak_bytes=min(sum(pool.peak_bytes for pool in pools), budget_bytes),
             bytes_by_kind=dict(sum(kinds, Counter())),
             num_by_kind=dict(sum(numbers, Counter())),
         ),
