@@ -79,7 +79,7 @@ class ModelConfig:
 class MemoryConfig:
     """budget_bytes: what the KV of all agents may take in memory; 0 is a quarter of the device's.
 
-    The model's weights come on top of it.
+    The weights of the models come on top of it.
     """
 
     budget_bytes: int = 0
