@@ -221,7 +221,9 @@ class TestMemory:
         else:
             assert difference < 0
 
-    def test_a_real_limit(self, keepwarm_home: Path, tmp_path: Path) -> None:
+    def test_a_real_limit(
+        self, folders: dict[str, Path], keepwarm_home: Path, tmp_path: Path
+    ) -> None:
         """Under a limit of its address space the process refuses what cannot fit, with numbers."""
         needed = estimate_bytes(resolve("smollm2", keepwarm_home))
         assert needed > 500 << 20
@@ -230,14 +232,19 @@ class TestMemory:
             "import keepwarm.mlx_backend\n"
             "from pathlib import Path\n"
             "from keepwarm.config import load_settings\n"
-            "from keepwarm.mlx_backend.memory import device_bytes\n"
             "from keepwarm.wiring import start_server\n"
             "resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))\n"
-            "settings = load_settings({'memory.budget_bytes': 2_000_000_000}, environment={})\n"
-            "asyncio.run(start_server(settings, Path(sys.argv[1])))\n"
+            "given = {'model.name': sys.argv[2], 'memory.budget_bytes': 1_200_000_000}\n"
+            "file = Path(sys.argv[1]) / 'keepwarm.toml'\n"
+            "file.write_text('[models.smollm2]')\n"
+            "settings = load_settings(given, config_file=file, environment={})\n"
+            "async def main():\n"
+            "    running = await start_server(settings, Path(sys.argv[1]) / 'home')\n"
+            "    await running.engine.models.load('smollm2')\n"
+            "asyncio.run(main())\n"
         )
         done = subprocess.run(
-            [sys.executable, "-c", script, str(tmp_path)],
+            [sys.executable, "-c", script, str(tmp_path), str(folders[A])],
             capture_output=True,
             text=True,
             env={"KEEPWARM_HOME": str(keepwarm_home), "PATH": "/usr/bin:/bin"},

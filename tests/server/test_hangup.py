@@ -55,7 +55,7 @@ class Watch:
         def watched(stream: EventStream) -> None:
             cancel(stream)
             before = engine.batch.counters.steps  # it has been told, and may be in a step
-            ask(lambda e: self.steps.append(e.batch.counters.steps - before))
+            ask(lambda _: self.steps.append(engine.batch.counters.steps - before))
 
         server.engine._cancel = watched  # type: ignore[method-assign]
 
