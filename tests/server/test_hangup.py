@@ -50,12 +50,20 @@ class Watch:
         self.num_tasks = len(asyncio.all_tasks(server.loop))
         self.steps: list[int] = []
         engine = server.call(lambda engine: engine)
-        ask, cancel = server.engine._thread.ask, server.engine._cancel
+        thread, cancel = server.engine._thread, server.engine._cancel
+        ask = thread.ask
 
         def watched(stream: EventStream) -> None:
+            done: list[int] = []
+
+            def timed(call: Any) -> Any:
+                return ask(lambda fleet: (call(fleet), done.append(engine.batch.counters.steps)))
+
+            thread.ask = timed  # type: ignore[method-assign]
             cancel(stream)
+            thread.ask = ask  # type: ignore[method-assign]
             before = engine.batch.counters.steps  # it has been told, and may be in a step
-            ask(lambda _: self.steps.append(engine.batch.counters.steps - before))
+            ask(lambda _: self.steps.append(done[0] - before))
 
         server.engine._cancel = watched  # type: ignore[method-assign]
 
