@@ -356,6 +356,14 @@ class TestRefusals:
             assert refused.headers["Retry-After"]
             assert states(client)["other"] == "known"
 
+    def test_nor_for_the_default_one(self, tmp_path: Path) -> None:
+        toml = TOML.replace("[models.other]", "[models.other]\npinned = true")
+        with served(tmp_path, room=150, toml=toml) as (server, _), server.client() as client:
+            client.post("/v1/models/fake/unload")
+            assert text_of(ask(client, "other")) == "oooo"
+            assert ask(client, "fake").status_code == 503
+            assert text_of(ask(client, "other")) == "oooo"
+
     def test_where_requests_load_nothing(self, tmp_path: Path) -> None:
         options = {"model__auto_load": "never"}
         with served(tmp_path, **options) as (server, _), server.client() as client:

@@ -215,7 +215,7 @@ class Fleet:
     def import_agent(
         self, path: Path, agent_id: str | None, *, namespace: str = ""
     ) -> ImportSummary:
-        """As the engine's own: into the default model's, if it is of no use to another."""
+        """As the engine's own, of the default model."""
         engine = self.engine(self._default)
         if agent_id is not None and any(e.holds(agent_id) for e in self._engines.values()):
             raise AgentExists(agent_id)

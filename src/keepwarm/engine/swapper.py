@@ -13,6 +13,7 @@ from keepwarm.core.errors import (
     ModelNotLoaded,
     ModelTooLarge,
     ModelUnavailable,
+    NoRoomForModel,
     QueueFull,
     QueueTimeout,
 )
@@ -247,12 +248,12 @@ class ModelSwapper:
         self._grant(model)
 
     def _who_makes_room(self, model: Model, needed_bytes: int) -> Sequence[Model]:
-        """Raises ModelTooLarge. The default model is tried whatever the numbers say."""
+        """Raises ModelTooLarge, NoRoomForModel. The default model is tried whatever the limit."""
         others = [other for other in self.registry if other.state is ModelState.READY]
         try:
             return choose_to_unload(model, needed_bytes, self._limit_bytes, others)
         except ModelTooLarge as error:
-            if model is not self.registry.default:
+            if model is not self.registry.default or isinstance(error, NoRoomForModel):
                 raise
             _log.warning("%s; it is loaded all the same, because it is the default", error)
             return [other for other in others if not other.settings.pinned]
