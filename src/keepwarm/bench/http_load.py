@@ -132,7 +132,7 @@ class _Direct:
             self._plan_next(prompt)
         while self._due or self._sent:
             while self._due and self._due[0][0] <= time.perf_counter():
-                self._begin(heapq.heappop(self._due)[1])
+                self._begin(*heapq.heappop(self._due))
             if not self._engine.has_work:
                 time.sleep(max(self._due[0][0] - time.perf_counter(), 0.0) if self._due else 0.0)
                 continue
@@ -151,8 +151,10 @@ class _Direct:
         if self._waits[prompt]:
             heapq.heappush(self._due, (time.perf_counter() + self._waits[prompt].pop(0), prompt))
 
-    def _begin(self, prompt: str) -> None:
-        sent_s = time.perf_counter()
+    def _begin(self, sent_s: float, prompt: str) -> None:
+        """`sent_s`: it may have come in the middle of a step, which then is over first, as it is
+        for a request that comes over HTTP.
+        """
         request_id = self._engine.submit(text=prompt, max_tokens=self._num_tokens)
         self._sent[request_id] = (prompt, sent_s)
 
