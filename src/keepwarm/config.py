@@ -54,7 +54,9 @@ class ModelConfig:
     naming them: `known` ones, which have a section `[models.NAME]`, `any` folder or hub id, or
     `never` one. memory_bytes: what the weights of all models together may take; 0 is the device's
     memory less the KV's budget. patience_s: how long a model that has to make room goes on
-    answering; what is left then waits for its return.
+    answering; what is left then waits for its return. build_when_idle: while nobody asks for
+    anything, the new turns of agents that talk to several models are computed on all of those that
+    are in memory.
     """
 
     name: str = "smollm2"
@@ -63,6 +65,7 @@ class ModelConfig:
     auto_load: AutoLoad = AutoLoad.KNOWN
     memory_bytes: int = 0
     patience_s: float = 30.0
+    build_when_idle: bool = True
 
     def __post_init__(self) -> None:
         if not self.name.strip():

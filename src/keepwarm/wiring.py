@@ -103,14 +103,15 @@ async def start_server(
             raise error.cause from None
         # The home is ours now; what an earlier run left half sent is nobody's.
         shutil.rmtree(home / TRANSFERS_FOLDER, ignore_errors=True)
-        num_agents = len(await engine.call(lambda fleet: fleet.agents()))
+        agents = await engine.call(lambda fleet: fleet.agents())
+        models.registry.remember(agent.model or settings.model.name for agent in agents)
     except BaseException:
         await engine.stop(0.0)
         raise
     house = House(
         engine, models, settings.server, metrics, home / TRANSFERS_FOLDER, int(time.time())
     )
-    return RunningServer(build_app(house), engine, models.registry.default.name, num_agents)
+    return RunningServer(build_app(house), engine, models.registry.default.name, len(agents))
 
 
 def registry_of(settings: Settings) -> ModelRegistry:
@@ -176,6 +177,7 @@ def _fleet_opener(
                 store=store,
                 budget_bytes=budget_bytes,
                 weights=weights,
+                builds_when_idle=settings.model.build_when_idle,
             )
             return fleet, opened.pop_all().close
 
@@ -193,6 +195,7 @@ def _engine_maker(settings: Settings) -> NewEngine:
             config=settings.engine,
             deterministic=settings.model.deterministic,
             request_ids=request_ids,
+            recorded_as="" if loaded.name == settings.model.name else loaded.name,
         )
 
     return new_engine

@@ -133,7 +133,7 @@ def state_of(agent_id: str, token_ids: Sequence[int], *, pinned: bool = False) -
         block_hashes=tuple(chain_hashes(FAMILY.root, token_ids)),
         last_used=7,
     )
-    return AgentState(agent_id, AgentSettings(pinned=pinned), (line,))
+    return AgentState(agent_id, AgentSettings(pinned=pinned), (line,), "other")
 
 
 def test_an_empty_store_knows_nothing(store: AgentStore) -> None:
@@ -294,7 +294,7 @@ def test_a_bundle_is_read_in_a_namespace_of_its_own(store: AgentStore, bundle_pa
     bundle = read_bundle(store, bundle_path)
     state = state_of("ada", IDS[:600])
     line = replace(state.lines[0], namespace="import:1", block_hashes=(), last_used=0)
-    assert bundle.state == replace(state, lines=(line,))
+    assert bundle.state == replace(state, lines=(line,), model="")
     assert [record.depth for record in bundle.records] == [0, 1, 2]
     assert bundle.num_dropped == 0
     root = TERMS.family.root

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,6 +79,41 @@ def test_one_conversation_on_two_models(folders: dict[str, Path], tmp_path: Path
         }
         assert len(set(prints.values())) == 2
         assert client.post("/v1/agents/ada/verify").json()["passed"]
+
+
+def test_what_was_said_elsewhere_is_computed_when_nobody_asks(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """By the bits that a cold computation gives."""
+    options = {"model__memory_bytes": 4 * ONE_FITS_BYTES, "model__deterministic": True}
+    with served(folders, tmp_path, **options) as server, server.client() as client:
+        client.put("/v1/agents/ada", json={})
+        say(client, "ada", "x" * 300, A)
+        say(client, "ada", "y" * 600, B)
+        wait_until_built(client)
+        again = say(client, "ada", "z", A)
+        assert again["cache"]["tier"] == "hot"
+        assert again["cache"]["cached_tokens"] > again["usage"]["prompt_tokens"] - 30
+        report = client.post("/v1/agents/ada/verify").json()
+        assert report["passed"]
+        assert report["largest_difference"] == 0.0
+        assert report["compared_tokens"] >= again["cache"]["cached_tokens"]
+
+
+def wait_until_built(client: httpx.Client) -> None:
+    """Until something was computed that nobody asked for, and then nothing more."""
+    before = latest = num_prefilled(client)
+    until = time.monotonic() + 60.0
+    while time.monotonic() < until:
+        time.sleep(0.5)
+        known, latest = latest, num_prefilled(client)
+        if before < known == latest:
+            return
+    raise AssertionError(f"{latest - before} tokens were computed")
+
+
+def num_prefilled(client: httpx.Client) -> int:
+    return int(client.get("/v1/stats").json()["batch"]["prefilled_tokens"])
 
 
 def test_memory_comes_back(folders: dict[str, Path], tmp_path: Path) -> None:

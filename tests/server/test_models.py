@@ -185,6 +185,29 @@ class TestByName:
             assert c.post("/v1/agents/ada/verify").json()["passed"]
             assert states(c)["other"] == "ready"
 
+    def test_an_agents_own_model_after_a_restart(self, tmp_path: Path) -> None:
+        """The one that is not served any more is answered for by the default one."""
+        path = "/v1/agents/ada/messages"
+        body = {"content": "Hello", "max_tokens": 3}
+        with served(tmp_path) as (server, _), server.client() as c:
+            c.put("/v1/agents/ada", json={})
+            assert c.post(path, json={**body, "model": "other"}).status_code == 200
+        with served(tmp_path) as (server, _), server.client() as c:
+            assert states(c)["other"] == "known"
+            assert c.get("/v1/agents/ada").json()["model"] == "other"
+            assert [agent["model"] for agent in c.get("/v1/agents").json()["agents"]] == ["other"]
+            answer = c.post(path, json=body).json()
+            assert answer["message"]["content"] == "ooo"
+            assert answer["turn"] == 2
+        with (
+            served(tmp_path, toml="", model__auto_load="known") as (server, _),
+            server.client() as c,
+        ):
+            answer = c.post(path, json=body).json()
+            assert answer["message"]["content"] == "fff"
+            assert answer["turn"] == 3
+            assert c.get("/v1/agents/ada").json()["model"] == "fake"
+
     def test_a_temperature_of_its_own(self, tmp_path: Path) -> None:
         with served(tmp_path) as (server, _), server.client() as client:
             seen: list[float] = []

@@ -77,8 +77,8 @@ def line(transcript: Transcript, turns: tuple[Turn, ...] = (), **fields: Any) ->
     )
 
 
-def agent(name: str, *lines: LineState, **fields: Any) -> AgentState:
-    return AgentState(name, AgentSettings(**fields), lines)
+def agent(name: str, *lines: LineState, model: str = "", **fields: Any) -> AgentState:
+    return AgentState(name, AgentSettings(**fields), lines, model)
 
 
 def chat(name: str, num_turns: int, *, text: str = "t" * 200) -> Iterator[AgentState]:
@@ -181,6 +181,7 @@ def states(draw: st.DrawFn, name: str, before: AgentState | None) -> AgentState:
         name,
         before.settings if before and draw(st.booleans()) else draw(agent_settings),
         tuple(draw(lines(number, known.get(number))) for number in sorted(numbers)),
+        draw(st.sampled_from(["", "other", "org/a model"])),
     )
 
 
@@ -259,11 +260,13 @@ def test_summaries_are_of_the_main_line(catalog: Catalog, path: Path) -> None:
     (main,) = last(chat("ada", 3)).lines
     side = line(Transcript((Span("x", (1, 2)),)), number=2, last_used=9)
     catalog.commit(agent("ada", main, side, pinned=True, quota_bytes=5))
-    catalog.commit(agent("empty"))
+    catalog.commit(agent("empty", model="other"))
     settings = AgentSettings(pinned=True, quota_bytes=5)
     expected = [
         AgentSummary("ada", settings, 366, num_turns=3, num_lines=2, last_used=9),
-        AgentSummary("empty", AgentSettings(), 0, num_turns=0, num_lines=0, last_used=0),
+        AgentSummary(
+            "empty", AgentSettings(), 0, num_turns=0, num_lines=0, last_used=0, model="other"
+        ),
     ]
     assert catalog.summaries() == expected
     with CatalogReader.open(path) as reader:
@@ -472,6 +475,14 @@ def test_an_older_catalogue_is_migrated(path: Path) -> None:
         assert catalog._db.execute("SELECT note FROM agents").fetchall() == [("migrated",)]
         assert catalog._db.execute("PRAGMA user_version").fetchone() == (len(schema.STEPS) + 1,)
         assert catalog.load_agent("ada") == state
+
+
+def test_agents_of_before_there_were_models_are_at_the_default_one(path: Path) -> None:
+    with Catalog.open(path, schema.STEPS[:2]) as old:
+        old._db.execute("INSERT INTO agents VALUES (1, 'ada', 1, 3, NULL, 'exact', 'error')")
+        old._db.commit()
+    with Catalog.open(path) as catalog:
+        assert catalog.load_agent("ada") == agent("ada", pinned=True, priority=3)
 
 
 def test_a_failed_migration_changes_nothing(path: Path) -> None:

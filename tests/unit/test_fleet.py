@@ -2,116 +2,24 @@
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from engines import BLOCK_BYTES, FakeFactory, fake_loaded, fresh_reply, ids
-from keepwarm import AgentCacheStore, BlockPool, BlockPoolBatchEngine
+from engines import BLOCK_BYTES, fresh_reply, ids
+from fleets import NAMES, Setup, create, opened
+from keepwarm import AgentCacheStore
 from keepwarm.core.agent import Tier
-from keepwarm.core.agent_store import AgentStore
 from keepwarm.core.errors import AgentBusy, InvalidRequest, OtherWeights, UnknownAgent, UnknownModel
-from keepwarm.core.events import Completed, Event, Failed
-from keepwarm.core.policies import EngineConfig
-from keepwarm.core.ports import LoadedModel
+from keepwarm.core.events import Failed
 from keepwarm.core.stored import Committed, StoreEvent
-from keepwarm.engine.fleet import Fleet
-from keepwarm.engine.requests import GenerateRequest
-from keepwarm.store.agent_cache_store import StoreConfig
-from keepwarm.testing.tokenizer import FakeTokenizer
-
-BUDGET_BYTES = 1 << 22
-NAMES = ("small", "other")
-
-
-@dataclass(frozen=True, slots=True)
-class OtherTokenizer(FakeTokenizer):
-    """Spells every text byte by byte."""
-
-    @property
-    def fingerprint(self) -> str:
-        return "bytes"
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-
-def loaded(
-    name: str, *, fingerprint: str = "", tokenizer: FakeTokenizer | None = None
-) -> LoadedModel:
-    made = fake_loaded(
-        factory=FakeFactory(),
-        tokenizer=tokenizer or FakeTokenizer(),
-        fingerprint=fingerprint or name,
-    )
-    return replace(made, name=name)
-
-
-@dataclass
-class Setup:
-    fleet: Fleet
-    store: AgentCacheStore
-    ended: dict[str, Completed | Failed] = field(default_factory=dict)
-
-    def attach(self, name: str, **more: Any) -> None:
-        tokenizer = OtherTokenizer() if name == "other" else FakeTokenizer()
-        self.fleet.attach(loaded(name, tokenizer=tokenizer, **more))
-
-    def start(self, model: str = "", **request: Any) -> str:
-        return self.fleet.submit(GenerateRequest(model=model, **request))
-
-    def step(self, times: int = 1) -> list[Event]:
-        events: list[Event] = []
-        for _ in range(times):
-            events += self.fleet.step()
-            self.fleet.check()
-        for event in events:
-            if isinstance(event, Completed | Failed):
-                self.ended[event.request_id] = event
-        return events
-
-    def finish(self, request_id: str) -> Completed:
-        for _ in range(20_000):
-            if request_id in self.ended:
-                break
-            self.step()
-        end = self.ended[request_id]
-        assert isinstance(end, Completed), end
-        return end
-
-    def run(self, model: str = "", **request: Any) -> Completed:
-        return self.finish(self.start(model, **request))
-
-    def say(self, agent: str, content: str, model: str = "", **more: Any) -> Completed:
-        append = [{"role": "user", "content": content}]
-        return self.run(model, agent_id=agent, append=append, max_tokens=6, **more)
-
-
-def new_engine(
-    model: LoadedModel, pool: BlockPool, store: AgentStore, request_ids: Iterator[int]
-) -> BlockPoolBatchEngine:
-    config = EngineConfig(always_restore=True)
-    return BlockPoolBatchEngine(
-        model, pool=pool, store=store, config=config, request_ids=request_ids
-    )
 
 
 @pytest.fixture
 def setup(tmp_path: Path) -> Iterator[Setup]:
-    config = StoreConfig(free_floor_bytes=0)
-    with AgentCacheStore(tmp_path, config=config) as store:
-        fleet = Fleet(new_engine, default="small", store=store, budget_bytes=BUDGET_BYTES)
-        setup = Setup(fleet, store)
-        setup.attach("small")
+    with opened(tmp_path) as setup:
         yield setup
-        fleet.check()
-
-
-def create(setup: Setup, *names: str) -> None:
-    for name in names:
-        setup.fleet.of(name).create(name)
 
 
 class TestSwap:
@@ -203,21 +111,40 @@ class TestTwoModels:
 
     def test_after_a_restart_the_last_words_count(self, tmp_path: Path) -> None:
         for turn, model in enumerate(["small", "other", "small", "other", "small"], 1):
-            with AgentCacheStore(tmp_path, config=StoreConfig(free_floor_bytes=0)) as store:
-                fleet = Fleet(new_engine, default="small", store=store, budget_bytes=BUDGET_BYTES)
-                setup = Setup(fleet, store)
-                setup.attach("small")
+            with opened(tmp_path) as setup:
                 setup.attach("other")
                 if turn == 1:
                     create(setup, "ada")
                 said = setup.say("ada", f"number {turn} " * 40, model)
                 assert said.turn == turn
-                messages = fleet.of("ada").turns("ada")[-1].messages
+                messages = setup.fleet.of("ada").turns("ada")[-1].messages
                 assert messages is not None
                 assert len(messages) == 2 * turn
                 if turn > 2:
                     assert said.cache.cached_tokens > 0
-                assert fleet.close()
+                assert setup.fleet.close()
+
+    def test_after_a_restart_the_model_that_answered_last_answers(self, tmp_path: Path) -> None:
+        with opened(tmp_path) as setup:
+            setup.attach("other")
+            create(setup, "ada", "bob")
+            for agent, model in (("ada", "other"), ("bob", "other"), ("bob", "small")):
+                setup.say(agent, "Hello", model)
+            assert setup.fleet.close()
+        with opened(tmp_path) as setup:
+            fleet = setup.fleet
+            models = {view.agent_id: view.model for view in fleet.agents()}
+            assert models == {"ada": "other", "bob": ""}
+            assert [fleet.model_of(agent) for agent in models] == ["other", "small"]
+            fleet.of("ada").configure("ada", priority=3)  # needs no model
+            fleet.fork("ada", "eve")
+            setup.attach("other")
+            for agent in ("ada", "eve"):
+                assert fleet.model_of(agent) == "other"
+                assert setup.say(agent, "And now?").turn == 2
+                assert fleet.of(agent).model == "other"
+            assert setup.say("ada", "And here?", "small").turn == 3
+            assert fleet.model_of("ada") == "small"
 
     def test_beside_its_talk_with_one_model_another_is_asked_in_its_name(
         self, setup: Setup
@@ -323,12 +250,8 @@ class TestCommitsThatWereRefused:
 @pytest.fixture
 def tight(tmp_path: Path) -> Iterator[Setup]:
     """Forty blocks for both models."""
-    with AgentCacheStore(tmp_path, config=StoreConfig(free_floor_bytes=0)) as store:
-        fleet = Fleet(new_engine, default="small", store=store, budget_bytes=40 * BLOCK_BYTES)
-        setup = Setup(fleet, store)
-        setup.attach("small")
+    with opened(tmp_path, budget_bytes=40 * BLOCK_BYTES) as setup:
         yield setup
-        fleet.check()
 
 
 class TestOneBudget:

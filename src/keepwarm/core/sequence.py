@@ -22,7 +22,8 @@ class Phase(StrEnum):
 class TokenSequence:
     """One request's tokens. All but the last id get KV before the last one is fed to decode.
 
-    `known_ids` are those that its line had before.
+    `known_ids` are those that its line had before. A prefetch ends before it would decode, and
+    before it would compute anything unless it may.
     """
 
     request_id: str
@@ -35,6 +36,7 @@ class TokenSequence:
     priority: int
     blocks: AgentBlocks
     is_prefetch: bool = False
+    may_compute: bool = True
     phase: Phase = Phase.WAITING
     row: RowId | None = None
     num_passed_over: int = 0
@@ -58,15 +60,20 @@ class TokenSequence:
     def num_missing(self) -> int:
         return self.target_tokens - self.blocks.num_tokens
 
+    @property
+    def is_fetched(self) -> bool:
+        """Whether it is a prefetch that has no more to do, now that its line is restored."""
+        return self.is_prefetch and not (self.may_compute and self.num_missing)
+
     def append(self, token_id: int) -> None:
         self.token_ids.append(token_id)
         self.reply_ids.append(token_id)
 
 
 def prefetch_sequence(
-    number: int, blocks: AgentBlocks, token_ids: Sequence[int]
+    number: int, blocks: AgentBlocks, token_ids: Sequence[int], *, may_compute: bool
 ) -> TokenSequence | None:
-    """What restores a line and computes nothing; None when there is nothing to restore."""
+    """What brings a line's KV into a slab; None when it has none."""
     if len(token_ids) < 2:
         return None
     return TokenSequence(
@@ -80,4 +87,5 @@ def prefetch_sequence(
         priority=-100,
         blocks=blocks,
         is_prefetch=True,
+        may_compute=may_compute,
     )

@@ -128,11 +128,15 @@ class LineState:
 
 @dataclass(frozen=True, slots=True)
 class AgentState:
-    """An agent as it is committed, whole, its lines by their keys; the store writes what is new."""
+    """An agent as it is committed, whole, its lines by their keys; the store writes what is new.
+
+    `model`: the name of the one that it talked to last; empty for the server's default one.
+    """
 
     agent_id: str
     settings: AgentSettings
     lines: tuple[LineState, ...]
+    model: str = ""
 
     @property
     def mains(self) -> tuple[LineState, ...]:
@@ -155,6 +159,7 @@ class AgentSummary:
     num_lines: int
     last_used: int
     is_private: bool = False
+    model: str = ""
 
 
 @dataclass(frozen=True, slots=True)

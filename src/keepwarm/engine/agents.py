@@ -44,7 +44,8 @@ class Agent:
     """A named conversation: a main line, and side lines of requests that ran beside it.
 
     `foreign` are its lines in the ids of other tokenizers, kept as they were committed. `has_left`:
-    another engine has the agent as it is now, or has deleted it.
+    another engine has the agent as it is now, or has deleted it. `model`: the name of the one that
+    it talked to last; empty for the server's default one.
     """
 
     agent_id: str
@@ -54,6 +55,7 @@ class Agent:
     settings: AgentSettings = DEFAULT_SETTINGS
     foreign: tuple[LineState, ...] = ()
     has_left: bool = False
+    model: str = ""
 
     @property
     def lines(self) -> list[Line]:
@@ -81,7 +83,7 @@ class AgentView:
 
     `slab_bytes` is 0 unless it is hot; bytes of shared blocks are the pool's affair. An agent that
     nobody has asked for since the start is cold, and `held_tokens` is not counted for it.
-    `is_private`: it was imported, and its KV is not verified yet.
+    `is_private`: it was imported, and its KV is not verified yet. `model`: as an agent's.
     """
 
     agent_id: str
@@ -94,6 +96,7 @@ class AgentView:
     in_use: bool
     pinned: bool
     is_private: bool = False
+    model: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +121,14 @@ class AgentBook:
         load: Callable[[str], Agent | None],
         max_side_lines: int,
         max_anonymous_lines: int,
+        model: str = "",
     ) -> None:
         self._new_blocks = new_blocks
         self._forget = forget
         self._load = load
         self._max_side_lines = max_side_lines
         self._max_anonymous_lines = max_anonymous_lines
+        self._model = model
         self._agents: dict[str, Agent] = {}
         self._anonymous: list[Line] = []
 
@@ -201,7 +206,7 @@ class AgentBook:
             line.blocks.namespace = agent.main.blocks.namespace
             agent.sides.append(line)
         else:
-            self._agents[agent_id] = Agent(agent_id, line)
+            self._agents[agent_id] = Agent(agent_id, line, model=self._model)
         return line
 
     def add(self, agent: Agent) -> Agent:
@@ -252,6 +257,7 @@ class AgentBook:
             if 0 < turn.num_tokens <= num_kept or _begins_with(messages, turn.messages)
         ]
         agent.turns.append(Turn(line.transcript.num_tokens, messages, receipt))
+        agent.model = self._model
 
     def view(self, agent: Agent, stored_tokens: Callable[[Sequence[int]], int]) -> AgentView:
         """`stored_tokens`: how many of a line's first ids the store has the KV of."""
@@ -270,6 +276,7 @@ class AgentBook:
             in_use=agent.in_use,
             pinned=blocks.pinned,
             is_private=blocks.is_private,
+            model=agent.model,
         )
 
     def _drop_oldest(self, lines: list[Line], limit: int) -> None:
@@ -292,6 +299,7 @@ def view_of_summary(summary: AgentSummary) -> AgentView:
         in_use=False,
         pinned=summary.settings.pinned,
         is_private=summary.is_private,
+        model=summary.model,
     )
 
 

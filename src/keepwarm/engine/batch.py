@@ -246,14 +246,17 @@ class Batch:
         if sequence.blocks.num_to_restore or self._tiers.fetches.is_fetching(sequence.blocks.line):
             return
         self._observe_restore(sequence)
-        if sequence.is_prefetch:
-            self.leave(sequence)
-            self._outcomes.append(Restored(sequence))
+        if sequence.is_fetched:
+            self._end_prefetch(sequence)
             return
         self._next_row += 1
         self._open_row(sequence, RowId(self._next_row))
         sequence.phase = Phase.PREFILLING if sequence.num_missing else Phase.DECODING
         self._outcomes.append(Opened(sequence))
+
+    def _end_prefetch(self, sequence: TokenSequence) -> None:
+        self.leave(sequence)
+        self._outcomes.append(Restored(sequence))
 
     def _open_row(self, sequence: TokenSequence, row: RowId) -> None:
         self._tiers.generator.open_row(row, self._slab_of(sequence))
@@ -389,7 +392,8 @@ class Batch:
     def _prefill(self, decode_s: float) -> None:
         """Chunks in turn, one for each sequence, until the step's budget is used up."""
         beside_decode = decode_s > 0.0
-        limit = self._throttle.num_tokens if beside_decode else self._config.idle_prefill_tokens
+        is_short = beside_decode or self._only_prefetches()
+        limit = self._throttle.num_tokens if is_short else self._config.idle_prefill_tokens
         started = self._clock()
         budget = limit
         while budget > 0:
@@ -409,6 +413,10 @@ class Batch:
         elif num_tokens >= BLOCK_TOKENS:
             self.restore_cost.observe_prefill(num_tokens, prefill_s)
 
+    def _only_prefetches(self) -> bool:
+        """Nobody waits for what is computed, but somebody may come in the middle of it."""
+        return all(sequence.is_prefetch for sequence in self.running)
+
     def _prefill_chunk(self, sequence: TokenSequence, limit: int) -> int:
         """Compute one chunk, or find that another row has computed it. Returns tokens computed."""
         blocks = sequence.blocks
@@ -424,6 +432,9 @@ class Batch:
             return limit
         self._tiers.advance(blocks, chunk)
         self.counters.prefilled_tokens += len(chunk)
+        if sequence.is_fetched:
+            self._end_prefetch(sequence)
+            return len(chunk)
         if not sequence.num_missing:
             sequence.phase = Phase.DECODING
         self.running.remove(sequence)

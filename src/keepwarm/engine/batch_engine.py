@@ -13,7 +13,7 @@ from keepwarm.core.fidelity import kv_bound
 from keepwarm.core.policies import EngineConfig
 from keepwarm.core.pool import BlockPool
 from keepwarm.core.ports import BatchGenFactory, LoadedModel, Message
-from keepwarm.core.sequence import TokenSequence, prefetch_sequence
+from keepwarm.core.sequence import TokenSequence
 from keepwarm.core.stored import (
     DEFAULT_SETTINGS,
     AgentSettings,
@@ -25,13 +25,14 @@ from keepwarm.core.transcript import Turn
 from keepwarm.engine.active import ActiveRequest
 from keepwarm.engine.agent_data import AgentPorter, AgentVerifier
 from keepwarm.engine.agents import Agent, AgentBook, AgentView, Line, view_of_summary
-from keepwarm.engine.batch import Batch, Broken, Outcome, Restored
+from keepwarm.engine.batch import Batch, Outcome
 from keepwarm.engine.bundles import ExportSummary, ImportSummary
 from keepwarm.engine.chat import opening, truncate, validate_messages
 from keepwarm.engine.intake import Intake
 from keepwarm.engine.keeper import AgentKeeper
 from keepwarm.engine.model_seat import ModelSeat
 from keepwarm.engine.output import ReplyText, validate_stop
+from keepwarm.engine.prefetching import Prefetcher
 from keepwarm.engine.requests import (
     PromptSource,
     ReceiptKey,
@@ -58,6 +59,8 @@ class BlockPoolBatchEngine:
     used from one thread. `batch_gen_factory` replaces the model's
     generator. `deterministic=True` computes in canonical shapes: the same bits whatever the chunks,
     the batch and the history (on the CPU). `request_ids` is for engines that share a thread.
+    `recorded_as` is the model's name in what is committed of agents that talked to it last; empty
+    for a server's default one.
 
     `suspend` gives the weights back and `resume` takes the same ones again: in between everything
     works that computes nothing, and whatever ran waits.
@@ -74,6 +77,7 @@ class BlockPoolBatchEngine:
         deterministic: bool = False,
         clock: Callable[[], float] = time.perf_counter,
         request_ids: Iterator[int] | None = None,
+        recorded_as: str = "",
     ) -> None:
         self.config = config or EngineConfig()
         self._model = ModelSeat(loaded, batch_gen_factory, deterministic=deterministic)
@@ -104,6 +108,7 @@ class BlockPoolBatchEngine:
             load=self._keeper.load,
             max_side_lines=self.config.max_side_lines,
             max_anonymous_lines=self.config.max_anonymous_lines,
+            model=recorded_as,
         )
         self._link = StoreLink(self._store, self.tiers, self._keeper, emit=self._emit)
         self._porter = AgentPorter(
@@ -134,9 +139,10 @@ class BlockPoolBatchEngine:
             clock=clock,
         )
         self._active = self._turns.active
-        self._prefetching: dict[str, Line] = {}
+        self._prefetches = Prefetcher(self.batch, self.tiers)
         self._events: list[Event] = []
         self._stalled = False
+        self._recorded_as = recorded_as
         self._ids = request_ids or itertools.count(1)
 
     def __repr__(self) -> str:
@@ -230,7 +236,7 @@ class BlockPoolBatchEngine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything, or events wait to be fetched."""
-        is_running = not self.is_suspended and bool(self._active or self._prefetching)
+        is_running = not self.is_suspended and bool(self._active or self._prefetches)
         return is_running or bool(self._events) or self._link.is_committing
 
     @property
@@ -277,7 +283,7 @@ class BlockPoolBatchEngine:
         """
         self.batch.suspend()
         try:
-            self._park_prefetches()
+            self._prefetches.call_off()
             self.tiers.put_all_away()
         except BaseException:
             self.batch.resume()
@@ -333,6 +339,11 @@ class BlockPoolBatchEngine:
 
         It is committed as it is now, and counts as used last. Raises AgentBusy.
         """
+        agent = self._take_over(state)
+        self.tiers.touch(agent.main.blocks)
+        self._link.commit(agent)
+
+    def _take_over(self, state: AgentState) -> Agent:
         old = None
         if self.holds(state.agent_id):
             old = self._book.get_idle(state.agent_id, "move it to another model")
@@ -340,9 +351,7 @@ class BlockPoolBatchEngine:
         agent = self._keeper.agent_of(state)
         if old is not None:
             self._book.hand_over(old, agent)
-        self._book.add(agent)
-        self.tiers.touch(agent.main.blocks)
-        self._link.commit(agent)
+        return self._book.add(agent)
 
     def leave(self, agent_id: str) -> None:
         """Another engine goes on with the agent: what this one had to say of it is not written."""
@@ -359,6 +368,14 @@ class BlockPoolBatchEngine:
     def is_stalled(self) -> bool:
         """Whether the last step found that there is only the store to wait for."""
         return self._stalled and self.has_work
+
+    def agent_ids(self) -> tuple[str, ...]:
+        """Of those in memory."""
+        return tuple(agent.agent_id for agent in self._book)
+
+    def last_used(self, agent_id: str) -> int:
+        """When the agent's main line was used last; it orders lines. Raises UnknownAgent."""
+        return self._book.get(agent_id).main.blocks.last_used
 
     def agents_here(self) -> tuple[AgentView, ...]:
         """Those in memory."""
@@ -384,6 +401,11 @@ class BlockPoolBatchEngine:
     def knows(self, agent_id: str) -> bool:
         """Whether there is such an agent, here or on disk."""
         return agent_id in self._book
+
+    def recorded_model(self, agent_id: str) -> str:
+        """Of the agent, as it is committed; empty where there is no such agent."""
+        agent = self._book.find(agent_id)
+        return agent.model if agent is not None else ""
 
     def turns(self, agent_id: str) -> tuple[Turn, ...]:
         """What the agent's main line has said and heard so far. Raises UnknownAgent."""
@@ -420,7 +442,7 @@ class BlockPoolBatchEngine:
             messages = validate_messages([{"role": "system", "content": system}])
         line = Line(self.tiers.new_line(agent_id), messages=messages)
         line.blocks.pinned = settings.pinned
-        agent = Agent(agent_id, line, settings=settings)
+        agent = Agent(agent_id, line, settings=settings, model=self._recorded_as)
         self._link.commit(self._book.add(agent))
 
     def fork(self, agent_id: str, new_id: str, *, at_turn: int | None = None) -> None:
@@ -441,7 +463,7 @@ class BlockPoolBatchEngine:
             messages,
         )
         turns = parent.turns[:at_turn]
-        self._link.commit(self._book.add(Agent(new_id, child, turns=turns)))
+        self._link.commit(self._book.add(Agent(new_id, child, turns=turns, model=parent.model)))
 
     def rollback(self, agent_id: str, *, turn: int) -> None:
         """Forget everything after `turn` turns. Raises UnknownAgent, AgentBusy, InvalidRequest."""
@@ -477,14 +499,31 @@ class BlockPoolBatchEngine:
         line = self._book.get(agent_id).main
         if line.in_use:
             raise AgentBusy(agent_id, "prefetch it")
-        number = next(self._ids)
-        sequence = prefetch_sequence(number, line.blocks, line.transcript.token_ids)
-        if sequence is None:
-            return
-        line.in_use = True
-        self._prefetching[sequence.request_id] = line
-        self.batch.enqueue(sequence)
+        self._prefetches.begin(next(self._ids), line, line.transcript.token_ids)
         self._stalled = False
+
+    def build(self, state: AgentState) -> bool:
+        """Compute KV for an agent that talks to another engine's model, for when it comes here.
+
+        In the background, until `call_off_builds`, and only in memory that nobody takes. Returns
+        whether it was begun. Raises AgentBusy.
+        """
+        self._take_over(state).has_left = True
+        line = self._book.get(state.agent_id).main
+        token_ids = self._intake.history_ids(line)
+        is_too_long = len(token_ids) > self._loaded.max_context_tokens
+        if is_too_long or self._intake.slab_bytes(len(token_ids)) > self.tiers.pool.free_bytes:
+            return False
+        self._stalled = False
+        return self._prefetches.begin(next(self._ids), line, token_ids, may_compute=True)
+
+    @property
+    def is_building(self) -> bool:
+        return self._prefetches.is_computing
+
+    def call_off_builds(self) -> None:
+        """What has been computed stays."""
+        self._prefetches.call_off(only_computing=True)
 
     def forget_cache(self, agent_id: str) -> None:
         """Drop the agent's KV and keep what it said: its next turn is prefilled from the start.
@@ -608,24 +647,6 @@ class BlockPoolBatchEngine:
     def _take_outcome(self, outcome: Outcome) -> None:
         active = self._active.get(outcome.sequence.request_id)
         if active is None:
-            self._end_prefetch(outcome)
+            self._prefetches.take(outcome)
         else:
             self._turns.take(active, outcome)
-
-    def _park_prefetches(self) -> None:
-        """They are called off: whoever wants them asks again."""
-        for request_id, line in self._prefetching.items():
-            waiting = [s for s in self.batch.waiting if s.request_id == request_id]
-            for sequence in waiting:
-                self.batch.leave(sequence)
-            line.in_use = False
-        self._prefetching.clear()
-
-    def _end_prefetch(self, outcome: Outcome) -> None:
-        """It is complete, or it failed, which costs nothing but the time."""
-        if isinstance(outcome, Restored | Broken):
-            line = self._prefetching.pop(outcome.sequence.request_id, None)
-            if line is not None:
-                line.in_use = False
-                if line.blocks.busy:
-                    self.tiers.park(line.blocks)

@@ -1,6 +1,7 @@
 """The async door to the engine's thread: what servers call, on their event loop."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -8,7 +9,13 @@ from functools import partial
 from typing import TypeVar
 
 from keepwarm.core.agent import Tier
-from keepwarm.core.errors import DeadlineExceeded, EngineStopped, KeyReused, QueueTimeout
+from keepwarm.core.errors import (
+    DeadlineExceeded,
+    EngineStopped,
+    KeyReused,
+    QueueTimeout,
+    UnknownModel,
+)
 from keepwarm.core.events import (
     CacheReport,
     Completed,
@@ -23,6 +30,7 @@ from keepwarm.engine.batch_engine import BlockPoolBatchEngine
 from keepwarm.engine.fleet import Fleet
 from keepwarm.engine.loop import EngineLoop
 from keepwarm.engine.mailbox import Call
+from keepwarm.engine.models import ModelRegistry
 from keepwarm.engine.requests import GenerateRequest, ReceiptKey
 from keepwarm.engine.stream import EventStream, replayed
 from keepwarm.engine.swapper import ModelSwapper
@@ -37,6 +45,8 @@ ABORT_S = 10.0
 """How long the thread may take to end when the start was called off."""
 SAVE_S = 120.0
 """How long saving every agent's KV may take at a shutdown."""
+
+_log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -196,19 +206,25 @@ class Engine:
             raise DeadlineExceeded(deadline_s=deadline_s) from None
 
     async def model_of(self, agent_id: str) -> str:
-        """The name of the model that the agent is at; empty where there is no choice."""
-        if self.models is None:
-            return ""
-        return self.models.registry.only_loaded or await self.call(
-            lambda fleet: fleet.model_of(agent_id)
-        )
+        """The name of the model that answers the agent; empty where there is no choice."""
+        return "" if self.models is None else await self._model_of(self.models.registry, agent_id)
+
+    async def _model_of(self, registry: ModelRegistry, agent_id: str | None) -> str:
+        """The one that the agent talked to last, if that is served here."""
+        if registry.only_used:
+            return registry.only_used
+        name = await self.call(lambda fleet: fleet.model_of(agent_id))
+        try:
+            return registry.resolve(name).name
+        except UnknownModel:
+            _log.warning("%s talked to %s, which is not served here", agent_id, name)
+            return registry.default.name
 
     async def _enter(self, request: GenerateRequest, timeout_s: float | None) -> str:
         """The model that will answer is in memory, until `_leave_model`. Returns its name."""
         if self.models is None:
             return request.model
-        name = request.model or self.models.registry.only_loaded
-        name = name or await self.call(lambda fleet: fleet.model_of(request.agent_id))
+        name = request.model or await self._model_of(self.models.registry, request.agent_id)
         await self.models.enter(name, timeout_s)
         return name
 

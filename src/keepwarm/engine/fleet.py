@@ -1,6 +1,7 @@
 """The fleet: one engine for each model that was loaded, over one store and one memory budget."""
 
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from keepwarm.core.pool import BlockPool
 from keepwarm.core.ports import LoadedModel
 from keepwarm.engine.agents import AgentView, view_of_summary
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
+from keepwarm.engine.building import IdleBuilder
 from keepwarm.engine.bundles import ImportSummary
 from keepwarm.engine.requests import GenerateRequest
 from keepwarm.engine.sharing import SharedStore
@@ -43,7 +45,8 @@ class Fleet:
 
     An engine stays when its model goes: suspended, it keeps its agents and whatever waits. An agent
     may be in several engines, each with the KV of its own model; it is *at* the one that it talked
-    to last, which knows what was said.
+    to last, which knows what was said. `builds_when_idle`: the others catch up with it while nobody
+    asks for anything.
     """
 
     def __init__(
@@ -54,6 +57,8 @@ class Fleet:
         store: AgentStore | None = None,
         budget_bytes: int,
         weights: Weights | None = None,
+        builds_when_idle: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.store = store or NoStore()
         self._new_engine = new_engine
@@ -64,6 +69,8 @@ class Fleet:
         self._at: dict[str, str] = {}
         self._ids = itertools.count(1)
         self._events: list[Event] = []
+        self._builder = IdleBuilder(self._engines, self._whereabouts, clock=clock)
+        self._builds_when_idle = builds_when_idle
         self._weights = weights or Weights()
         for loaded in list(self._weights.loaded.values()):
             self.attach(loaded)
@@ -90,6 +97,7 @@ class Fleet:
         With other weights than before it is another model: its agents keep what was said, and what
         ran on the old ones fails with OtherWeights.
         """
+        self._builder.stop()
         name = loaded.name
         old = self._engines.get(name)
         if old is not None and old.fingerprint == loaded.fingerprint:
@@ -107,6 +115,7 @@ class Fleet:
 
         Returns whether it took everything. What the model was answering waits for its return.
         """
+        self._builder.stop()
         is_saved = self.engine(name).suspend(timeout_s)
         close = self._weights.loaded.pop(name).close
         close()  # nothing holds the weights now, so their memory is given back
@@ -133,6 +142,7 @@ class Fleet:
         While an agent talks to one model, what is asked in its name of another is answered without
         touching it.
         """
+        self._builder.stop()
         agent_id = request.agent_id
         engine = self.engine(request.model or self.model_of(agent_id))
         if agent_id is None:
@@ -164,7 +174,9 @@ class Fleet:
         return any(engine.has_chores for engine in self._engines.values())
 
     def step(self) -> list[Event]:
-        """A step of every engine that has something to do."""
+        """A step of every engine that has something to do; else perhaps some KV in advance."""
+        if self._builds_when_idle and not self.has_work:
+            self._builder.look()
         busy = [engine for engine in self._engines.values() if engine.has_work]
         if len(busy) > 1 and all(engine.is_stalled for engine in busy):
             self.store.wait(STORE_WAIT_S)
@@ -176,22 +188,19 @@ class Fleet:
     # -- agents ----------------------------------------------------------------------------------
 
     def model_of(self, agent_id: str | None) -> str:
-        """The model that the agent is at; the default one for whoever is nowhere yet.
+        """The model that the agent talked to last; the default one for whoever is new.
 
-        After a bug there may be no engine of the default one; then any is as good.
+        It may be one that was not loaded since the agent's last run.
         """
-        if agent_id is not None and agent_id in self._at:
-            return self._at[agent_id]
-        for name, engine in self._engines.items():
-            if agent_id is not None and engine.holds(agent_id):
-                return name
-        if self._default in self._engines:
-            return self._default
-        return next(iter(self._engines), self._default)
+        at = self._whereabouts(agent_id)
+        if agent_id is None or at not in self._engines:
+            return at
+        engine = self._engines[at]
+        return at if engine.is_in_use(agent_id) else engine.recorded_model(agent_id) or at
 
     def of(self, agent_id: str | None) -> BlockPoolBatchEngine:
-        """The engine that knows the agent, if any does."""
-        return self.engine(self.model_of(agent_id))
+        """The engine that the agent is at, or that can read it from the disk."""
+        return self.engine(self._whereabouts(agent_id))
 
     def agents(self) -> tuple[AgentView, ...]:
         """All agents, each as the engine that it is at sees it."""
@@ -199,7 +208,7 @@ class Fleet:
             view.agent_id: view
             for name, engine in self._engines.items()
             for view in engine.agents_here()
-            if self.model_of(view.agent_id) == name
+            if self._whereabouts(view.agent_id) == name
         }
         summaries = (s for s in self.store.summaries() if s.agent_id not in here)
         return (*here.values(), *map(view_of_summary, summaries))
@@ -208,7 +217,7 @@ class Fleet:
         """As the engine's own; a name that any engine knows is taken."""
         if any(engine.holds(new_id) for engine in self._engines.values()):
             raise AgentExists(new_id)
-        name = self.model_of(agent_id)
+        name = self._whereabouts(agent_id)
         self.engine(name).fork(agent_id, new_id, at_turn=at_turn)
         self._at[new_id] = name
 
@@ -226,7 +235,7 @@ class Fleet:
         if name not in self._engines:
             return 0
         views = self._engines[name].agents_here()
-        return sum(self.model_of(view.agent_id) == name for view in views)
+        return sum(self._whereabouts(view.agent_id) == name for view in views)
 
     def abandon(self, name: str, error: Exception) -> None:
         """What waits for the model fails: it does not come back."""
@@ -235,6 +244,7 @@ class Fleet:
 
     def delete(self, agent_id: str) -> None:
         """The agent is gone from everywhere. Raises UnknownAgent, AgentBusy."""
+        self._builder.stop()
         for engine in self._engines.values():
             if engine.is_in_use(agent_id):
                 raise AgentBusy(agent_id, "delete it")
@@ -278,6 +288,20 @@ class Fleet:
 
     # -- inside ----------------------------------------------------------------------------------
 
+    def _whereabouts(self, agent_id: str | None) -> str:
+        """The engine that has the agent; the default one for whoever is in none.
+
+        After a bug there may be no engine of the default one; then any is as good.
+        """
+        if agent_id is not None and agent_id in self._at:
+            return self._at[agent_id]
+        for name, engine in self._engines.items():
+            if agent_id is not None and engine.holds(agent_id):
+                return name
+        if self._default in self._engines:
+            return self._default
+        return next(iter(self._engines), self._default)
+
     def _talks_elsewhere(self, agent_id: str, engine: BlockPoolBatchEngine) -> bool:
         """Whether the agent is in the middle of a request to another model."""
         here = self.of(agent_id)
@@ -297,7 +321,7 @@ class Fleet:
     def _replace(self, name: str, old: BlockPoolBatchEngine, new: BlockPoolBatchEngine) -> None:
         self._events += old.abandon(OtherWeights(name))
         for view in old.agents_here():
-            if self.model_of(view.agent_id) == name:
+            if self._whereabouts(view.agent_id) == name:
                 new.adopt(old.state_of(view.agent_id))
 
 

@@ -87,13 +87,21 @@ class Intake:
         conversation = None if source.messages is None else validate_messages(source.messages)
         return len(self._prompt_maker(source, conversation)(EMPTY).token_ids)
 
+    def history_ids(self, line: Line) -> tuple[int, ...]:
+        """The ids that the line's next prompt is to begin with, as far as that is known."""
+        if not line.messages:
+            return line.transcript.token_ids
+        pieces = self._tokenizer.render(line.messages, add_generation_prompt=False)
+        prompt = continue_line(line.transcript, pieces, self._tokenizer.encode)
+        return prompt.transcript.token_ids
+
     def reply_tokens(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
         """How long the reply may be: as asked for, within the context and the memory budget."""
         context = self._loaded.max_context_tokens
         if num_prompt_tokens >= context:
             raise ContextTooLong(num_prompt_tokens=num_prompt_tokens, max_context_tokens=context)
         budget = self._tiers.pool.budget_bytes
-        needed = self._slab_bytes(num_prompt_tokens + 1)
+        needed = self.slab_bytes(num_prompt_tokens + 1)
         if needed > budget:
             raise NeverFits(needed_bytes=needed, budget_bytes=budget)
         room = self.max_tokens() - num_prompt_tokens
@@ -103,9 +111,13 @@ class Intake:
         """The longest that a line can become: the context, or what the memory budget holds."""
         budget = self._tiers.pool.budget_bytes
         num_blocks = budget // self._loaded.layout.block_bytes
-        while num_blocks and self._slab_bytes(num_blocks * BLOCK_TOKENS) > budget:
+        while num_blocks and self.slab_bytes(num_blocks * BLOCK_TOKENS) > budget:
             num_blocks -= 1
         return min(self._loaded.max_context_tokens, num_blocks * BLOCK_TOKENS)
+
+    def slab_bytes(self, num_tokens: int) -> int:
+        """What a line of so many tokens takes in memory."""
+        return self._tiers.generator.slab_bytes(capacity_for(num_tokens))
 
     # -- an agent that is sent its new messages only ---------------------------------------------
 
@@ -181,9 +193,6 @@ class Intake:
         for token_id in token_ids:
             detokenizer.push(token_id)
         return detokenizer.pending
-
-    def _slab_bytes(self, num_tokens: int) -> int:
-        return self._tiers.generator.slab_bytes(capacity_for(num_tokens))
 
 
 def _turn_ends(agent: Agent) -> list[int]:

@@ -40,7 +40,7 @@ class AgentKeeper:
             if line is agent.main or line.transcript.num_tokens
         ]
         lines = sorted([*lines, *agent.foreign], key=lambda line: line.key)
-        return AgentState(agent.agent_id, agent.settings, tuple(lines))
+        return AgentState(agent.agent_id, agent.settings, tuple(lines), agent.model)
 
     def load(self, agent_id: str) -> Agent | None:
         state = self._store.load_agent(agent_id)
@@ -64,7 +64,7 @@ class AgentKeeper:
         main.blocks.pinned = state.settings.pinned
         sides = [self._line(line, state.agent_id) for line in own if line.number]
         turns = _translated(last.turns, mains[0].turns if mains else ())
-        return Agent(state.agent_id, main, sides, turns, state.settings, foreign)
+        return Agent(state.agent_id, main, sides, turns, state.settings, foreign, model=state.model)
 
     def _line(self, state: LineState, agent_id: str) -> Line:
         blocks = self._new_blocks(agent_id)

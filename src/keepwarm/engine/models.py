@@ -142,6 +142,7 @@ class ModelRegistry:
         self._models = {model.name: model for model in models}
         self._default = default
         self._may_add = may_add
+        self._remembered: set[str] = set()
         if default not in self._models:
             raise InvariantBroken(f"{default!r} is none of {list(self._models)}")
 
@@ -156,11 +157,15 @@ class ModelRegistry:
     def default(self) -> Model:
         return self._models[self._default]
 
+    def remember(self, names: Iterable[str]) -> None:
+        """Agents of an earlier run talked to models of these names last."""
+        self._remembered.update(names)
+
     @property
-    def only_loaded(self) -> str:
-        """The one model that was ever loaded; empty where there were others."""
-        loaded = [model.name for model in self if model.num_loads]
-        return loaded[0] if len(loaded) == 1 else ""
+    def only_used(self) -> str:
+        """The one model that agents can be at; empty where there is a choice."""
+        used = self._remembered.union(model.name for model in self if model.num_loads)
+        return next(iter(used)) if len(used) == 1 else ""
 
     def get(self, name: str) -> Model:
         """By its own name. Raises UnknownModel."""

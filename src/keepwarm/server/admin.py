@@ -88,7 +88,8 @@ async def favicon() -> Response:
 
 
 def _agent(view: AgentView, serving: Serving) -> dict[str, Any]:
-    return agent_fields(view, None, None, serving.caller.shown(view.agent_id))
+    shown = serving.caller.shown(view.agent_id)
+    return agent_fields(view, shown, default_model=serving.default_model)
 
 
 def _look(fleet: Fleet, num_agents: int) -> tuple[EngineSnapshot, tuple[AgentView, ...]]:

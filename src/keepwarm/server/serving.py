@@ -57,6 +57,11 @@ class Serving:
         """By any of its names. Raises UnknownModel."""
         return self.house.models.registry.resolve(name)
 
+    @property
+    def default_model(self) -> str:
+        """Its name."""
+        return self.house.models.registry.default.name
+
     def known_model(self, name: str) -> Model:
         """The same, but one that nobody has heard of stays unknown."""
         return self.house.models.registry.resolve(name, may_add=False)

@@ -111,5 +111,6 @@ def _encoded(path: Path, state: AgentState) -> bytes:
 
 
 def _plain(state: AgentState) -> AgentState:
+    """Without what means nothing elsewhere."""
     lines = (replace(line, block_hashes=(), last_used=0) for line in state.lines)
-    return replace(state, lines=tuple(lines))
+    return replace(state, lines=tuple(lines), model="")

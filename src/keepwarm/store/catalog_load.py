@@ -15,7 +15,7 @@ from keepwarm.store.catalog_plan import CommittedAgent, CommittedLine, Head, Mes
 from keepwarm.store.catalog_rows import decode_message, decode_receipt, span_of_row
 
 _SUMMARIES = """
-    SELECT name, pinned, priority, quota_bytes, policy, overflow,
+    SELECT name, model, pinned, priority, quota_bytes, policy, overflow,
         coalesce(max(CASE number WHEN 0 THEN num_tokens END), 0),
         coalesce(max(CASE number WHEN 0 THEN num_turns END), 0),
         count(line), coalesce(max(last_used), 0),
@@ -27,15 +27,17 @@ _SUMMARIES = """
 def read_agent(db: sqlite3.Connection, path: Path, name: str) -> CommittedAgent | None:
     """Inside a transaction, so that all rows are of one commit. Raises CatalogCorrupt."""
     found = db.execute(
-        "SELECT agent, pinned, priority, quota_bytes, policy, overflow FROM agents WHERE name = ?",
+        "SELECT agent, model, pinned, priority, quota_bytes, policy, overflow FROM agents"
+        " WHERE name = ?",
         (name,),
     ).fetchone()
     if found is None:
         return None
-    agent_row, *settings = found
+    agent_row, model, *settings = found
     with decoding(path, f"the rows of agent {name!r}"):
         lines = list(_read_lines(db, agent_row))
-        state = AgentState(name, _settings(*settings), tuple(line.state for line in lines))
+        states = tuple(line.state for line in lines)
+        state = AgentState(name, _settings(*settings), states, model)
     return CommittedAgent(agent_row, state, {line.state.key: line for line in lines})
 
 
@@ -44,7 +46,7 @@ def read_summaries(db: sqlite3.Connection) -> list[AgentSummary]:
 
 
 def _summary(row: tuple[Any, ...]) -> AgentSummary:
-    name, pinned, priority, quota_bytes, policy, overflow, *numbers, is_private = row
+    name, model, pinned, priority, quota_bytes, policy, overflow, *numbers, is_private = row
     num_tokens, num_turns, num_lines, last_used = numbers
     return AgentSummary(
         agent_id=name,
@@ -54,6 +56,7 @@ def _summary(row: tuple[Any, ...]) -> AgentSummary:
         num_lines=num_lines,
         last_used=last_used,
         is_private=bool(is_private),
+        model=model,
     )
 
 

@@ -18,10 +18,11 @@ Head = NodeId | None
 ROOT: NodeId = 0
 
 _PUT_AGENT = """
-    INSERT INTO agents (agent, name, pinned, priority, quota_bytes, policy, overflow)
-    VALUES (?, ?, ?, ?, ?, ?, ?)
+    INSERT INTO agents (agent, name, pinned, priority, quota_bytes, policy, overflow, model)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?)
     ON CONFLICT (agent) DO UPDATE SET pinned = excluded.pinned, priority = excluded.priority,
-        quota_bytes = excluded.quota_bytes, policy = excluded.policy, overflow = excluded.overflow
+        quota_bytes = excluded.quota_bytes, policy = excluded.policy, overflow = excluded.overflow,
+        model = excluded.model
 """
 _PUT_LINE = """
     INSERT INTO lines
@@ -201,7 +202,7 @@ def plan_commit(known: CommittedAgent | None, state: AgentState, ids: RowIds) ->
     agent_row = next(ids.agents) if known is None else known.agent_row
     known_lines = {} if known is None else known.lines
     writes: list[Write] = []
-    if known is None or known.state.settings != state.settings:
+    if known is None or _agent_row(agent_row, known.state) != _agent_row(agent_row, state):
         writes.append(Write(_PUT_AGENT, [_agent_row(agent_row, state)]))
     gone = known_lines.keys() - {line.key for line in state.lines}
     if gone:
@@ -237,6 +238,7 @@ def _agent_row(agent_row: int, state: AgentState) -> tuple[Any, ...]:
         settings.quota_bytes,
         settings.policy,
         settings.overflow,
+        state.model,
     )
 
 

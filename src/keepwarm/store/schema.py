@@ -110,7 +110,11 @@ def _add_overflow_and_receipts(db: sqlite3.Connection) -> None:
     db.execute("ALTER TABLE turns ADD COLUMN receipt BLOB")
 
 
-STEPS: tuple[Step, ...] = (_create_tables, _add_overflow_and_receipts)
+def _add_models(db: sqlite3.Connection) -> None:
+    db.execute("ALTER TABLE agents ADD COLUMN model TEXT NOT NULL DEFAULT ''")
+
+
+STEPS: tuple[Step, ...] = (_create_tables, _add_overflow_and_receipts, _add_models)
 """Step n takes version n to n + 1; an empty file has version 0."""
 
 

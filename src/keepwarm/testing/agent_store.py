@@ -152,6 +152,7 @@ class MemoryAgentStore:
                 is_private=any(
                     line.namespace.startswith(PRIVATE) for line in state.lines if line.number == 0
                 ),
+                model=state.model,
             )
             for _, state in sorted(self._agents.items())
         ]
@@ -192,7 +193,7 @@ class MemoryAgentStore:
             )
             for line in bundled.state.lines
         )
-        state = replace(bundled.state, lines=lines)
+        state = replace(bundled.state, lines=lines, model="")
         num_dropped = 0 if is_own else len(bundled.kept)
         bundle = Bundle(path, terms, state, tuple(records), num_dropped, bundled.file_bytes)
         self._events.append(BundleRead(ticket, bundle))

@@ -64,11 +64,17 @@ class AgentEncoder:
 
 
 def agent_fields(
-    view: AgentView, settings: AgentSettings | None, system: str | None, shown: str
+    view: AgentView,
+    shown: str,
+    *,
+    default_model: str,
+    settings: AgentSettings | None = None,
+    system: str | None = None,
 ) -> dict[str, Any]:
     """An agent as people see it; settings and system prompt where one asks for one agent."""
     fields: dict[str, Any] = {
         "id": shown,
+        "model": view.model or default_model,
         "tier": view.tier.value,
         "context_tokens": view.num_tokens,
         "held_tokens": view.held_tokens,

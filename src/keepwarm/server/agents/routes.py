@@ -52,7 +52,8 @@ async def list_agents(
         if serving.caller.owns(view.agent_id)
     }
     names = sorted(name for name in mine if after is None or name > after)
-    page = [agent_fields(mine[name], None, None, name) for name in names[:limit]]
+    default = serving.default_model
+    page = [agent_fields(mine[name], name, default_model=default) for name in names[:limit]]
     return _json({"agents": page, "has_more": len(names) > limit})
 
 
@@ -257,9 +258,13 @@ async def _shown(serving: Serving, agent_id: str, status: int = 200) -> Response
     shown = serving.caller.shown(agent_id)
 
     def look(engine: BlockPoolBatchEngine) -> dict[str, Any]:
-        view = engine.agent(agent_id)
-        fields = agent_fields(view, engine.settings(agent_id), engine.system(agent_id), shown)
-        return {**fields, "model": engine.model}
+        return agent_fields(
+            engine.agent(agent_id),
+            shown,
+            default_model=serving.default_model,
+            settings=engine.settings(agent_id),
+            system=engine.system(agent_id),
+        )
 
     return _json(await serving.engine.call_at(agent_id, look), status)
 

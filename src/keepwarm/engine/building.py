@@ -1,0 +1,75 @@
+"""What is computed while nobody asks for anything: KV of agents that left for another model."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+from keepwarm.core.errors import AgentBusy, InvalidRequest
+from keepwarm.engine.batch_engine import BlockPoolBatchEngine
+
+IDLE_S = 1.0
+"""So long nobody has asked for anything before it begins."""
+
+_log = logging.getLogger(__name__)
+
+
+class IdleBuilder:
+    """Decides whose KV is built on which of the models that are in memory, one at a time.
+
+    An agent that talks to one model and has talked to another gets its new turns computed there as
+    well, so that it finds them when it returns. Whoever was used last comes first. `home` is the
+    name of the engine that an agent is at.
+    """
+
+    def __init__(
+        self,
+        engines: Mapping[str, BlockPoolBatchEngine],
+        home: Callable[[str], str],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._engines = engines
+        self._home = home
+        self._clock = clock
+        self._idle_since_s: float | None = None
+        self._built: dict[tuple[str, str], int] = {}
+
+    def __repr__(self) -> str:
+        return f"IdleBuilder({len(self._built)} built)"
+
+    def stop(self) -> None:
+        """Somebody asks for something; what is computed by now stays."""
+        self._idle_since_s = None
+        for engine in self._engines.values():
+            if engine.is_building:
+                engine.call_off_builds()
+                self._built.clear()
+
+    def look(self) -> None:
+        """Nothing is going on: begin to build, if that has been so for a while."""
+        now = self._clock()
+        if self._idle_since_s is None:
+            self._idle_since_s = now
+        if now - self._idle_since_s >= IDLE_S:
+            self._begin_one()
+
+    def _begin_one(self) -> None:
+        for _, name, agent_id in sorted(self._lagging(), reverse=True):
+            home = self._engines[self._home(agent_id)]
+            self._built[name, agent_id] = home.last_used(agent_id)
+            try:
+                if self._engines[name].build(home.state_of(agent_id)):
+                    return
+            except (AgentBusy, InvalidRequest) as error:
+                _log.info("no KV of %s on %s in advance: %s", agent_id, name, error)
+
+    def _lagging(self) -> Iterator[tuple[int, str, str]]:
+        """When it was last used, the model, and the agent."""
+        for name, engine in self._engines.items():
+            for agent_id in () if engine.is_suspended else engine.agent_ids():
+                home = self._engines[self._home(agent_id)]
+                if home is engine or home.is_in_use(agent_id) or not home.holds(agent_id):
+                    continue
+                last_used = home.last_used(agent_id)
+                if self._built.get((name, agent_id)) != last_used:
+                    yield last_used, name, agent_id

@@ -1,0 +1,69 @@
+"""KV that is brought into slabs before anybody asks for it: from the disk, or computed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from keepwarm.core.sequence import TokenSequence, prefetch_sequence
+from keepwarm.engine.agents import Line
+from keepwarm.engine.batch import Batch, Broken, Outcome, Restored
+from keepwarm.engine.tiers import Tiers
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefetch:
+    line: Line
+    sequence: TokenSequence
+
+
+class Prefetcher:
+    """Owns the lines that are in use though nobody waits for them. Belongs to the engine's thread.
+
+    Called off, or when it fails, a prefetch has cost nothing but time: what is there by then stays.
+    """
+
+    def __init__(self, batch: Batch, tiers: Tiers) -> None:
+        self._batch = batch
+        self._tiers = tiers
+        self._running: dict[str, _Prefetch] = {}
+
+    def __repr__(self) -> str:
+        return f"Prefetcher({list(self._running)})"
+
+    def __bool__(self) -> bool:
+        return bool(self._running)
+
+    @property
+    def is_computing(self) -> bool:
+        return any(prefetch.sequence.may_compute for prefetch in self._running.values())
+
+    def begin(
+        self, number: int, line: Line, token_ids: Sequence[int], *, may_compute: bool = False
+    ) -> bool:
+        """For these ids, of which all but the last get KV. False when there is nothing to do."""
+        sequence = prefetch_sequence(number, line.blocks, token_ids, may_compute=may_compute)
+        if sequence is None:
+            return False
+        sequence.known_ids = line.transcript.token_ids
+        line.in_use = True
+        self._running[sequence.request_id] = _Prefetch(line, sequence)
+        self._batch.enqueue(sequence)
+        return True
+
+    def call_off(self, *, only_computing: bool = False) -> None:
+        for prefetch in list(self._running.values()):
+            if prefetch.sequence.may_compute or not only_computing:
+                self._batch.leave(prefetch.sequence)
+                self._end(prefetch)
+
+    def take(self, outcome: Outcome) -> None:
+        """A step of the batch brought it on, completed it, or broke it."""
+        prefetch = self._running.get(outcome.sequence.request_id)
+        if prefetch is not None and isinstance(outcome, Restored | Broken):
+            self._end(prefetch)
+
+    def _end(self, prefetch: _Prefetch) -> None:
+        del self._running[prefetch.sequence.request_id]
+        line = prefetch.line
+        line.in_use = False
+        if line.blocks.busy:
+            self._tiers.park(line.blocks)
