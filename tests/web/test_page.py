@@ -50,6 +50,16 @@ def test_it_needs_nothing_from_elsewhere_and_writes_no_html() -> None:
     assert not re.findall(r"<script src|<link rel=\"stylesheet|@import|url\(", html)
 
 
+def test_the_docs_need_nothing_from_elsewhere(page: Page, tmp_path: Path) -> None:
+    with fake_server(tmp_path, server__api_keys=f"a={KEY}") as server:
+        page.open(f"{server.url}/docs")
+        page.wait_for("document.querySelectorAll('.opblock').length > 20")
+        assert not page.complaints
+        loaded = page.value("performance.getEntriesByType('resource').map((r) => r.name)")
+        assert len(loaded) >= 3
+        assert all(url.startswith((server.url, "data:")) for url in loaded), loaded
+
+
 def test_what_it_shows(page: Page, tmp_path: Path) -> None:
     with fake_server(tmp_path) as server:
         page.open(server.url)

@@ -6,12 +6,14 @@ from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Depends, Query
+from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.responses import Response
 
 from keepwarm.engine.agents import AgentView
 from keepwarm.engine.fleet import Fleet
 from keepwarm.engine.snapshot import EngineSnapshot
 from keepwarm.server.agents.encode import agent_fields
+from keepwarm.server.guard import DOCS_FILES
 from keepwarm.server.models import model_card
 from keepwarm.server.serving import VERSION, Serving, serving_of
 
@@ -80,6 +82,19 @@ async def page() -> Response:
     html = files("keepwarm.web").joinpath("index.html").read_bytes()
     headers = {"Content-Security-Policy": PAGE_POLICY}
     return Response(html, media_type="text/html; charset=utf-8", headers=headers)
+
+
+@router.get("/docs", response_class=Response, include_in_schema=False)
+async def docs() -> Response:
+    """Every route and field. FastAPI's own page would load its script from the net."""
+    script, style = DOCS_FILES
+    return get_swagger_ui_html(
+        openapi_url="/openapi.json",
+        title="Keepwarm",
+        swagger_js_url=script,
+        swagger_css_url=style,
+        swagger_favicon_url="/favicon.ico",
+    )
 
 
 @router.get("/favicon.ico", include_in_schema=False)

@@ -9,6 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from keepwarm.core.errors import KeepwarmError
@@ -16,7 +17,7 @@ from keepwarm.server import admin, models
 from keepwarm.server.agents import routes as agents
 from keepwarm.server.anthropic import routes as anthropic
 from keepwarm.server.dialects import error_response
-from keepwarm.server.guard import Guard
+from keepwarm.server.guard import DOCS_FOLDER, Guard
 from keepwarm.server.openai import routes as openai
 from keepwarm.server.problems import problem_of
 from keepwarm.server.serving import VERSION, House
@@ -34,10 +35,13 @@ def build_app(house: House) -> ASGIApp:
         description=DESCRIPTION,
         lifespan=_lifespan_of(house),
         redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
     )
     api.state.house = house
     for module in (openai, anthropic, agents, models, admin):
         api.include_router(module.router)
+    api.mount(DOCS_FOLDER, StaticFiles(packages=[("fastapi_swagger", "resources")]))
     for error_type in (
         KeepwarmError,
         RequestValidationError,

@@ -28,7 +28,9 @@ request_id_of_context: ContextVar[str] = ContextVar("request_id", default="")
 
 DEFAULT_NAMESPACE = "default"
 HEALTH_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
-OPEN_PATHS = HEALTH_PATHS | {"/", "/docs", "/openapi.json", "/favicon.ico"}
+DOCS_FOLDER = "/docs-files"
+DOCS_FILES = (f"{DOCS_FOLDER}/swagger-ui-bundle.js", f"{DOCS_FOLDER}/swagger-ui.css")
+OPEN_PATHS = HEALTH_PATHS | {"/", "/docs", *DOCS_FILES, "/openapi.json", "/favicon.ico"}
 """Answered without a key: they say nothing about anyone."""
 POLLED_PATHS = HEALTH_PATHS | {"/metrics", "/v1/stats"}
 """Asked for again and again; their lines in the log are for who looks for them."""
