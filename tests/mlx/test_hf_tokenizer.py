@@ -15,7 +15,7 @@ from hf_tokenizers import sentencepiece_tokenizer, smollm2_tokenizer
 from keepwarm.core.errors import InvalidRequest
 from keepwarm.core.ports import Piece
 from keepwarm.core.transcript import EMPTY
-from keepwarm.engine.chat import continue_line, with_reply
+from keepwarm.engine.chat import TextContinuation, with_reply
 from keepwarm.engine.output import Reply, ReplyText
 from keepwarm.mlx_backend.detokenizer import bytes_of_token
 from keepwarm.mlx_backend.tokenizer import HFTokenizer, Shield
@@ -139,13 +139,13 @@ def test_any_reply_is_continued_with_its_own_ids(
 ) -> None:
     tokenizer = pair[1]
     messages = [{"role": "user", "content": question}]
-    prompt = continue_line(EMPTY, tokenizer.render(messages), tokenizer.encode)
+    prompt = TextContinuation(tokenizer.render(messages), tokenizer.encode).of(EMPTY)
     reply = replied(tokenizer, ids)
     line = with_reply(prompt.transcript, reply)
     assert line.token_ids == (*prompt.token_ids, *ids)
 
     messages += [{"role": "assistant", "content": reply.text}, {"role": "user", "content": "Go on"}]
-    following = continue_line(line, tokenizer.render(messages), tokenizer.encode)
+    following = TextContinuation(tokenizer.render(messages), tokenizer.encode).of(line)
     assert following.token_ids[: line.num_tokens] == line.token_ids
     assert following.num_spliced == line.num_tokens
 
@@ -155,7 +155,7 @@ def test_the_echo_bridges_a_template_that_puts_a_space_before_the_reply(style: s
     hf_tokenizer = SENTENCEPIECE[style]
     tokenizer = HFTokenizer(hf_tokenizer, [2])
     messages = [{"role": "user", "content": "Hello"}]
-    prompt = continue_line(EMPTY, tokenizer.render(messages), tokenizer.encode)
+    prompt = TextContinuation(tokenizer.render(messages), tokenizer.encode).of(EMPTY)
     reply = replied(tokenizer, hf_tokenizer.convert_tokens_to_ids(["▁Hello", "▁world"]))
     assert reply.text == "Hello world"
 
@@ -163,7 +163,7 @@ def test_the_echo_bridges_a_template_that_puts_a_space_before_the_reply(style: s
     echo = tokenizer.render(messages, add_generation_prompt=False)
     line = with_reply(prompt.transcript, reply, echo)
     messages.append({"role": "user", "content": "Go on"})
-    following = continue_line(line, tokenizer.render(messages), tokenizer.encode)
+    following = TextContinuation(tokenizer.render(messages), tokenizer.encode).of(line)
     assert following.num_spliced == line.num_tokens
 
 

@@ -10,10 +10,10 @@ from keepwarm.core.errors import InvalidRequest
 from keepwarm.core.ports import Message, Piece
 from keepwarm.core.transcript import EMPTY, Transcript
 from keepwarm.engine.chat import (
+    IdsContinuation,
     Prompt,
     Reason,
-    continue_ids,
-    continue_line,
+    TextContinuation,
     truncate,
     validate_messages,
     with_reply,
@@ -39,8 +39,10 @@ def assistant(content: str) -> Message:
 def ask(
     known: Transcript, messages: Sequence[Message], tokenizer: FakeTokenizer = TOKENIZER
 ) -> Prompt:
-    prompt = continue_line(known, tokenizer.render(messages), tokenizer.encode)
+    continuation = TextContinuation(tokenizer.render(messages), tokenizer.encode)
+    prompt = continuation.of(known)
     prompt.transcript.check()
+    assert continuation.num_shared(known) == prompt.num_shared
     return prompt
 
 
@@ -228,9 +230,9 @@ def test_a_reply_without_text_is_kept() -> None:
     special_id = special_piece(IM_START).special_id
     assert special_id is not None
     pieces = (special_piece(IM_START), Piece("x"), special_piece(IM_END))
-    known = continue_line(EMPTY, pieces, TOKENIZER.encode).transcript
+    known = TextContinuation(pieces, TOKENIZER.encode).of(EMPTY).transcript
     known = with_reply(known, replied([special_id]))
-    prompt = continue_line(known, (*pieces, special_piece(IM_END)), TOKENIZER.encode)
+    prompt = TextContinuation((*pieces, special_piece(IM_END)), TOKENIZER.encode).of(known)
     assert_continues(prompt, known)
 
 
@@ -252,9 +254,9 @@ def test_special_token_text_in_a_reply_is_text() -> None:
 
 def test_another_structure_is_named() -> None:
     pieces = (special_piece(IM_START), Piece("x"), special_piece(IM_END))
-    known = continue_line(EMPTY, pieces, TOKENIZER.encode).transcript
+    known = TextContinuation(pieces, TOKENIZER.encode).of(EMPTY).transcript
     changed = (special_piece(IM_START), Piece("x"), special_piece(IM_START))
-    divergence = continue_line(known, changed, TOKENIZER.encode).divergence
+    divergence = TextContinuation(changed, TOKENIZER.encode).of(known).divergence
     assert divergence is not None
     assert divergence.reason is Reason.EDITED_SPECIAL
 
@@ -281,19 +283,42 @@ def test_a_prompt_in_ids_keeps_the_texts_it_shares() -> None:
     known = answered([user("Hi")], replied(DRIFTED_HELLO))
     special_id = special_piece(IM_END).special_id
     assert special_id is not None
-    prompt = continue_ids(known, [*known.token_ids, special_id])
+    prompt = IdsContinuation([*known.token_ids, special_id]).of(known)
     prompt.transcript.check()
     assert_continues(prompt, known)
     messages = [user("Hi"), assistant("Hello"), user("More")]
     assert ask(prompt.transcript, messages).num_shared > 0
 
 
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_what_is_shared_is_known_without_the_prompt(data: st.DataObject) -> None:
+    """Whatever the line is made of: texts, ids without a text, texts that are cut."""
+    messages = [user(data.draw(CONTENTS)), user(data.draw(CONTENTS))]
+    token_ids = ask(EMPTY, messages).token_ids
+    start = data.draw(st.integers(0, len(token_ids)))
+    stop = data.draw(st.integers(start, len(token_ids)))
+    known = ask(EMPTY, [messages[0], user(data.draw(CONTENTS))]).transcript
+    known = data.draw(
+        st.sampled_from(
+            [
+                known,
+                truncate(known, start),
+                IdsContinuation(token_ids[:stop]).of(truncate(known, start)).transcript,
+                IdsContinuation(token_ids[start:stop]).of(EMPTY).transcript,
+            ]
+        )
+    )
+    ask(known, messages)
+    ask(known, messages[:1])
+
+
 def test_a_prompt_in_other_ids_says_where() -> None:
-    known = continue_ids(EMPTY, [1, 2, 3]).transcript
-    divergence = continue_ids(known, [1, 2, 4, 5]).divergence
+    known = IdsContinuation([1, 2, 3]).of(EMPTY).transcript
+    divergence = IdsContinuation([1, 2, 4, 5]).of(known).divergence
     assert divergence is not None
     assert (divergence.token_index, divergence.reason) == (2, Reason.OTHER_IDS)
-    assert continue_ids(known, [1, 2]).divergence is None
+    assert IdsContinuation([1, 2]).of(known).divergence is None
 
 
 CONTENTS = st.text("Heló wrd.\n<|im_end|>😀", max_size=12)

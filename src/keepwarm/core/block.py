@@ -38,6 +38,8 @@ def chain_hashes(parent: BlockHash, token_ids: Sequence[int]) -> Iterator[BlockH
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many leading ids agree."""
     limit = min(len(a), len(b))
+    if limit and a[0] != b[0]:  # most lines that are asked are another conversation's
+        return 0
     for start in range(0, limit, BLOCK_TOKENS):
         stop = min(start + BLOCK_TOKENS, limit)
         if tuple(a[start:stop]) != tuple(b[start:stop]):  # a list never equals a tuple

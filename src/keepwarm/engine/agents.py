@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 
 from keepwarm.core.agent import AgentBlocks, Tier
 from keepwarm.core.block import common_prefix
@@ -9,9 +10,7 @@ from keepwarm.core.errors import AgentBusy, AgentExists, InvalidRequest, Unknown
 from keepwarm.core.ports import Message
 from keepwarm.core.stored import DEFAULT_SETTINGS, AgentSettings, AgentSummary, LineState
 from keepwarm.core.transcript import EMPTY, Receipt, Transcript, Turn
-from keepwarm.engine.chat import Prompt, opening
-
-MakePrompt = Callable[[Transcript], Prompt]
+from keepwarm.engine.chat import Continuation, Prompt, opening
 
 ANONYMOUS_SLACK_TOKENS = 8
 """What a nameless continuation may drop of its line (a reply's end that a template trims)."""
@@ -179,7 +178,7 @@ class AgentBook:
         agent = self.find(agent_id)
         return agent.lines if agent else []
 
-    def choose(self, agent_id: str | None, namespace: str, make_prompt: MakePrompt) -> Choice:
+    def choose(self, agent_id: str | None, namespace: str, continuation: Continuation) -> Choice:
         """The idle line with the longest shared prefix, if the request continues it.
 
         A request that would throw away most of a line gets a line of its own, but takes over the
@@ -187,14 +186,15 @@ class AgentBook:
         """
         lines = self.lines_of(agent_id, namespace)
         if not lines:
-            return Choice(None, make_prompt(EMPTY))
-        prompts = [(line, make_prompt(line.transcript)) for line in lines]
-        idle = [(line, prompt) for line, prompt in prompts if not line.in_use]
+            return Choice(None, continuation.of(EMPTY))
+        shared = [(continuation.num_shared(line.transcript), line) for line in lines]
+        idle = [pair for pair in shared if not pair[1].in_use]
         if idle:
-            line, prompt = max(idle, key=lambda pair: pair[1].num_shared)
-            if _continues(line, prompt, named=agent_id is not None):
-                return Choice(line, prompt)
-        return Choice(None, max((prompt for _, prompt in prompts), key=lambda p: p.num_shared))
+            num_shared, line = max(idle, key=itemgetter(0))
+            if _continues(line, num_shared, named=agent_id is not None):
+                return Choice(line, continuation.of(line.transcript))
+        _, line = max(shared, key=itemgetter(0))
+        return Choice(None, continuation.of(line.transcript))
 
     def open_line(self, agent_id: str | None, namespace: str = "") -> Line:
         """A new line: an anonymous one, the agent's main line, or a side line if it has that."""
@@ -317,12 +317,11 @@ def _begins_with(messages: tuple[Message, ...] | None, earlier: tuple[Message, .
     )
 
 
-def _continues(line: Line, prompt: Prompt, *, named: bool) -> bool:
-    num_known = line.transcript.num_tokens
-    num_lost = num_known - prompt.num_shared
+def _continues(line: Line, num_shared: int, *, named: bool) -> bool:
+    num_lost = line.transcript.num_tokens - num_shared
     if not named:
-        return num_lost <= ANONYMOUS_SLACK_TOKENS and prompt.num_shared > num_lost
-    return prompt.num_shared >= num_lost
+        return num_lost <= ANONYMOUS_SLACK_TOKENS and num_shared > num_lost
+    return num_shared >= num_lost
 
 
 def history(messages: Sequence[Message] | None, reply_text: str) -> tuple[Message, ...] | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 from itertools import zip_longest
+from typing import Protocol
 
 from keepwarm.core.block import common_prefix
 from keepwarm.core.errors import InvalidRequest, check_unicode
@@ -79,37 +80,92 @@ class Prompt:
         return self.transcript.token_ids
 
 
-def continue_line(
-    known: Transcript,
-    pieces: Sequence[Piece],
-    encode: Encode,
-    ends_amid: EndsAmid = lambda token_ids: False,
-) -> Prompt:
-    """Splice what the line knows with the encoding of what it does not.
+class Continuation(Protocol):
+    """What a request's prompt becomes on one line or another."""
+
+    def of(self, known: Transcript) -> Prompt: ...
+
+    def num_shared(self, known: Transcript) -> int:
+        """As the prompt's, for less."""
+        ...
+
+
+class TextContinuation:
+    """Splices what a line knows with the encoding of what it does not.
 
     A piece has a special token, or the prompt's end, on both sides, so its ids are its own affair.
     Ids that end amid a character (`ends_amid`) do not end a prompt: the reply would go on with the
     rest of a character that nobody has seen.
     """
-    wanted = tuple(take_turns(pieces))
-    spans = list(_spliced_spans(known, wanted, encode))
-    if spans[-1].token_ids and ends_amid(spans[-1].token_ids):
-        spans[-1] = _encoded(wanted[-1], encode)
-    transcript = Transcript(tuple(spans))
-    return Prompt(
-        transcript,
-        num_spliced=_num_spliced(known, transcript),
-        num_shared=common_prefix(known.token_ids, transcript.token_ids),
-        known=known,
-    )
+
+    def __init__(
+        self,
+        pieces: Sequence[Piece],
+        encode: Encode,
+        ends_amid: EndsAmid = lambda token_ids: False,
+    ) -> None:
+        self._wanted = tuple(take_turns(pieces))
+        self._encode = encode
+        self._ends_amid = ends_amid
+        self._encoded: dict[int, Span] = {}
+
+    def num_shared(self, known: Transcript) -> int:
+        num_shared = 0
+        for position, (stored, piece) in enumerate(zip(known.spans, self._wanted, strict=False)):
+            if not stored.says(piece):
+                token_ids = self._encoded_span(position).token_ids
+                num_common = common_prefix(token_ids, stored.token_ids)
+                if num_common < min(len(token_ids), len(stored.token_ids)):
+                    return num_shared + num_common
+                break  # one of them is the other's beginning
+            num_shared += len(stored.token_ids)
+        return self.of(known).num_shared
+
+    def of(self, known: Transcript) -> Prompt:
+        spans = self._spliced(known)
+        last = spans[-1]
+        if last.token_ids and self._ends_amid(last.token_ids):
+            spans[-1] = self._encoded_span(len(spans) - 1)
+        transcript = Transcript(tuple(spans))
+        return Prompt(
+            transcript,
+            num_spliced=_num_spliced(known, transcript),
+            num_shared=common_prefix(known.token_ids, transcript.token_ids),
+            known=known,
+        )
+
+    def _spliced(self, known: Transcript) -> list[Span]:
+        """The stored span wherever it says the piece, up to the first span whose ids differ."""
+        spans: list[Span] = []
+        for stored, piece in zip(known.spans, self._wanted, strict=False):
+            span = stored if stored.says(piece) else self._encoded_span(len(spans))
+            spans.append(span)
+            if span.token_ids != stored.token_ids:
+                break
+        return spans + [self._encoded_span(n) for n in range(len(spans), len(self._wanted))]
+
+    def _encoded_span(self, position: int) -> Span:
+        span = self._encoded.get(position)
+        if span is None:
+            span = self._encoded[position] = _encoded(self._wanted[position], self._encode)
+        return span
 
 
-def continue_ids(known: Transcript, token_ids: Sequence[int]) -> Prompt:
-    """The same for a prompt that is given as ids: text is known of the shared part only."""
-    num_shared = common_prefix(known.token_ids, token_ids)
-    shared = truncate(known, num_shared)
-    transcript = _continue_open_text(shared, Span(None, tuple(token_ids[num_shared:])))
-    return Prompt(transcript, num_spliced=0, num_shared=num_shared, known=known, is_of_ids=True)
+class IdsContinuation:
+    """Of a prompt that is given as ids: text is known of the shared part only."""
+
+    def __init__(self, token_ids: Sequence[int]) -> None:
+        self._token_ids = token_ids
+
+    def num_shared(self, known: Transcript) -> int:
+        return common_prefix(known.token_ids, self._token_ids)
+
+    def of(self, known: Transcript) -> Prompt:
+        num_shared = self.num_shared(known)
+        shared = truncate(known, num_shared)
+        more = Span(None, tuple(self._token_ids[num_shared:]))
+        transcript = _continue_open_text(shared, more)
+        return Prompt(transcript, num_spliced=0, num_shared=num_shared, known=known, is_of_ids=True)
 
 
 def with_reply(transcript: Transcript, reply: Reply, echo: Sequence[Piece] = ()) -> Transcript:
@@ -152,16 +208,6 @@ def take_turns(pieces: Sequence[Piece]) -> Iterator[Piece]:
             yield piece
             text = ""
     yield Piece(text)
-
-
-def _spliced_spans(known: Transcript, wanted: Sequence[Piece], encode: Encode) -> Iterator[Span]:
-    """The stored span wherever it says the piece, up to the first span whose ids differ."""
-    agreeing = True
-    for stored, piece in zip_longest(known.spans[: len(wanted)], wanted):
-        agreeing = agreeing and stored is not None
-        span = stored if agreeing and stored.says(piece) else _encoded(piece, encode)
-        agreeing = agreeing and span.token_ids == stored.token_ids
-        yield span
 
 
 def _encoded(piece: Piece, encode: Encode) -> Span:

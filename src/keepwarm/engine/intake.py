@@ -10,12 +10,13 @@ from keepwarm.core.layout import BLOCK_TOKENS, capacity_for
 from keepwarm.core.policies import reply_room, shortened_limit
 from keepwarm.core.ports import LoadedModel, Message
 from keepwarm.core.stored import Overflow
-from keepwarm.core.transcript import EMPTY, Transcript
+from keepwarm.core.transcript import EMPTY
 from keepwarm.engine.agents import Agent, AgentBook, Line
 from keepwarm.engine.chat import (
+    Continuation,
+    IdsContinuation,
     Prompt,
-    continue_ids,
-    continue_line,
+    TextContinuation,
     opening,
     validate_messages,
 )
@@ -76,8 +77,8 @@ class Intake:
         if source.append is not None:
             return self._choose_main(agent_id, validate_messages(source.append), max_tokens)
         conversation = None if source.messages is None else validate_messages(source.messages)
-        make_prompt = self._prompt_maker(source, conversation)
-        choice = self._book.choose(agent_id, namespace, make_prompt)
+        continuation = self._continuation(source, conversation)
+        choice = self._book.choose(agent_id, namespace, continuation)
         known = choice.line.messages if choice.line is not None else None
         locate = self._locator(choice.prompt, conversation, known)
         return Wanted(choice.line, choice.prompt, conversation, locate)
@@ -85,15 +86,14 @@ class Intake:
     def num_tokens(self, source: PromptSource) -> int:
         """Of the prompt, for an agent that knows nothing yet."""
         conversation = None if source.messages is None else validate_messages(source.messages)
-        return len(self._prompt_maker(source, conversation)(EMPTY).token_ids)
+        return len(self._continuation(source, conversation).of(EMPTY).token_ids)
 
     def history_ids(self, line: Line) -> tuple[int, ...]:
         """The ids that the line's next prompt is to begin with, as far as that is known."""
         if not line.messages:
             return line.transcript.token_ids
         pieces = self._tokenizer.render(line.messages, add_generation_prompt=False)
-        prompt = continue_line(line.transcript, pieces, self._tokenizer.encode)
-        return prompt.transcript.token_ids
+        return TextContinuation(pieces, self._tokenizer.encode).of(line.transcript).token_ids
 
     def reply_tokens(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
         """How long the reply may be: as asked for, within the context and the memory budget."""
@@ -151,28 +151,28 @@ class Intake:
     def _appended(self, agent: Agent, new: Conversation, num_dropped: int) -> Wanted:
         history = _without_turns(agent, num_dropped)
         conversation = (*history, *new)
-        make_prompt = self._prompt_maker(PromptSource(messages=conversation), conversation)
-        prompt = make_prompt(agent.main.transcript)
+        continuation = self._continuation(PromptSource(messages=conversation), conversation)
+        prompt = continuation.of(agent.main.transcript)
         locate = self._locator(prompt, conversation, agent.main.messages)
         return Wanted(agent.main, prompt, conversation, locate, num_dropped)
 
     # -- prompts ---------------------------------------------------------------------------------
 
-    def _prompt_maker(
+    def _continuation(
         self, source: PromptSource, conversation: Conversation | None
-    ) -> Callable[[Transcript], Prompt]:
+    ) -> Continuation:
         if source.token_ids is not None:
             ids = valid_token_ids(source.token_ids, self._loaded.vocab_size)
-            return lambda known: continue_ids(known, ids)
+            return IdsContinuation(ids)
         if conversation is not None:
             pieces = self._tokenizer.render(conversation)
         else:
             pieces = self._tokenizer.split(valid_text(source.text or ""))
-        # Every line of the agent is asked, and most spans of the prompt are new to most of them.
-        encode = cache(self._tokenizer.encode)
         ends_amid = cache(self._ends_amid)
-        return lambda known: continue_line(
-            known, pieces, encode, lambda ids: ends_amid(ids[-MAX_TOKENS_OF_CHARACTER:])
+        return TextContinuation(
+            pieces,
+            cache(self._tokenizer.encode),
+            lambda ids: ends_amid(ids[-MAX_TOKENS_OF_CHARACTER:]),
         )
 
     def _locator(
