@@ -157,7 +157,8 @@ class ModelSwapper:
         model = self.registry.get(name)
         model.num_requests -= 1
         model.last_used_s = self._clock()
-        self._changed.set()
+        if not model.num_requests or model.state is not ModelState.READY:
+            self._changed.set()
 
     def _check_may_wait(self, model: Model) -> None:
         since_s = self._clock() - model.failed_s
