@@ -4,7 +4,9 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -20,6 +22,7 @@ from keepwarm.bench.http_load import (
     rounds_over_http,
 )
 from keepwarm.bench.http_server import FAKE, STEP_S, bench_settings, server_of, source_of
+from keepwarm.bench.lab import require
 from keepwarm.bench.prompts import passages
 from keepwarm.bench.report import OnProgress, no_progress
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
@@ -132,15 +135,20 @@ def _tpot(
 
 
 def _crowd(model: str, port: int, plan: HttpPlan) -> Figure:
-    """Beside the running streams: connections that say nothing, and requests without a row."""
+    """Beside the running streams: connections that say nothing, and requests without a row.
 
-    def alone() -> float:
-        return median_tpot_s(asyncio.run(_beside(port, model, plan, crowded=False)))
+    In the streams' first half: when the first of them ends, requests are queued no more.
+    """
 
-    def crowded() -> float:
-        return median_tpot_s(asyncio.run(_beside(port, model, plan, crowded=True)))
+    def measure(*, crowded: bool) -> float:
+        timelines = asyncio.run(_beside(port, model, plan, crowded=crowded))
+        lasting = [timeline.first_half_s for timeline in timelines if timeline.half_s]
+        require(bool(lasting), "no stream lasted")
+        return median(lasting)
 
-    alone_s, crowded_s = in_turns(alone, crowded, num_repeats=plan.num_pairs)
+    alone_s, crowded_s = in_turns(
+        partial(measure, crowded=False), partial(measure, crowded=True), num_repeats=plan.num_pairs
+    )
     return Figure(
         f"time per token beside {plan.num_idle} idle connections and {plan.num_queued} queued "
         "requests over alone",
