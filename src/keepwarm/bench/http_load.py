@@ -21,16 +21,15 @@ _READ_BYTES = 1 << 16
 class Timeline:
     """When a stream was asked for, its first text came, and its end was known.
 
-    `half_s`: when half of the tokens that it might have had come, in `num_half` pieces; over HTTP
-    only.
+    `middle_tpot_s`: from a quarter to three quarters of its tokens, over HTTP; None when it was
+    shorter than it might have been.
     """
 
     sent_s: float
     first_s: float
     end_s: float
     num_tokens: int
-    half_s: float = 0.0
-    num_half: int = 0
+    middle_tpot_s: float | None = None
 
     @property
     def ttft_s(self) -> float:
@@ -39,11 +38,6 @@ class Timeline:
     @property
     def tpot_s(self) -> float:
         return (self.end_s - self.first_s) / max(self.num_tokens - 1, 1)
-
-    @property
-    def first_half_s(self) -> float:
-        """Per piece, in the first half of the stream."""
-        return (self.half_s - self.first_s) / max(self.num_half - 1, 1)
 
 
 def median_ttft_s(timelines: Sequence[Timeline]) -> float:
@@ -76,23 +70,30 @@ class Connection:
         sent_s = time.perf_counter()
         self._writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
         received = b""
-        first_s = half_s = end_s = 0.0
-        num_half = 0
+        first_s = end_s = 0.0
+        pieces_s: list[float] = []
         while not received.endswith(b"0\r\n\r\n"):
             received += await self._reader.read(_READ_BYTES)
             if not first_s and b"data: " in received:
                 first_s = time.perf_counter()
-            if not half_s and 2 * (num_half := received.count(b"data: ")) >= num_tokens:
-                half_s = time.perf_counter()
+            now = time.perf_counter()
+            pieces_s += [now] * (received.count(b"data: ") - len(pieces_s))
             if not end_s and b'"finish_reason":"' in received:
                 end_s = time.perf_counter()
         require(b"[DONE]" in received, f"a stream ended with {received[-200:]!r}")
         tail = received[received.rindex(b'"completion_tokens":') :]
         num_said = int(tail.split(b":", 1)[1].split(b",", 1)[0])
-        return Timeline(sent_s, first_s, end_s, num_said, half_s, num_half)
+        middle = _middle_s(pieces_s) if num_said == num_tokens else None
+        return Timeline(sent_s, first_s, end_s, num_said, middle)
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _middle_s(pieces_s: Sequence[float]) -> float:
+    """Seconds for each piece from a quarter to three quarters of them."""
+    start, stop = len(pieces_s) // 4, 3 * len(pieces_s) // 4
+    return (pieces_s[stop] - pieces_s[start]) / max(stop - start, 1)
 
 
 def _pauses(prompt: str, num_rounds: int, most_s: float) -> list[float]:
