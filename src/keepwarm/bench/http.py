@@ -1,7 +1,7 @@
 """What the server costs on top of the engine, and what it answers to anything at all."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,7 @@ from keepwarm.bench.http_load import (
     rounds_over_http,
 )
 from keepwarm.bench.http_server import FAKE, STEP_S, bench_settings, server_of, source_of
-from keepwarm.bench.lab import require
+from keepwarm.bench.lab import PathNotTaken, require
 from keepwarm.bench.prompts import passages
 from keepwarm.bench.report import OnProgress, no_progress
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
@@ -138,14 +138,15 @@ def _crowd(model: str, port: int, plan: HttpPlan) -> Figure:
     """Beside the running streams: connections that say nothing, and requests without a row.
 
     In the middle of the streams: earlier the others arrive, and when the first stream ends they are
-    queued no more.
+    queued no more, so all must last.
     """
+    lasting = _lasting_prompts(port, model, plan)
 
     def measure(*, crowded: bool) -> float:
-        timelines = asyncio.run(_beside(port, model, plan, crowded=crowded))
-        lasting = [t.middle_tpot_s for t in timelines if t.middle_tpot_s is not None]
-        require(2 * len(lasting) > NUM_STREAMS, f"only {len(lasting)} streams lasted")
-        return median(lasting)
+        timelines = asyncio.run(_beside(port, model, lasting, plan, crowded=crowded))
+        middles = [t.middle_tpot_s for t in timelines if t.middle_tpot_s is not None]
+        require(len(middles) == NUM_STREAMS, f"only {len(middles)} streams lasted")
+        return median(middles)
 
     alone_s, crowded_s = in_turns(
         partial(measure, crowded=False), partial(measure, crowded=True), num_repeats=plan.num_pairs
@@ -159,9 +160,23 @@ def _crowd(model: str, port: int, plan: HttpPlan) -> Figure:
     )
 
 
-async def _beside(port: int, model: str, plan: HttpPlan, *, crowded: bool) -> list[Timeline]:
+def _lasting_prompts(port: int, model: str, plan: HttpPlan) -> list[str]:
+    """Those whose replies do not end by themselves."""
+    lasting: list[str] = []
+    for prompt in _prompts(3 * NUM_STREAMS):
+        options = {"num_tokens": plan.num_tokens, "num_rounds": 1}
+        (timeline,) = asyncio.run(rounds_over_http(port, model, [prompt], **options))
+        if timeline.num_tokens == plan.num_tokens:
+            lasting.append(prompt)
+        if len(lasting) == NUM_STREAMS:
+            return lasting
+    raise PathNotTaken(f"only {len(lasting)} replies have {plan.num_tokens} tokens")
+
+
+async def _beside(
+    port: int, model: str, prompts: Sequence[str], plan: HttpPlan, *, crowded: bool
+) -> list[Timeline]:
     idle = [await Connection.open(port) for _ in range(plan.num_idle if crowded else 0)]
-    prompts = _prompts(NUM_STREAMS)
     running = asyncio.ensure_future(
         rounds_over_http(port, model, prompts, num_tokens=plan.num_tokens, num_rounds=1)
     )
