@@ -139,6 +139,27 @@ def test_a_model_may_go_in_the_middle(setup: Setup, clock: FakeClock, name: str)
     assert reply.cache.cached_tokens > reply.usage.prompt_tokens - 20
 
 
+def test_what_is_asked_of_the_engine_comes_first(setup: Setup, clock: FakeClock) -> None:
+    setup.step()
+    clock.advance(2 * IDLE_S)
+    setup.step(8)
+    assert is_building(setup)
+    assert setup.fleet.engine_to_compute("other").verify("ada").passed
+    assert not is_building(setup)
+
+
+def test_a_shutdown_in_the_middle_saves_what_there_is(
+    tmp_path: Path, setup: Setup, clock: FakeClock
+) -> None:
+    setup.step()
+    clock.advance(2 * IDLE_S)
+    setup.step(8)
+    assert is_building(setup)
+    assert setup.fleet.close()
+    assert not is_building(setup)
+    setup.fleet.check()
+
+
 def test_only_in_memory_that_nobody_takes(tmp_path: Path, clock: FakeClock) -> None:
     budget_bytes = 20 * BLOCK_BYTES
     with opened(tmp_path, budget_bytes=budget_bytes, builds_when_idle=True, clock=clock) as setup:

@@ -33,6 +33,7 @@ class IdleBuilder:
         self._clock = clock
         self._idle_since_s: float | None = None
         self._built: dict[tuple[str, str], int] = {}
+        self._latest: tuple[str, str] | None = None
 
     def __repr__(self) -> str:
         return f"IdleBuilder({len(self._built)} built)"
@@ -43,7 +44,13 @@ class IdleBuilder:
         for engine in self._engines.values():
             if engine.is_building:
                 engine.call_off_builds()
-                self._built.clear()
+                if self._latest is not None:
+                    self._built.pop(self._latest, None)
+
+    def forget(self, agent_id: str) -> None:
+        """The agent is gone."""
+        for key in [key for key in self._built if key[1] == agent_id]:
+            del self._built[key]
 
     def look(self) -> None:
         """Nothing is going on: begin to build, if that has been so for a while."""
@@ -56,7 +63,8 @@ class IdleBuilder:
     def _begin_one(self) -> None:
         for _, name, agent_id in sorted(self._lagging(), reverse=True):
             home = self._engines[self._home(agent_id)]
-            self._built[name, agent_id] = home.last_used(agent_id)
+            self._latest = name, agent_id
+            self._built[self._latest] = home.last_used(agent_id)
             try:
                 if self._engines[name].build(home.state_of(agent_id)):
                     return

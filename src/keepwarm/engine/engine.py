@@ -130,7 +130,7 @@ class Engine:
         """The same with the model in memory. Raises what `submit` raises about that."""
         name = await self._enter(GenerateRequest(agent_id=agent_id), None)
         try:
-            return await self.call(lambda fleet: call(fleet.engine(name)))
+            return await self.call(lambda fleet: call(fleet.engine_to_compute(name)))
         finally:
             self._leave_model(name)
 

@@ -134,6 +134,11 @@ class Fleet:
             raise UnknownModel(name, tuple(self._engines))
         return self._engines[name]
 
+    def engine_to_compute(self, name: str) -> BlockPoolBatchEngine:
+        """For somebody who waits for what it computes. Raises UnknownModel."""
+        self._builder.stop()
+        return self.engine(name)
+
     # -- requests --------------------------------------------------------------------------------
 
     def submit(self, request: GenerateRequest) -> str:
@@ -252,6 +257,7 @@ class Fleet:
         for engine in self._engines.values():
             engine.let_go(agent_id)
         self._at.pop(agent_id, None)
+        self._builder.forget(agent_id)
 
     # -- the whole -------------------------------------------------------------------------------
 
@@ -265,6 +271,7 @@ class Fleet:
 
     def close(self, timeout_s: float = 60.0) -> bool:
         """Save every line's KV to its last token; the store stays open. As the engine's own."""
+        self._builder.stop()
         is_saved = True
         for engine in self._engines.values():
             is_saved &= engine.close(timeout_s)
