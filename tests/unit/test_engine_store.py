@@ -358,12 +358,13 @@ def test_a_full_memory_does_not_keep_a_clean_stop_from_saving() -> None:
 
 
 class OthersTakeLong(MemoryAgentStore):
-    """A disk that never finishes what one agent gave it."""
+    """A disk that does not finish what one agent gave it before it is told to hurry."""
 
     def __init__(self, slow_agent: str) -> None:
         super().__init__()
         self._slow_agent = slow_agent
         self._slow: set[bytes] = set()
+        self._held: list[StoreEvent] = []
 
     def save(self, family: Any, record: Any, token_ids: Any, pieces: Any, maker: Any) -> None:
         super().save(family, record, token_ids, pieces, maker)
@@ -371,8 +372,12 @@ class OthersTakeLong(MemoryAgentStore):
             self._slow.add(record.hash)
 
     def poll(self) -> list[StoreEvent]:
-        events = super().poll()
-        return [e for e in events if not (isinstance(e, Saved) and e.record_hash in self._slow)]
+        events = super().poll() + self._held
+        self._held = [e for e in events if isinstance(e, Saved) and e.record_hash in self._slow]
+        return [e for e in events if e not in self._held]
+
+    def hurry(self) -> None:
+        self._slow.clear()
 
 
 def test_a_parked_agent_does_not_wait_for_what_others_save() -> None:
@@ -383,3 +388,18 @@ def test_a_parked_agent_does_not_wait_for_what_others_save() -> None:
     step(engine, 3)
     assert engine.tiers.saves.is_busy
     assert main_blocks(engine, "ada").num_tokens == 0
+
+
+def test_a_reply_waits_for_memory_that_the_disk_is_taking() -> None:
+    store = OthersTakeLong("bob")
+    engine = fake_engine(store=store, num_blocks=12)
+    run(engine, agent_id="bob", token_ids=ids(256 * 6, 1), max_tokens=1)
+    engine.park("bob")
+    request = engine.submit(agent_id="ada", token_ids=ids(256 * 4), max_tokens=256 * 6)
+    while not engine.batch.counters.preemptions:
+        step(engine)
+    step(engine, 20)
+    assert engine.batch.counters.preemptions == 1
+    store.hurry()
+    reply = completed(drain(engine), request)
+    assert reply.token_ids == fresh_reply(ids(256 * 4), max_tokens=256 * 6)

@@ -317,12 +317,16 @@ class Batch:
             self._enlarge(sequence)
         except PoolExhausted as error:
             victim = choose_preempted(self.running)
-            if victim is None and self._tiers.pool.neighbours.will_free():
+            if victim is None and self._is_being_freed():
                 victim = sequence
             if victim is None:
                 self._break(sequence, error)
             else:
                 self._preempt(victim)
+
+    def _is_being_freed(self) -> bool:
+        """Whether memory comes free though no row of these ends: the disk is taking copies."""
+        return self._tiers.saves.is_busy or self._tiers.pool.neighbours.will_free()
 
     def _enlarge(self, sequence: TokenSequence) -> None:
         """Raises PoolExhausted, leaving the row as it was."""
