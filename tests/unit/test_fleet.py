@@ -146,6 +146,30 @@ class TestTwoModels:
             assert setup.say("ada", "And here?", "small").turn == 3
             assert fleet.model_of("ada") == "small"
 
+    def test_an_agent_of_two_tokenizers_is_exported(self, setup: Setup, tmp_path: Path) -> None:
+        setup.attach("other")
+        create(setup, "ada")
+        for model in ("small", "other", "small"):
+            setup.say("ada", "Hello", model)
+        setup.fleet.of("ada").export("ada", tmp_path / "ada.kw")
+        with pytest.raises(UnknownAgent):
+            setup.fleet.of("eve").turns("eve")
+        setup.fleet.import_agent(tmp_path / "ada.kw", "eve")
+        assert len(setup.fleet.of("eve").turns("eve")) == 3
+        assert setup.say("eve", "And you?").turn == 4
+
+    def test_what_was_taken_back_does_not_come_back_with_a_bundle(
+        self, setup: Setup, tmp_path: Path
+    ) -> None:
+        setup.attach("other")
+        create(setup, "ada")
+        for model in ("small", "other", "other", "small"):
+            setup.say("ada", "Hello", model)
+        setup.fleet.of("ada").rollback("ada", turn=1)
+        setup.fleet.of("ada").export("ada", tmp_path / "ada.kw")
+        setup.fleet.import_agent(tmp_path / "ada.kw", "eve")
+        assert len(setup.fleet.of("eve").turns("eve")) == 1
+
     def test_beside_its_talk_with_one_model_another_is_asked_in_its_name(
         self, setup: Setup
     ) -> None:

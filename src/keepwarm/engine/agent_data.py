@@ -8,7 +8,7 @@ from keepwarm.core.agent import in_namespace
 from keepwarm.core.agent_store import AgentStore
 from keepwarm.core.errors import InvariantBroken
 from keepwarm.core.ports import LoadedModel
-from keepwarm.core.stored import BundleRead, BundleStored, BundleWritten, KVFamily
+from keepwarm.core.stored import BundleRead, BundleStored, BundleWritten, KVFamily, LineState
 from keepwarm.engine.agents import Agent, AgentBook, Line
 from keepwarm.engine.batch import Batch
 from keepwarm.engine.bundles import (
@@ -51,7 +51,9 @@ class AgentPorter:
     def export(self, agent: Agent, path: Path, *, timeout_s: float) -> ExportSummary:
         """What the disk has not taken within `timeout_s` is left out and counted."""
         self._save_lines(agent, timeout_s)
-        state = self._keeper.state_of(agent)
+        # A bundle does not say which line was used last: it is the one that knows the most.
+        foreign = tuple(line for line in agent.foreign if _is_part_of(agent.main, line))
+        state = self._keeper.state_of(replace(agent, foreign=foreign))
         ticket = self._store.write_bundle(self._family, self._tokenizer, state, path)
         written = self._link.answer(ticket, BundleWritten)
         held = [line.num_held() for line in agent.lines]
@@ -95,6 +97,13 @@ class AgentPorter:
 
     def _num_stored(self, line: Line) -> int:
         return self._tiers.saver.stored_tokens(line.transcript.token_ids, line.blocks.namespace)
+
+
+def _is_part_of(main: Line, other: LineState) -> bool:
+    """Whether the other line, of another tokenizer, knows nothing that was taken back here."""
+    if other.number or other.messages is None or main.messages is None:
+        return True
+    return main.messages[: len(other.messages)] == other.messages
 
 
 class AgentVerifier:

@@ -53,7 +53,7 @@ class AgentKeeper:
         """
         own = [line for line in state.lines if line.tokenizer == self._tokenizer]
         foreign = tuple(line for line in state.lines if line.tokenizer != self._tokenizer)
-        last = max(state.mains, key=lambda line: line.last_used)
+        last = max(state.mains, key=lambda line: (line.last_used, len(line.turns)))
         mains = [line for line in own if line.number == 0]
         main = (
             self._line(mains[0], state.agent_id)
