@@ -67,6 +67,12 @@ class Setup:
                 self.ended[event.request_id] = event
         return events
 
+    def settle(self) -> None:
+        """Until the disk has taken what there is."""
+        while self.fleet.has_work or self.fleet.has_chores:
+            self.store.wait(0.05)
+            self.step()
+
     def finish(self, request_id: str) -> Completed:
         for _ in range(20_000):
             if request_id in self.ended:

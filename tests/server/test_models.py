@@ -208,6 +208,15 @@ class TestByName:
             assert answer["turn"] == 3
             assert c.get("/v1/agents/ada").json()["model"] == "fake"
 
+    def test_one_that_may_not_be_loaded_is_answered_for(self, tmp_path: Path) -> None:
+        path = "/v1/agents/ada/messages"
+        body = {"content": "Hello", "max_tokens": 3}
+        with served(tmp_path) as (server, _), server.client() as c:
+            c.put("/v1/agents/ada", json={})
+            assert c.post(path, json={**body, "model": "other"}).status_code == 200
+        with served(tmp_path, model__auto_load="never") as (server, _), server.client() as c:
+            assert c.post(path, json=body).json()["message"]["content"] == "fff"
+
     def test_a_temperature_of_its_own(self, tmp_path: Path) -> None:
         with served(tmp_path) as (server, _), server.client() as client:
             seen: list[float] = []

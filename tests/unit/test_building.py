@@ -40,6 +40,8 @@ def is_building(setup: Setup) -> bool:
 
 def rest(setup: Setup, clock: FakeClock, seconds: float = 2 * IDLE_S) -> None:
     """Nobody asks for anything for so long, and then until nothing is done any more."""
+    while setup.fleet.has_work:  # a commit
+        setup.step()
     setup.step()
     clock.advance(seconds)
     setup.step(2)
@@ -144,7 +146,7 @@ def test_what_is_asked_of_the_engine_comes_first(setup: Setup, clock: FakeClock)
     clock.advance(2 * IDLE_S)
     setup.step(8)
     assert is_building(setup)
-    assert setup.fleet.engine_to_compute("other").verify("ada").passed
+    assert setup.fleet.bring("ada", "other").verify("ada").passed
     assert not is_building(setup)
 
 
@@ -175,16 +177,96 @@ def test_only_in_memory_that_nobody_takes(tmp_path: Path, clock: FakeClock) -> N
         assert [repr(some) for some in tiers] == before
 
 
+@pytest.mark.parametrize(
+    "error", [InvalidRequest("messages", "roles must alternate"), ZeroDivisionError("in Jinja")]
+)
 def test_a_conversation_that_the_other_template_refuses(
-    setup: Setup, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+    setup: Setup, clock: FakeClock, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def refuse(*_: object) -> tuple[int, ...]:
-        raise InvalidRequest("messages", "roles must alternate")
+        raise error
 
     monkeypatch.setattr(setup.fleet.engine("small")._intake, "history_ids", refuse)
     rest(setup, clock)
     assert not is_building(setup)
     assert setup.say("ada", "three", "other").turn == 3
+
+
+def test_not_on_a_model_that_it_never_talked_to(setup: Setup, clock: FakeClock) -> None:
+    rest(setup, clock)
+    before = num_prefilled(setup, "small")
+    create(setup, "bob")  # in the default model's engine
+    setup.say("bob", "word " * 200, "other")
+    rest(setup, clock)
+    assert num_prefilled(setup, "small") == before
+
+
+def test_not_for_one_with_a_quota(setup: Setup, clock: FakeClock) -> None:
+    """Its records would push out those of the model that it talks to."""
+    setup.fleet.of("ada").configure("ada", quota_bytes=1 << 20)
+    before = num_prefilled(setup, "small")
+    rest(setup, clock)
+    assert num_prefilled(setup, "small") == before
+
+
+def test_a_pinned_agent_is_pinned_where_it_is(setup: Setup, clock: FakeClock) -> None:
+    setup.fleet.of("ada").pin("ada")
+    rest(setup, clock)
+    small = setup.fleet.engine("small")
+    assert small.agent("ada").held_tokens > 800
+    assert not small.agent("ada").pinned
+    setup.say("ada", "three", "small")
+    assert small.agent("ada").pinned
+
+
+def test_what_nobody_asked_for_goes_first(setup: Setup, clock: FakeClock) -> None:
+    create(setup, "bob")
+    setup.say("bob", "word " * 100, "small")
+    rest(setup, clock)
+    small = setup.fleet.engine("small")
+    assert small.agent("ada").held_tokens > 800
+    assert small.last_used("ada") < small.last_used("bob")
+
+
+def test_one_attempt_at_a_time(
+    setup: Setup, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"a{number}" for number in range(5)]
+    create(setup, *names)
+    for name in names:
+        setup.say(name, "one", "small")
+        setup.say(name, "two", "other")
+    looks: list[object] = []
+
+    def refuse(line: object) -> tuple[int, ...]:
+        looks.append(line)
+        raise InvalidRequest("messages", "roles must alternate")
+
+    monkeypatch.setattr(setup.fleet.engine("small")._intake, "history_ids", refuse)
+    setup.step()
+    clock.advance(2 * IDLE_S)
+    for number in range(1, 7):
+        setup.step()
+        assert len(looks) == number
+    setup.step(3)
+    assert len(looks) == 6
+
+
+def test_when_memory_comes_free(tmp_path: Path, clock: FakeClock) -> None:
+    budget_bytes = 20 * BLOCK_BYTES
+    with opened(tmp_path, budget_bytes=budget_bytes, builds_when_idle=True, clock=clock) as setup:
+        setup.attach("other")
+        create(setup, "ada")
+        setup.say("ada", "one " * 100, "small")
+        setup.say("ada", "two " * 200, "other")
+        setup.run("small", agent_id="bob", token_ids=ids(256 * 8), max_tokens=3)
+        before = num_prefilled(setup, "small")
+        rest(setup, clock)
+        assert num_prefilled(setup, "small") == before
+        setup.fleet.delete("bob")
+        setup.settle()
+        rest(setup, clock)
+        assert num_prefilled(setup, "small") > before + 700
 
 
 def test_what_the_generator_raises_costs_nothing(

@@ -146,6 +146,39 @@ class TestTwoModels:
             assert setup.say("ada", "And here?", "small").turn == 3
             assert fleet.model_of("ada") == "small"
 
+    def test_what_computes_after_a_restart_is_where_the_agent_is(self, tmp_path: Path) -> None:
+        with opened(tmp_path) as setup:
+            setup.attach("other")
+            create(setup, "ada")
+            setup.say("ada", "Hello " * 100, "small")
+            setup.say("ada", "Hello " * 100, "other")
+            assert setup.fleet.close()
+        with opened(tmp_path) as setup:
+            assert setup.fleet.model_of("ada") == "other"
+            setup.attach("other")
+            setup.fleet.bring("ada", "other").prefetch("ada")
+            while setup.fleet.has_work:
+                setup.step()
+            assert setup.fleet.of("ada").agent("ada").tier is Tier.HOT
+            setup.fleet.of("ada").park("ada")
+            setup.settle()
+            setup.step(2)
+            assert setup.fleet.engine("other").agent("ada").tier is Tier.COLD
+
+    def test_a_request_that_is_called_off_before_its_first_token_changes_nothing(
+        self, setup: Setup
+    ) -> None:
+        setup.attach("other")
+        create(setup, "ada")
+        setup.say("ada", "Hello", "small")
+        request = setup.start("other", agent_id="ada", token_ids=ids(900), max_tokens=3)
+        setup.step()
+        setup.fleet.cancel(request)
+        setup.step(3)
+        assert setup.fleet.model_of("ada") == "small"
+        assert setup.say("ada", "And now?").turn == 2
+        assert setup.fleet.of("ada").model == "small"
+
     def test_an_agent_of_two_tokenizers_is_exported(self, setup: Setup, tmp_path: Path) -> None:
         setup.attach("other")
         create(setup, "ada")

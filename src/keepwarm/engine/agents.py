@@ -44,7 +44,8 @@ class Agent:
 
     `foreign` are its lines in the ids of other tokenizers, kept as they were committed. `has_left`:
     another engine has the agent as it is now, or has deleted it. `model`: the name of the one that
-    it talked to last; empty for the server's default one.
+    it talked to last; empty for the server's default one. `has_answered`: this engine has, since it
+    was opened.
     """
 
     agent_id: str
@@ -55,6 +56,7 @@ class Agent:
     foreign: tuple[LineState, ...] = ()
     has_left: bool = False
     model: str = ""
+    has_answered: bool = False
 
     @property
     def lines(self) -> list[Line]:
@@ -230,6 +232,7 @@ class AgentBook:
         for former in by_number.values():
             self._forget(former.blocks)
         new.main.blocks.pinned = new.settings.pinned
+        new.has_answered = old.has_answered
 
     def tidy(self, agent_id: str | None) -> None:
         """Drop the longest idle side or anonymous lines beyond their number."""
@@ -258,6 +261,7 @@ class AgentBook:
         ]
         agent.turns.append(Turn(line.transcript.num_tokens, messages, receipt))
         agent.model = self._model
+        agent.has_answered = True
 
     def view(self, agent: Agent, stored_tokens: Callable[[Sequence[int]], int]) -> AgentView:
         """`stored_tokens`: how many of a line's first ids the store has the KV of."""

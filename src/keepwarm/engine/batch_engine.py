@@ -402,10 +402,10 @@ class BlockPoolBatchEngine:
         """Whether there is such an agent, here or on disk."""
         return agent_id in self._book
 
-    def recorded_model(self, agent_id: str) -> str:
-        """Of the agent, as it is committed; empty where there is no such agent."""
+    def recorded_model(self, agent_id: str) -> str | None:
+        """Of the agent, as it is committed; None where there is no such agent."""
         agent = self._book.find(agent_id)
-        return agent.model if agent is not None else ""
+        return agent.model if agent is not None else None
 
     def turns(self, agent_id: str) -> tuple[Turn, ...]:
         """What the agent's main line has said and heard so far. Raises UnknownAgent."""
@@ -505,17 +505,37 @@ class BlockPoolBatchEngine:
     def build(self, state: AgentState) -> bool:
         """Compute KV for an agent that talks to another engine's model, for when it comes here.
 
-        In the background, until `call_off_builds`, and only in memory that nobody takes. Returns
-        whether it was begun. Raises AgentBusy.
+        In the background, until `call_off_builds`, and only where nobody has to give way: memory
+        and disk have room, and the agent has no quota. Returns whether it was begun. Raises
+        AgentBusy, and InvalidRequest where the template refuses the conversation.
         """
-        self._take_over(state).has_left = True
-        line = self._book.get(state.agent_id).main
+        if state.settings.quota_bytes is not None:
+            return False
+        agent = self._take_over(state)
+        agent.has_left = True
+        line = agent.main
+        line.blocks.pinned = False  # until it comes
         token_ids = self._intake.history_ids(line)
-        is_too_long = len(token_ids) > self._loaded.max_context_tokens
-        if is_too_long or self._intake.slab_bytes(len(token_ids)) > self.tiers.pool.free_bytes:
+        if self._intake.would_drop_turns(len(token_ids)) or not self.has_room_for(len(token_ids)):
             return False
         self._stalled = False
         return self._prefetches.begin(next(self._ids), line, token_ids, may_compute=True)
+
+    def has_room_for(self, num_tokens: int) -> bool:
+        """Whether KV of so many tokens fits into memory and onto the disk as they are."""
+        needed_bytes = self._intake.slab_bytes(num_tokens)
+        health = self._store.health()
+        disk_bytes = health.disk_bytes + health.queued_bytes + needed_bytes
+        has_disk = not health.budget_bytes or disk_bytes <= health.budget_bytes
+        return has_disk and needed_bytes <= self.tiers.pool.free_bytes
+
+    def has_answered(self, agent_id: str) -> bool:
+        """Whether the agent has had a turn here. Raises UnknownAgent."""
+        return self._book.get(agent_id).has_answered
+
+    def num_tokens(self, agent_id: str) -> int:
+        """Of the agent's main line. Raises UnknownAgent."""
+        return self._book.get(agent_id).main.transcript.num_tokens
 
     @property
     def is_building(self) -> bool:

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-from keepwarm.core.errors import AgentBusy, InvalidRequest
+from keepwarm.core.errors import InvariantBroken
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
 
 IDLE_S = 1.0
@@ -61,15 +61,20 @@ class IdleBuilder:
             self._begin_one()
 
     def _begin_one(self) -> None:
-        for _, name, agent_id in sorted(self._lagging(), reverse=True):
-            home = self._engines[self._home(agent_id)]
-            self._latest = name, agent_id
-            self._built[self._latest] = home.last_used(agent_id)
-            try:
-                if self._engines[name].build(home.state_of(agent_id)):
-                    return
-            except (AgentBusy, InvalidRequest) as error:
-                _log.info("no KV of %s on %s in advance: %s", agent_id, name, error)
+        """One look, one attempt: somebody may have asked for something meanwhile."""
+        lagging = max(self._lagging(), default=None)
+        if lagging is None:
+            return
+        last_used, name, agent_id = lagging
+        self._latest = name, agent_id
+        self._built[self._latest] = last_used
+        try:
+            state = self._engines[self._home(agent_id)].state_of(agent_id)
+            self._engines[name].build(state)
+        except InvariantBroken:
+            raise
+        except Exception as error:  # noqa: BLE001 - nobody asked for it, so nobody may suffer
+            _log.info("no KV of %s on %s in advance: %r", agent_id, name, error)
 
     def _lagging(self) -> Iterator[tuple[int, str, str]]:
         """When it was last used, the model, and the agent."""
@@ -79,5 +84,9 @@ class IdleBuilder:
                 if home is engine or home.is_in_use(agent_id) or not home.holds(agent_id):
                     continue
                 last_used = home.last_used(agent_id)
-                if self._built.get((name, agent_id)) != last_used:
+                if (
+                    engine.has_answered(agent_id)
+                    and self._built.get((name, agent_id)) != last_used
+                    and engine.has_room_for(home.num_tokens(agent_id))
+                ):
                     yield last_used, name, agent_id

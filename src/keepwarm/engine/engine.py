@@ -30,7 +30,6 @@ from keepwarm.engine.batch_engine import BlockPoolBatchEngine
 from keepwarm.engine.fleet import Fleet
 from keepwarm.engine.loop import EngineLoop
 from keepwarm.engine.mailbox import Call
-from keepwarm.engine.models import ModelRegistry
 from keepwarm.engine.requests import GenerateRequest, ReceiptKey
 from keepwarm.engine.stream import EventStream, replayed
 from keepwarm.engine.swapper import ModelSwapper
@@ -130,7 +129,7 @@ class Engine:
         """The same with the model in memory. Raises what `submit` raises about that."""
         name = await self._enter(GenerateRequest(agent_id=agent_id), None)
         try:
-            return await self.call(lambda fleet: call(fleet.engine_to_compute(name)))
+            return await self.call(lambda fleet: call(fleet.bring(agent_id, name)))
         finally:
             self._leave_model(name)
 
@@ -207,24 +206,26 @@ class Engine:
 
     async def model_of(self, agent_id: str) -> str:
         """The name of the model that answers the agent; empty where there is no choice."""
-        return "" if self.models is None else await self._model_of(self.models.registry, agent_id)
+        return "" if self.models is None else await self._model_of(self.models, agent_id)
 
-    async def _model_of(self, registry: ModelRegistry, agent_id: str | None) -> str:
-        """The one that the agent talked to last, if that is served here."""
+    async def _model_of(self, models: ModelSwapper, agent_id: str | None) -> str:
+        """The one that the agent talked to last, if that can be had here."""
+        registry = models.registry
         if registry.only_used:
             return registry.only_used
         name = await self.call(lambda fleet: fleet.model_of(agent_id))
-        try:
-            return registry.resolve(name).name
-        except UnknownModel:
-            _log.warning("%s talked to %s, which is not served here", agent_id, name)
-            return registry.default.name
+        with suppress(UnknownModel):
+            model = registry.resolve(name)
+            if models.can_be_had(model):
+                return model.name
+        _log.warning("%s talked to %s, which cannot be had now", agent_id, name)
+        return registry.default.name
 
     async def _enter(self, request: GenerateRequest, timeout_s: float | None) -> str:
         """The model that will answer is in memory, until `_leave_model`. Returns its name."""
         if self.models is None:
             return request.model
-        name = request.model or await self._model_of(self.models.registry, request.agent_id)
+        name = request.model or await self._model_of(self.models, request.agent_id)
         await self.models.enter(name, timeout_s)
         return name
 

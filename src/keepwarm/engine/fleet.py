@@ -134,10 +134,15 @@ class Fleet:
             raise UnknownModel(name, tuple(self._engines))
         return self._engines[name]
 
-    def engine_to_compute(self, name: str) -> BlockPoolBatchEngine:
-        """For somebody who waits for what it computes. Raises UnknownModel."""
+    def bring(self, agent_id: str, name: str) -> BlockPoolBatchEngine:
+        """The agent to the engine of this model, which is to compute for it.
+
+        Raises UnknownModel, and AgentBusy while the agent talks to another.
+        """
         self._builder.stop()
-        return self.engine(name)
+        engine = self.engine(name)
+        self._move(agent_id, engine)
+        return engine
 
     # -- requests --------------------------------------------------------------------------------
 
@@ -201,7 +206,10 @@ class Fleet:
         if agent_id is None or at not in self._engines:
             return at
         engine = self._engines[at]
-        return at if engine.is_in_use(agent_id) else engine.recorded_model(agent_id) or at
+        if engine.is_in_use(agent_id):
+            return at
+        recorded = engine.recorded_model(agent_id)
+        return at if recorded is None else recorded or self._default
 
     def of(self, agent_id: str | None) -> BlockPoolBatchEngine:
         """The engine that the agent is at, or that can read it from the disk."""

@@ -95,6 +95,11 @@ class Intake:
         pieces = self._tokenizer.render(line.messages, add_generation_prompt=False)
         return TextContinuation(pieces, self._tokenizer.encode).of(line.transcript).token_ids
 
+    def would_drop_turns(self, num_prompt_tokens: int) -> bool:
+        """Whether a conversation that long is cut, or refused, when it goes on."""
+        limit = self.max_tokens()
+        return num_prompt_tokens + reply_room(limit, None) > limit
+
     def reply_tokens(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
         """How long the reply may be: as asked for, within the context and the memory budget."""
         context = self._loaded.max_context_tokens

@@ -13,6 +13,7 @@ from keepwarm.engine.tiers import Tiers
 class _Prefetch:
     line: Line
     sequence: TokenSequence
+    last_used: int
 
 
 class Prefetcher:
@@ -45,7 +46,7 @@ class Prefetcher:
             return False
         sequence.known_ids = line.transcript.token_ids
         line.in_use = True
-        self._running[sequence.request_id] = _Prefetch(line, sequence)
+        self._running[sequence.request_id] = _Prefetch(line, sequence, line.blocks.last_used)
         self._batch.enqueue(sequence)
         return True
 
@@ -67,3 +68,6 @@ class Prefetcher:
         line.in_use = False
         if line.blocks.busy:
             self._tiers.park(line.blocks)
+        if prefetch.sequence.may_compute:
+            # Nobody asked for it: where memory is short it goes as early as it would have gone.
+            line.blocks.last_used = prefetch.last_used
