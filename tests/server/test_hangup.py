@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from doors import GatedFactory, check_is_empty
+from keepwarm.core.stored import Fetched, StoreEvent
+from keepwarm.engine.fleet import Fleet
 from keepwarm.engine.stream import EventStream
 from servers import FakeServer, fake_server
 from sockets import RawClient
@@ -148,6 +150,27 @@ def leave(client: RawClient, rng: random.Random) -> None:
         client.socket.close()
 
 
+class _HeldDisk:
+    """What was read from the disk does not arrive while it is held."""
+
+    def __init__(self, server: FakeServer) -> None:
+        self.is_held = True
+        self.num_held = 0
+        self._held: list[StoreEvent] = []
+        server.call_fleet(self._take)
+
+    def _take(self, fleet: Fleet) -> None:
+        poll = fleet.store.poll
+
+        def held_poll() -> list[StoreEvent]:
+            events = [*self._held, *poll()]
+            self._held = [e for e in events if self.is_held and isinstance(e, Fetched)]
+            self.num_held = len(self._held)
+            return [event for event in events if event not in self._held]
+
+        fleet.store.poll = held_poll  # type: ignore[method-assign]
+
+
 class TestWithinOneStep:
     """The generator is let through call by call, so steps can be counted."""
 
@@ -217,6 +240,24 @@ class TestWithinOneStep:
             assert not factory.made[-1].batch_sizes or max(factory.made[-1].batch_sizes) == 1
             factory.gate.open()
             first.socket.close()
+
+    @pytest.mark.parametrize("stream", [True, False])
+    def test_while_its_kv_is_read(self, tmp_path: Path, stream: bool) -> None:
+        with watched(tmp_path) as (server, _), server.client() as client:
+            path, body = to_agent("ada", "y" * 2_000, stream=False, max_tokens=3)
+            client.post(path, json=body).raise_for_status()
+            client.post("/v1/agents/ada/park").raise_for_status()
+            wait_for(lambda: client.get("/v1/agents/ada").json()["tier"] == "cold")
+            disk = _HeldDisk(server)
+            with RawClient(server.url) as raw:
+                raw.post(*to_agent("ada", stream=stream))
+                wait_for(lambda: disk.num_held)
+            wait_for(lambda: not server.engine.num_requests)
+            disk.is_held = False
+            body = {"content": "Again", "max_tokens": 3}
+            answer = client.post("/v1/agents/ada/messages", json=body).json()
+            assert answer["turn"] == 2
+            assert answer["cache"]["cached_tokens"] > 2_000
 
     def _go(
         self, server: FakeServer, client: RawClient, *, reset: bool = False, num_cancels: int = 1
