@@ -264,13 +264,16 @@ class TestLoadAndUnload:
     def test_as_events(self, tmp_path: Path) -> None:
         with served(tmp_path) as (server, source), server.client() as c:
             source.open.clear()
-            threading.Timer(0.4, source.open.set).start()
             headers = {"Accept": "text/event-stream"}
             with c.stream("POST", "/v1/models/other/load", headers=headers) as answer:
-                events = answer.read().decode().strip().split("\n\n")
-            assert any('"state":"loading"' in event for event in events)
-            assert events[-1].startswith("event: done\ndata: {")
-            assert json.loads(events[-1].split("data: ")[1])["state"] == "ready"
+                lines: list[str] = []
+                for line in filter(None, answer.iter_lines()):
+                    lines.append(line)
+                    if '"state":"loading"' in line:
+                        source.open.set()
+            assert source.open.is_set()
+            assert lines[-2] == "event: done"
+            assert json.loads(lines[-1].removeprefix("data: "))["state"] == "ready"
             source.errors = [ModelLoadError("x.safetensors", "it is truncated", "Fetch it again")]
             with c.stream("POST", "/v1/models/third/load", headers=headers) as answer:
                 last = answer.read().decode().strip().split("\n\n")[-1]

@@ -170,6 +170,7 @@ def test_only_in_memory_that_nobody_takes(tmp_path: Path, clock: FakeClock) -> N
         setup.say("ada", "one " * 100, "small")
         setup.say("ada", "two " * 200, "other")
         setup.run("small", agent_id="bob", token_ids=ids(256 * 8), max_tokens=3)
+        setup.settle()
         tiers = [setup.fleet.engine(name).tiers for name in NAMES]
         assert tiers[0].pool.free_bytes < 6 * BLOCK_BYTES
         before = [repr(some) for some in tiers]
