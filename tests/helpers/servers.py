@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import uvicorn
 
+from description import check_described
 from engines import FakeFactory, fake_loaded
 from keepwarm.config import load_settings
 from keepwarm.engine.engine import Engine
@@ -39,7 +40,10 @@ class FakeServer:
     server: uvicorn.Server
 
     def client(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=30.0, trust_env=False, **options)
+        """Raises where an answer is not what the server's description says."""
+        hooks = {"response": [check_described]}
+        base: dict[str, Any] = {"base_url": self.url, "timeout": 30.0, "trust_env": False}
+        return httpx.Client(event_hooks=hooks, **base, **options)
 
     def call(self, function: Any) -> Any:
         """On the engine of the default model, on its thread, between two steps."""

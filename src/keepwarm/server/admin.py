@@ -1,10 +1,10 @@
 """Operations: health, metrics, the page, and one snapshot of everything."""
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from importlib.resources import files
 from typing import Annotated, Any
 
-import msgspec
 from fastapi import APIRouter, Depends, Query
 from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.responses import Response
@@ -12,12 +12,14 @@ from starlette.responses import Response
 from keepwarm.engine.agents import AgentView
 from keepwarm.engine.fleet import Fleet
 from keepwarm.engine.snapshot import EngineSnapshot
-from keepwarm.server.agents.encode import agent_fields
+from keepwarm.server.agents.answers import AgentCard, card_of
+from keepwarm.server.answers import errors, json_answer
 from keepwarm.server.guard import DOCS_FILES
-from keepwarm.server.models import model_card
+from keepwarm.server.model_cards import ModelCard
+from keepwarm.server.openai.encode import OpenAIErrorBody
 from keepwarm.server.serving import VERSION, Serving, serving_of
 
-router = APIRouter(tags=["operations"])
+router = APIRouter(tags=["operations"], responses=errors(OpenAIErrorBody))
 
 ServingOf = Annotated[Serving, Depends(serving_of)]
 
@@ -29,25 +31,55 @@ PAGE_POLICY = (
 )
 
 
-@router.get("/health", response_class=Response)
-@router.get("/health/ready", response_class=Response)
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """The process answers."""
+
+    status: str = "ok"
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """`ok` or `stopping`, and the default model."""
+
+    status: str
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stats(EngineSnapshot):
+    """Everything at one moment; `num_agents` are the caller's, of whom `agents` were used last."""
+
+    version: str
+    models: Sequence[ModelCard]
+    requests: int
+    num_agents: int
+    agents: Sequence[AgentCard]
+
+
+_NOT_READY: dict[int | str, dict[str, Any]] = {503: {"model": Readiness, "description": "Not now"}}
+
+
+@router.get("/health", responses=_NOT_READY, response_model=Readiness)
+@router.get("/health/ready", responses=_NOT_READY, response_model=Readiness)
 async def ready(serving: ServingOf) -> Response:
     """Whether requests are answered: 503 while the server stops, or when the engine has ended."""
     is_serving = serving.engine.is_serving
-    body = {
-        "status": "ok" if is_serving else "stopping",
-        "model": serving.house.models.registry.default.name,
-    }
-    return _json(body, 200 if is_serving else 503)
+    status = "ok" if is_serving else "stopping"
+    return json_answer(Readiness(status, serving.default_model), 200 if is_serving else 503)
 
 
-@router.get("/health/live", response_class=Response)
+@router.get("/health/live", response_model=Alive)
 async def live() -> Response:
     """Whether the process answers at all."""
-    return _json({"status": "ok"})
+    return json_answer(Alive())
 
 
-@router.get("/metrics", response_class=Response)
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+)
 async def metrics(serving: ServingOf) -> Response:
     """For Prometheus."""
     snapshot = None
@@ -57,22 +89,22 @@ async def metrics(serving: ServingOf) -> Response:
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-@router.get("/v1/stats", response_class=Response)
+@router.get("/v1/stats", response_model=Stats)
 async def stats(
     serving: ServingOf, agents: Annotated[int, Query(ge=0, le=MAX_SHOWN_AGENTS)] = 50
 ) -> Response:
     """Everything at one moment; of the caller's agents those that were used last."""
     snapshot, views = await serving.engine.call(lambda fleet: _look(fleet, agents))
     mine = [view for view in views if serving.caller.owns(view.agent_id)]
-    return _json(
-        {
-            "version": VERSION,
-            "models": [model_card(model) for model in serving.house.models.registry],
-            **_snapshot_fields(snapshot),
-            "requests": serving.engine.num_requests,
-            "num_agents": len(mine),
-            "agents": [_agent(view, serving) for view in mine[:agents]],
-        }
+    return json_answer(
+        Stats(
+            **{field.name: getattr(snapshot, field.name) for field in fields(snapshot)},
+            version=VERSION,
+            models=[ModelCard.of(model) for model in serving.house.models.registry],
+            requests=serving.engine.num_requests,
+            num_agents=len(mine),
+            agents=[_card(view, serving) for view in mine[:agents]],
+        )
     )
 
 
@@ -102,21 +134,10 @@ async def favicon() -> Response:
     return Response(status_code=204)
 
 
-def _agent(view: AgentView, serving: Serving) -> dict[str, Any]:
+def _card(view: AgentView, serving: Serving) -> AgentCard:
     shown = serving.caller.shown(view.agent_id)
-    return agent_fields(view, shown, default_model=serving.default_model)
+    return card_of(view, shown, default_model=serving.default_model)
 
 
 def _look(fleet: Fleet, num_agents: int) -> tuple[EngineSnapshot, tuple[AgentView, ...]]:
     return fleet.snapshot(), fleet.agents() if num_agents else ()
-
-
-def _snapshot_fields(snapshot: EngineSnapshot) -> dict[str, Any]:
-    fields = asdict(snapshot)
-    for name in ("bytes_by_kind", "num_by_kind"):
-        fields["pool"][name] = dict(fields["pool"][name])
-    return fields
-
-
-def _json(value: object, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(value), status_code=status, media_type="application/json")

@@ -24,6 +24,9 @@ from keepwarm.server.serving import VERSION, House
 
 DESCRIPTION = "A local LLM server in which every agent keeps its memory warm."
 
+ROUTERS = tuple(module.router for module in (openai, anthropic, agents, models, admin))
+"""In the order in which they are asked."""
+
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 
@@ -39,8 +42,8 @@ def build_app(house: House) -> ASGIApp:
         redoc_url=None,
     )
     api.state.house = house
-    for module in (openai, anthropic, agents, models, admin):
-        api.include_router(module.router)
+    for router in ROUTERS:
+        api.include_router(router)
     api.mount(DOCS_FOLDER, StaticFiles(packages=[("fastapi_swagger", "resources")]))
     for error_type in (
         KeepwarmError,

@@ -1,5 +1,8 @@
 """What was reused of a prompt, and why not more, in every response."""
 
+from dataclasses import dataclass
+
+from keepwarm.core.agent import Tier
 from keepwarm.core.events import CacheReport
 
 HEADER = "X-Keepwarm-Cache"
@@ -19,14 +22,29 @@ def header_of(cache: CacheReport) -> str:
     return "; ".join(f"{key}={value}" for key, value in parts.items() if value is not None)
 
 
-def fields_of(cache: CacheReport) -> dict[str, object]:
-    """For the agents API, which has a field for it."""
-    return {
-        "tier": cache.tier.value,
-        "cached_tokens": cache.cached_tokens,
-        "prompt_tokens": cache.prompt_tokens,
-        "restored_ms": round(1e3 * cache.restored_s, 3),
-        "diverged_at": cache.diverged_at,
-        "reason": cache.reason,
-        "message": cache.message,
-    }
+@dataclass(frozen=True, slots=True)
+class CacheFields:
+    """What was reused, and why the prompt from its token `diverged_at` on was not.
+
+    `message`: the number of the message that this token lies in.
+    """
+
+    tier: Tier
+    cached_tokens: int
+    prompt_tokens: int
+    restored_ms: float
+    diverged_at: int
+    reason: str
+    message: int | None
+
+    @classmethod
+    def of(cls, cache: CacheReport) -> "CacheFields":
+        return cls(
+            tier=cache.tier,
+            cached_tokens=cache.cached_tokens,
+            prompt_tokens=cache.prompt_tokens,
+            restored_ms=round(1e3 * cache.restored_s, 3),
+            diverged_at=cache.diverged_at,
+            reason=cache.reason,
+            message=cache.message,
+        )

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from fastapi import APIRouter, Depends, Request
@@ -12,11 +12,20 @@ from starlette.responses import Response, StreamingResponse
 
 from keepwarm.engine.models import Model
 from keepwarm.server.agents.encode import error_body
+from keepwarm.server.answers import STREAMS, errors, json_answer
+from keepwarm.server.anthropic.encode import AnthropicErrorBody
 from keepwarm.server.dialects import is_anthropic
+from keepwarm.server.model_cards import (
+    AnthropicModel,
+    AnthropicModelPage,
+    ModelList,
+    ServedModel,
+)
+from keepwarm.server.openai.encode import OpenAIErrorBody
 from keepwarm.server.problems import problem_of
 from keepwarm.server.serving import Serving, serving_of
 
-router = APIRouter(tags=["models"])
+router = APIRouter(tags=["models"], responses=errors(OpenAIErrorBody | AnthropicErrorBody))
 
 ServingOf = Annotated[Serving, Depends(serving_of)]
 
@@ -26,28 +35,26 @@ POLL_S = 0.1
 """Between two looks at where a model stands."""
 
 
-@router.get("/v1/models", response_class=Response)
+@router.get("/v1/models", response_model=ModelList | AnthropicModelPage)
 async def models(request: Request, serving: ServingOf) -> Response:
     """The models that may be asked for, in the dialect of whoever asks."""
     known = list(serving.house.models.registry)
     if is_anthropic(request.scope):
         cards = [_anthropic_card(model, serving) for model in known]
-        ids = [card["id"] for card in cards]
-        page = {"data": cards, "has_more": False, "first_id": ids[0], "last_id": ids[-1]}
-        return _json(page)
-    return _json({"object": "list", "data": [await _card(model, serving) for model in known]})
+        return json_answer(AnthropicModelPage(cards, cards[0].id, cards[-1].id))
+    return json_answer(ModelList([await _card(model, serving) for model in known]))
 
 
-@router.get("/v1/models/{name:path}", response_class=Response)
+@router.get("/v1/models/{name:path}", response_model=ServedModel | AnthropicModel)
 async def model(name: str, request: Request, serving: ServingOf) -> Response:
     """One of them."""
     found = serving.known_model(name)
     if is_anthropic(request.scope):
-        return _json(_anthropic_card(found, serving))
-    return _json(await _card(found, serving))
+        return json_answer(_anthropic_card(found, serving))
+    return json_answer(await _card(found, serving))
 
 
-@router.post("/v1/models/{name:path}/load", response_class=Response)
+@router.post("/v1/models/{name:path}/load", response_model=ServedModel, responses=STREAMS)
 async def load(name: str, request: Request, serving: ServingOf) -> Response:
     """Bring the model into memory; others make room where they have to.
 
@@ -57,44 +64,22 @@ async def load(name: str, request: Request, serving: ServingOf) -> Response:
     return await _brought(wanted, request, serving, serving.house.models.load(wanted.name))
 
 
-@router.post("/v1/models/{name:path}/unload", response_class=Response)
+@router.post("/v1/models/{name:path}/unload", response_model=ServedModel, responses=STREAMS)
 async def unload(name: str, request: Request, serving: ServingOf) -> Response:
     """Take the model out of memory; its agents stay, and what it was answering brings it back."""
     wanted = serving.known_model(name)
     return await _brought(wanted, request, serving, serving.house.models.unload(wanted.name))
 
 
-def model_card(model: Model) -> dict[str, Any]:
-    """A model as people see it."""
-    facts = model.facts
-    return {
-        "id": model.name,
-        "state": model.state.value,
-        "source": model.source,
-        "fingerprint": facts.fingerprint if facts else None,
-        "memory_bytes": facts.weight_bytes if facts else None,
-        "context_length": facts.max_context_tokens if facts else None,
-        "pinned": model.settings.pinned,
-        "requests": model.num_requests,
-        "loads": model.num_loads,
-        "problem": None if model.problem is None else str(model.problem),
-    }
-
-
-async def _card(model: Model, serving: Serving) -> dict[str, Any]:
+async def _card(model: Model, serving: Serving) -> ServedModel:
     num_agents = await serving.engine.call(lambda fleet: fleet.num_agents_at(model.name))
-    openai = {"object": "model", "created": serving.house.started, "owned_by": "keepwarm"}
-    return {**model_card(model), **openai, "agents": num_agents}
+    return ServedModel.of_model(model, created=serving.house.started, num_agents=num_agents)
 
 
-def _anthropic_card(model: Model, serving: Serving) -> dict[str, Any]:
+def _anthropic_card(model: Model, serving: Serving) -> AnthropicModel:
     created = datetime.fromtimestamp(serving.house.started, UTC)
-    return {
-        "type": "model",
-        "id": model.name,
-        "display_name": model.name,
-        "created_at": created.isoformat(timespec="seconds").replace("+00:00", "Z"),
-    }
+    shown = created.isoformat(timespec="seconds").replace("+00:00", "Z")
+    return AnthropicModel(id=model.name, display_name=model.name, created_at=shown)
 
 
 async def _brought(
@@ -102,7 +87,7 @@ async def _brought(
 ) -> Response:
     if SSE not in request.headers.get("accept", ""):
         await bringing
-        return _json(await _card(model, serving))
+        return json_answer(await _card(model, serving))
     events = _progress(model, serving, bringing)
     return StreamingResponse(events, media_type=SSE, headers={"Cache-Control": "no-store"})
 
@@ -137,7 +122,3 @@ async def _progress(
 
 def _frame(name: str, data: object) -> bytes:
     return f"event: {name}\ndata: ".encode() + msgspec.json.encode(data) + b"\n\n"
-
-
-def _json(value: object, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(value), status_code=status, media_type="application/json")

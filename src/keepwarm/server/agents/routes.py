@@ -4,10 +4,10 @@ import hashlib
 import json
 import secrets
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
-import msgspec
 from fastapi import APIRouter, Depends, Header, Query, Request
 from starlette.background import BackgroundTask
 from starlette.responses import FileResponse, Response
@@ -15,30 +15,37 @@ from starlette.responses import FileResponse, Response
 from keepwarm.core.errors import AgentExists, BadBundle, BundleFailed, InvalidRequest
 from keepwarm.core.stored import DEFAULT_SETTINGS, AgentSettings
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
+from keepwarm.engine.bundles import ImportSummary
 from keepwarm.engine.requests import GenerateRequest, ReceiptKey
-from keepwarm.server.agents.encode import (
-    AgentEncoder,
-    agent_fields,
-    import_fields,
-    turn_fields,
-    verify_fields,
+from keepwarm.server.agents.answers import (
+    AgentDeleted,
+    AgentDetails,
+    AgentErrorBody,
+    AgentPage,
+    AgentReply,
+    AgentTurns,
+    AgentVerified,
+    TurnCard,
+    card_of,
+    details_of,
 )
+from keepwarm.server.agents.encode import AgentEncoder
 from keepwarm.server.agents.schema import AgentBody, ForkBody, MessagesBody, RollbackBody
+from keepwarm.server.answers import STREAMS, errors, json_answer
 from keepwarm.server.problems import TransferFailed, Unsupported
 from keepwarm.server.serving import Serving, serving_of
 
-T = TypeVar("T")
-
-router = APIRouter(prefix="/v1/agents", tags=["agents"])
+router = APIRouter(prefix="/v1/agents", tags=["agents"], responses=errors(AgentErrorBody))
 
 ServingOf = Annotated[Serving, Depends(serving_of)]
 
 MAX_PAGE = 1000
 MAX_KEY_CHARS = 255
 BUNDLE_TYPE = "application/x-tar"
+_BUNDLE = {"content": {BUNDLE_TYPE: {"schema": {"type": "string", "format": "binary"}}}}
 
 
-@router.get("", response_class=Response)
+@router.get("", response_model=AgentPage)
 async def list_agents(
     serving: ServingOf,
     limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 100,
@@ -53,11 +60,15 @@ async def list_agents(
     }
     names = sorted(name for name in mine if after is None or name > after)
     default = serving.default_model
-    page = [agent_fields(mine[name], name, default_model=default) for name in names[:limit]]
-    return _json({"agents": page, "has_more": len(names) > limit})
+    page = [card_of(mine[name], name, default_model=default) for name in names[:limit]]
+    return json_answer(AgentPage(page, len(names) > limit))
 
 
-@router.put("/{name}", response_class=Response)
+@router.put(
+    "/{name}",
+    response_model=AgentDetails,
+    responses={201: {"model": AgentDetails, "description": "The agent is new"}},
+)
 async def put_agent(name: str, body: AgentBody, serving: ServingOf) -> Response:
     """Create the agent, or change the settings of one that is there. The same again is the same."""
     if body.kv_policy not in (None, "exact"):
@@ -67,21 +78,21 @@ async def put_agent(name: str, body: AgentBody, serving: ServingOf) -> Response:
     return await _shown(serving, agent_id, 201 if created else 200)
 
 
-@router.get("/{name}", response_class=Response)
+@router.get("/{name}", response_model=AgentDetails)
 async def get_agent(name: str, serving: ServingOf) -> Response:
     """The agent with its settings."""
     return await _shown(serving, serving.caller.agent(name))
 
 
-@router.delete("/{name}", response_class=Response)
+@router.delete("/{name}", response_model=AgentDeleted)
 async def delete_agent(name: str, serving: ServingOf) -> Response:
     """The agent and what only it owned are gone, from the disk as well."""
     agent_id = serving.caller.agent(name)
     await serving.engine.call(lambda fleet: fleet.delete(agent_id))
-    return _json({"id": name, "deleted": True})
+    return json_answer(AgentDeleted(name))
 
 
-@router.post("/{name}/messages", response_class=Response)
+@router.post("/{name}/messages", response_model=AgentReply, responses=STREAMS)
 async def send(
     name: str,
     body: MessagesBody,
@@ -118,7 +129,7 @@ async def send(
     )
 
 
-@router.post("/{name}/fork", response_class=Response)
+@router.post("/{name}/fork", status_code=201, response_model=AgentDetails)
 async def fork(name: str, body: ForkBody, serving: ServingOf) -> Response:
     """A new agent that knows what this one knew after `at_turn` turns; nothing is copied."""
     agent_id, new_id = serving.caller.agent(name), serving.caller.agent(body.new_id)
@@ -126,19 +137,19 @@ async def fork(name: str, body: ForkBody, serving: ServingOf) -> Response:
     return await _shown(serving, new_id, 201)
 
 
-@router.post("/{name}/rollback", response_class=Response)
+@router.post("/{name}/rollback", response_model=AgentDetails)
 async def rollback(name: str, body: RollbackBody, serving: ServingOf) -> Response:
     """Forget everything after so many turns."""
     return await _changed(serving, name, lambda engine, i: engine.rollback(i, turn=body.turn))
 
 
-@router.post("/{name}/park", response_class=Response)
+@router.post("/{name}/park", response_model=AgentDetails)
 async def park(name: str, serving: ServingOf) -> Response:
     """Save the agent and free its memory; its next turn comes from the disk."""
     return await _changed(serving, name, lambda engine, i: engine.park(i))
 
 
-@router.post("/{name}/prefetch", response_class=Response)
+@router.post("/{name}/prefetch", response_model=AgentDetails)
 async def prefetch(name: str, serving: ServingOf) -> Response:
     """Bring the agent's KV back in the background, so that its next turn begins at once."""
     agent_id = serving.caller.agent(name)
@@ -146,28 +157,28 @@ async def prefetch(name: str, serving: ServingOf) -> Response:
     return await _shown(serving, agent_id)
 
 
-@router.post("/{name}/verify", response_class=Response)
+@router.post("/{name}/verify", response_model=AgentVerified)
 async def verify(name: str, serving: ServingOf) -> Response:
     """Compute the agent's KV anew and compare; takes a prefill, and nothing else runs meanwhile."""
     agent_id = serving.caller.agent(name)
     report = await serving.engine.call_computing(agent_id, lambda engine: engine.verify(agent_id))
-    return _json(verify_fields(report, name))
+    return json_answer(AgentVerified.of(report, name))
 
 
-@router.get("/{name}/turns", response_class=Response)
+@router.get("/{name}/turns", response_model=AgentTurns)
 async def turns(name: str, serving: ServingOf) -> Response:
     """What was said in each turn."""
     agent_id = serving.caller.agent(name)
     found = await serving.engine.call_at(agent_id, lambda engine: engine.turns(agent_id))
     before = (None, *found)
     rows = [
-        turn_fields(number, turn, earlier)
+        TurnCard.of(number, turn, earlier)
         for number, (turn, earlier) in enumerate(zip(found, before, strict=False), 1)
     ]
-    return _json({"agent": name, "turns": rows})
+    return json_answer(AgentTurns(name, rows))
 
 
-@router.get("/{name}/export", response_class=FileResponse)
+@router.get("/{name}/export", response_class=FileResponse, responses={200: _BUNDLE})
 async def export(name: str, serving: ServingOf) -> Response:
     """The agent with its KV as one file, for another machine."""
     agent_id = serving.caller.agent(name)
@@ -191,7 +202,12 @@ async def export(name: str, serving: ServingOf) -> Response:
     )
 
 
-@router.post("/import", response_class=Response)
+@router.post(
+    "/import",
+    status_code=201,
+    response_model=ImportSummary,
+    openapi_extra={"requestBody": {**_BUNDLE, "required": True}},
+)
 async def import_agent(
     request: Request, serving: ServingOf, name: Annotated[str | None, Query(alias="id")] = None
 ) -> Response:
@@ -211,7 +227,8 @@ async def import_agent(
         raise InvalidRequest("body", f"cannot be imported: {error.problem}") from error
     finally:
         path.unlink(missing_ok=True)
-    return _json(import_fields(summary, serving.caller.shown(summary.agent_id)), 201)
+    shown = serving.caller.shown(summary.agent_id)
+    return json_answer(replace(summary, agent_id=shown), 201)
 
 
 # -- inside ----------------------------------------------------------------------------------------
@@ -257,16 +274,11 @@ async def _changed(
 async def _shown(serving: Serving, agent_id: str, status: int = 200) -> Response:
     shown = serving.caller.shown(agent_id)
 
-    def look(engine: BlockPoolBatchEngine) -> dict[str, Any]:
-        return agent_fields(
-            engine.agent(agent_id),
-            shown,
-            default_model=serving.default_model,
-            settings=engine.settings(agent_id),
-            system=engine.system(agent_id),
-        )
+    def look(engine: BlockPoolBatchEngine) -> AgentDetails:
+        card = card_of(engine.agent(agent_id), shown, default_model=serving.default_model)
+        return details_of(card, engine.settings(agent_id), engine.system(agent_id))
 
-    return _json(await serving.engine.call_at(agent_id, look), status)
+    return json_answer(await serving.engine.call_at(agent_id, look), status)
 
 
 def _receipt_key(key: str | None, body: MessagesBody) -> ReceiptKey | None:
@@ -285,7 +297,3 @@ def _new_transfer(serving: Serving) -> Path:
     folder = serving.house.transfers
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder / f"{secrets.token_hex(16)}.keepwarm"
-
-
-def _json(value: object, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(value), status_code=status, media_type="application/json")

@@ -2,6 +2,7 @@
 
 import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import msgspec
 
@@ -27,7 +28,8 @@ _encode = msgspec.json.Encoder().encode
 # Its specification wants every field to be there, and null where there is nothing to say.
 
 
-class Usage(msgspec.Struct):
+@dataclass(frozen=True, slots=True)
+class MessageUsage:
     """Token counts: the three kinds of input make up the prompt."""
 
     input_tokens: int
@@ -41,13 +43,14 @@ class Usage(msgspec.Struct):
     service_tier: None = None
 
     @classmethod
-    def of(cls, prompt: int, cached: int, output: int, *, asks_for_cache: bool) -> "Usage":
+    def of(cls, prompt: int, cached: int, output: int, *, asks_for_cache: bool) -> "MessageUsage":
         """What had to be computed was written to the cache, if the client asked for that."""
         new = prompt - cached
         return cls(0 if asks_for_cache else new, new if asks_for_cache else 0, cached, output)
 
 
-class TextBlock(msgspec.Struct):
+@dataclass(frozen=True, slots=True)
+class TextBlock:
     """A block of a reply."""
 
     text: str
@@ -55,19 +58,44 @@ class TextBlock(msgspec.Struct):
     citations: None = None
 
 
-class Document(msgspec.Struct):
+@dataclass(frozen=True, slots=True)
+class Message:
     """A reply, or its beginning."""
 
     id: str
     model: str
     content: Sequence[TextBlock]
-    usage: Usage
+    usage: MessageUsage
     stop_reason: str | None = None
     stop_sequence: str | None = None
     stop_details: None = None
     container: None = None
     type: str = "message"
     role: str = "assistant"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCount:
+    """How long a prompt would be."""
+
+    input_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class AnthropicError:
+    """What is wrong, for programs and for people."""
+
+    type: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class AnthropicErrorBody:
+    """A request that was not answered."""
+
+    error: AnthropicError
+    request_id: str
+    type: str = "error"
 
 
 class TextDelta(msgspec.Struct):
@@ -98,7 +126,7 @@ class MessageDelta(msgspec.Struct):
     """`message_delta`."""
 
     delta: MessageEnd
-    usage: Usage
+    usage: MessageUsage
     type: str = "message_delta"
 
 
@@ -128,14 +156,14 @@ class MessagesEncoder:
     def whole(self, ends: Sequence[Completed]) -> bytes:
         (end,) = ends
         content = [TextBlock(end.text)] if end.text else []
-        document = Document(self._id, self._model, content, self._usage_of(end))
-        document.stop_reason, document.stop_sequence = _stop_reason(end), end.stop_sequence
-        return _encode(document)
+        usage, reason = self._usage_of(end), _stop_reason(end)
+        message = Message(self._id, self._model, content, usage, reason, end.stop_sequence)
+        return _encode(message)
 
     def _start(self, started: Started) -> bytes:
         cache = started.cache
         usage = self._usage(cache.prompt_tokens, cache.cached_tokens, 0)
-        message = Document(self._id, self._model, (), usage)
+        message = Message(self._id, self._model, (), usage)
         block = {"type": "content_block_start", "index": 0, "content_block": TextBlock("")}
         return (
             _frame("message_start", _encode({"type": "message_start", "message": message}))
@@ -149,22 +177,22 @@ class MessagesEncoder:
             "message_delta", _encode(MessageDelta(delta, self._usage_of(end)))
         )
 
-    def _usage_of(self, end: Completed) -> Usage:
+    def _usage_of(self, end: Completed) -> MessageUsage:
         usage = end.usage
         return self._usage(usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)
 
-    def _usage(self, prompt: int, cached: int, output: int) -> Usage:
-        return Usage.of(prompt, cached, output, asks_for_cache=self._asks_for_cache)
+    def _usage(self, prompt: int, cached: int, output: int) -> MessageUsage:
+        return MessageUsage.of(prompt, cached, output, asks_for_cache=self._asks_for_cache)
 
 
 def error_body(problem: Problem, request_id: str | None = None) -> bytes:
     """With the request's id where the error is the whole answer."""
-    error = {
-        "type": _TYPES.get(problem.kind, "invalid_request_error"),
-        "message": problem.message,
-    }
-    named = {} if request_id is None else {"request_id": request_id}
-    return _encode({"type": "error", "error": error, **named})
+    error = AnthropicError(
+        type=_TYPES.get(problem.kind, "invalid_request_error"), message=problem.message
+    )
+    if request_id is None:
+        return _encode({"type": "error", "error": error})
+    return _encode(AnthropicErrorBody(error, request_id))
 
 
 def _stop_reason(end: Completed) -> str:

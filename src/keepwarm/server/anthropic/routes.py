@@ -2,21 +2,26 @@
 
 from typing import Annotated
 
-import msgspec
 from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
-from keepwarm.server.anthropic.encode import MessagesEncoder
+from keepwarm.server.answers import STREAMS, errors, json_answer
+from keepwarm.server.anthropic.encode import (
+    AnthropicErrorBody,
+    Message,
+    MessagesEncoder,
+    TokenCount,
+)
 from keepwarm.server.anthropic.schema import Conversation, MessagesRequest
 from keepwarm.server.anthropic.translate import messages_of, translate_messages
 from keepwarm.server.serving import Serving, serving_of
 
-router = APIRouter(tags=["Anthropic"])
+router = APIRouter(tags=["Anthropic"], responses=errors(AnthropicErrorBody))
 
 ServingOf = Annotated[Serving, Depends(serving_of)]
 
 
-@router.post("/v1/messages", response_class=Response)
+@router.post("/v1/messages", response_model=Message, responses=STREAMS)
 async def messages(body: MessagesRequest, serving: ServingOf) -> Response:
     """A reply to a conversation, streamed with `stream`."""
     model = serving.model(body.model)
@@ -31,7 +36,7 @@ async def messages(body: MessagesRequest, serving: ServingOf) -> Response:
     )
 
 
-@router.post("/v1/messages/count_tokens", response_class=Response)
+@router.post("/v1/messages/count_tokens", response_model=TokenCount)
 async def count_tokens(body: Conversation, serving: ServingOf) -> Response:
     """How many tokens the prompt has; tools are not in it, as they are not in the prompt."""
     model = serving.model(body.model)
@@ -39,6 +44,4 @@ async def count_tokens(body: Conversation, serving: ServingOf) -> Response:
     num_tokens = await serving.engine.call_on(
         model.name, lambda engine: engine.count_tokens(messages=conversation)
     )
-    return Response(
-        msgspec.json.encode({"input_tokens": num_tokens}), media_type="application/json"
-    )
+    return json_answer(TokenCount(num_tokens))

@@ -3,6 +3,7 @@
 import secrets
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import msgspec
 
@@ -25,26 +26,28 @@ _encode = msgspec.json.Encoder().encode
 DONE = b"data: [DONE]\n\n"
 
 
-class PromptDetails(msgspec.Struct):
+@dataclass(frozen=True, slots=True)
+class PromptTokensDetails:
     """How much of the prompt was reused."""
 
     cached_tokens: int
 
 
-class Usage(msgspec.Struct):
+@dataclass(frozen=True, slots=True)
+class CompletionUsage:
     """Token counts."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptDetails
+    prompt_tokens_details: PromptTokensDetails
 
     @classmethod
-    def of(cls, ends: Sequence[Completed]) -> "Usage":
+    def of(cls, ends: Sequence[Completed]) -> "CompletionUsage":
         """The prompt counts once, however many replies it has."""
         prompt = ends[0].usage.prompt_tokens
         completion = sum(end.usage.completion_tokens for end in ends)
-        details = PromptDetails(ends[0].usage.cached_tokens)
+        details = PromptTokensDetails(ends[0].usage.cached_tokens)
         return cls(prompt, completion, prompt + completion, details)
 
 
@@ -64,7 +67,8 @@ class ChatChunkChoice(msgspec.Struct):
     logprobs: None = None
 
 
-class TextChoice(msgspec.Struct):
+@dataclass(frozen=True, slots=True)
+class TextChoice:
     """A completion, or a part of it."""
 
     index: int
@@ -81,10 +85,11 @@ class Chunk(msgspec.Struct):
     created: int
     model: str
     choices: Sequence[ChatChunkChoice | TextChoice]
-    usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
+    usage: CompletionUsage | msgspec.UnsetType | None = msgspec.UNSET
 
 
-class ReplyMessage(msgspec.Struct):
+@dataclass(frozen=True, slots=True)
+class ReplyMessage:
     """A whole reply."""
 
     role: str
@@ -93,7 +98,8 @@ class ReplyMessage(msgspec.Struct):
     annotations: tuple[()] = ()
 
 
-class ChatChoice(msgspec.Struct):
+@dataclass(frozen=True, slots=True)
+class ChatChoice:
     """A whole reply and why it ended."""
 
     index: int
@@ -102,15 +108,45 @@ class ChatChoice(msgspec.Struct):
     logprobs: None = None
 
 
-class Document(msgspec.Struct):
-    """The answer to a request that is not streamed."""
+@dataclass(frozen=True, slots=True)
+class ChatCompletion:
+    """The answer to a chat that is not streamed."""
 
     id: str
-    object: str
     created: int
     model: str
-    choices: Sequence[ChatChoice | TextChoice]
-    usage: Usage
+    choices: Sequence[ChatChoice]
+    usage: CompletionUsage
+    object: str = "chat.completion"
+
+
+@dataclass(frozen=True, slots=True)
+class TextCompletion:
+    """The answer to bare text that is not streamed."""
+
+    id: str
+    created: int
+    model: str
+    choices: Sequence[TextChoice]
+    usage: CompletionUsage
+    object: str = "text_completion"
+
+
+@dataclass(frozen=True, slots=True)
+class OpenAIError:
+    """What is wrong, for programs and for people; `param` is the field that it is about."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+@dataclass(frozen=True, slots=True)
+class OpenAIErrorBody:
+    """A request that was not answered."""
+
+    error: OpenAIError
 
 
 class _Encoder:
@@ -142,11 +178,11 @@ class _Encoder:
         is_unasked = self._with_usage is None and len(self._ends) == self._num_choices
         return self._frame((last,), self._usage() if is_unasked else None)
 
-    def _usage(self) -> Usage:
-        return Usage.of([self._ends[choice] for choice in sorted(self._ends)])
+    def _usage(self) -> CompletionUsage:
+        return CompletionUsage.of([self._ends[choice] for choice in sorted(self._ends)])
 
     def _frame(
-        self, choices: Sequence[ChatChunkChoice | TextChoice], usage: Usage | None = None
+        self, choices: Sequence[ChatChunkChoice | TextChoice], usage: CompletionUsage | None = None
     ) -> bytes:
         chunk = Chunk(self._id, self.chunk_object, self._created, self._model, choices)
         if self._with_usage or usage is not None:
@@ -178,9 +214,8 @@ class ChatEncoder(_Encoder):
             ChatChoice(index, ReplyMessage("assistant", end.text), finish_reason(end))
             for index, end in enumerate(ends)
         ]
-        usage = Usage.of(ends)
-        name = "chat.completion"
-        return _encode(Document(self._id, name, self._created, self._model, choices, usage))
+        usage = CompletionUsage.of(ends)
+        return _encode(ChatCompletion(self._id, self._created, self._model, choices, usage))
 
     @property
     def chunk_object(self) -> str:
@@ -206,8 +241,8 @@ class TextEncoder(_Encoder):
         choices = [
             TextChoice(index, end.text, finish_reason(end)) for index, end in enumerate(ends)
         ]
-        name, usage = self.chunk_object, Usage.of(ends)
-        return _encode(Document(self._id, name, self._created, self._model, choices, usage))
+        usage = CompletionUsage.of(ends)
+        return _encode(TextCompletion(self._id, self._created, self._model, choices, usage))
 
     @property
     def chunk_object(self) -> str:
@@ -223,10 +258,10 @@ def frame(data: bytes) -> bytes:
 
 
 def error_body(problem: Problem) -> bytes:
-    error = {
-        "message": problem.message,
-        "type": _TYPES.get(problem.kind, "invalid_request_error"),
-        "param": problem.param,
-        "code": _CODES.get(problem.kind, problem.kind.value),
-    }
-    return _encode({"error": error})
+    error = OpenAIError(
+        message=problem.message,
+        type=_TYPES.get(problem.kind, "invalid_request_error"),
+        param=problem.param,
+        code=_CODES.get(problem.kind, problem.kind.value),
+    )
+    return _encode(OpenAIErrorBody(error))

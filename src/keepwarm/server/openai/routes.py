@@ -5,18 +5,25 @@ from typing import Annotated
 from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
-from keepwarm.server.openai.encode import ChatEncoder, TextEncoder
+from keepwarm.server.answers import STREAMS, errors
+from keepwarm.server.openai.encode import (
+    ChatCompletion,
+    ChatEncoder,
+    OpenAIErrorBody,
+    TextCompletion,
+    TextEncoder,
+)
 from keepwarm.server.openai.schema import ChatRequest, CompletionRequest, Sampled
 from keepwarm.server.openai.translate import translate_chat, translate_completion
 from keepwarm.server.problems import Unsupported
 from keepwarm.server.serving import Serving, serving_of
 
-router = APIRouter(tags=["OpenAI"])
+router = APIRouter(tags=["OpenAI"], responses=errors(OpenAIErrorBody))
 
 ServingOf = Annotated[Serving, Depends(serving_of)]
 
 
-@router.post("/v1/chat/completions", response_class=Response)
+@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAMS)
 async def chat_completions(body: ChatRequest, serving: ServingOf) -> Response:
     """A reply to a conversation, streamed with `stream`."""
     model = serving.model(body.model)
@@ -33,7 +40,7 @@ async def chat_completions(body: ChatRequest, serving: ServingOf) -> Response:
     )
 
 
-@router.post("/v1/completions", response_class=Response)
+@router.post("/v1/completions", response_model=TextCompletion, responses=STREAMS)
 async def completions(body: CompletionRequest, serving: ServingOf) -> Response:
     """A continuation of bare text, whose special tokens count as such."""
     model = serving.model(body.model)

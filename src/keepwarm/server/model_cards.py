@@ -1,0 +1,90 @@
+"""A model as people see it, and as the clients of two dialects do."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from keepwarm.engine.models import Model, ModelState
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """A model at one moment; `fingerprint`, memory and context once it was looked at.
+
+    `problem`: why it could not be loaded.
+    """
+
+    id: str
+    state: ModelState
+    source: str
+    fingerprint: str | None
+    memory_bytes: int | None
+    context_length: int | None
+    pinned: bool
+    requests: int
+    loads: int
+    problem: str | None
+
+    @classmethod
+    def of(cls, model: Model) -> "ModelCard":
+        facts = model.facts
+        return ModelCard(
+            id=model.name,
+            state=model.state,
+            source=model.source,
+            fingerprint=facts.fingerprint if facts else None,
+            memory_bytes=facts.weight_bytes if facts else None,
+            context_length=facts.max_context_tokens if facts else None,
+            pinned=model.settings.pinned,
+            requests=model.num_requests,
+            loads=model.num_loads,
+            problem=None if model.problem is None else str(model.problem),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel(ModelCard):
+    """The same as OpenAI's clients expect it; `agents` in memory talked to it last."""
+
+    object: str
+    created: int
+    owned_by: str
+    agents: int
+
+    @staticmethod
+    def of_model(model: Model, *, created: int, num_agents: int) -> "ServedModel":
+        card = ModelCard.of(model)
+        return ServedModel(
+            **{field.name: getattr(card, field.name) for field in fields(card)},
+            object="model",
+            created=created,
+            owned_by="keepwarm",
+            agents=num_agents,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelList:
+    """All models that may be asked for."""
+
+    data: Sequence[ServedModel]
+    object: str = "list"
+
+
+@dataclass(frozen=True, slots=True)
+class AnthropicModel:
+    """A model as Anthropic's clients expect it."""
+
+    id: str
+    display_name: str
+    created_at: str
+    type: str = "model"
+
+
+@dataclass(frozen=True, slots=True)
+class AnthropicModelPage:
+    """All models, on one page."""
+
+    data: Sequence[AnthropicModel]
+    first_id: str
+    last_id: str
+    has_more: bool = False
