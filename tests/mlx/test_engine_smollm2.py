@@ -234,3 +234,28 @@ def test_a_model_that_is_loaded_in_another_thread_runs_there(keepwarm_home: Path
     thread.start()
     thread.join()
     assert isinstance(replies[0], Completed), replies
+
+
+def test_a_reply_that_was_cut_off_goes_on_as_if_it_had_not_been(
+    engine: BlockPoolBatchEngine, smollm2: LoadedModel
+) -> None:
+    messages = [SYSTEM, user("Tell me about the sea.")]
+    whole = run(new_engine(smollm2), messages=messages, max_tokens=24)
+    cut = run(engine, agent_id="ada", messages=messages, max_tokens=10)
+    begun = [*messages, {"role": "assistant", "content": cut.text}]
+    rest = run(engine, agent_id="ada", messages=begun, continue_final_message=True, max_tokens=14)
+    assert [*cut.token_ids, *rest.token_ids] == list(whole.token_ids)
+    assert rest.usage.cached_tokens == rest.usage.prompt_tokens - 1
+
+
+def test_words_put_into_its_mouth(engine: BlockPoolBatchEngine, smollm2: LoadedModel) -> None:
+    messages = [user("Name a colour.")]
+    begun = [*messages, {"role": "assistant", "content": "My favourite colour is"}]
+    request_id = engine.submit(messages=begun, continue_final_message=True, max_tokens=8)
+    prompt_ids = list(engine._active[request_id].sequence.token_ids)
+    reply = done(drain(engine), request_id)
+    tokenizer = smollm2.tokenizer
+    pieces = tokenizer.render(messages)
+    text = "".join(piece.text for piece in pieces) + "My favourite colour is"
+    assert run(new_engine(smollm2), text=text, max_tokens=8).token_ids == reply.token_ids
+    assert prompt_ids[-4:] == tokenizer.encode("My favourite colour is")[-4:]

@@ -209,6 +209,19 @@ class TestUsage:
         assert usage["input_tokens"] == 0
         assert usage["cache_creation_input_tokens"] + usage["cache_read_input_tokens"] > 0
 
+    def test_a_final_assistant_message_is_the_beginning_of_the_reply(
+        self, client: httpx.Client
+    ) -> None:
+        messages = [*HELLO, {"role": "assistant", "content": "It is"}]
+        reply = ask(client, messages=messages, metadata={"user_id": "ada"})
+        assert not reply["content"][0]["text"].startswith("It is")
+        (turn,) = client.get("/v1/agents/ada/turns").json()["turns"]
+        said = "It is" + reply["content"][0]["text"]
+        assert turn["messages"][-1] == {"role": "assistant", "content": said}
+        body = {"model": "fake", "messages": messages}
+        counted = client.post("/v1/messages/count_tokens", json=body)
+        assert counted.json() == {"input_tokens": prompt_tokens(reply["usage"])}
+
     def test_counted_tokens_are_those_of_the_prompt(self, client: httpx.Client) -> None:
         body = {"model": "fake", "messages": HELLO, "system": "Be brief."}
         counted = client.post("/v1/messages/count_tokens", json=body)

@@ -23,6 +23,7 @@ from engines import (
     user,
 )
 from keepwarm.core.agent import Tier
+from keepwarm.core.errors import InvalidRequest
 from keepwarm.core.events import FinishReason
 from keepwarm.testing.generator import FakeBatchGenerator
 from keepwarm.testing.tokenizer import IM_END, FakeTokenizer, special_piece
@@ -72,6 +73,45 @@ def test_so_is_the_part_of_a_reply_that_a_cancelled_client_has_seen() -> None:
     second = run(engine, agent_id="ada", messages=messages, max_tokens=2)
     assert second.cache.diverged_at == first.usage.prompt_tokens + 3
     assert second.usage.cached_tokens == first.usage.prompt_tokens + 2
+
+
+class TestContinueFinalMessage:
+    def test_the_reply_goes_on_with_what_there_is_of_it(self) -> None:
+        engine = scripted(*TOKENIZER.encode("lo"), EOS)
+        request = {"messages": [*HELLO, assistant("Hel")], "continue_final_message": True}
+        first = run(engine, agent_id="ada", **request)
+        assert first.text == "lo"
+        prompt = "<|bos|><|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\nHel"
+        assert first.usage.prompt_tokens == engine.count_tokens(text=prompt)
+        assert first.usage.prompt_tokens == engine.count_tokens(**request)
+        (turn,) = engine.turns("ada")
+        assert list(turn.messages or ()) == [*HELLO, assistant("Hello")]
+        messages = [*HELLO, assistant("Hello"), *MORE]
+        second = run(engine, agent_id="ada", messages=messages, max_tokens=2)
+        assert second.usage.cached_tokens == first.usage.prompt_tokens + len(first.token_ids)
+        assert second.cache.reason == "new_message"
+
+    def test_of_a_reply_that_was_cut_off_nothing_is_computed_again(self) -> None:
+        engine = scripted(*SPELLED, EOS)
+        cut = run(engine, agent_id="ada", messages=HELLO, max_tokens=3)
+        messages = [*HELLO, assistant(cut.text)]
+        rest = run(engine, agent_id="ada", messages=messages, continue_final_message=True)
+        assert rest.usage.prompt_tokens == cut.usage.prompt_tokens + 3
+        assert rest.usage.cached_tokens == rest.usage.prompt_tokens - 1
+
+    @pytest.mark.parametrize(
+        "request_",
+        [
+            {"messages": HELLO},
+            {"messages": [assistant("Hel")]},
+            {"messages": [*HELLO, {**assistant("Hel"), "tool_calls": [{"id": "a"}]}]},
+            {"text": "Hello"},
+        ],
+    )
+    def test_without_the_beginning_of_a_reply(self, request_: dict[str, Any]) -> None:
+        with pytest.raises(InvalidRequest) as caught:
+            fake_engine().submit(**request_, continue_final_message=True)
+        assert caught.value.field == "continue_final_message"
 
 
 def test_append_continues_the_main_line() -> None:

@@ -29,7 +29,10 @@ CACHED = "cached"
 
 @dataclass(slots=True, eq=False)
 class ActiveRequest:
-    """Everything that belongs to one request. Only the engine's thread touches it."""
+    """Everything that belongs to one request. Only the engine's thread touches it.
+
+    `messages` are what the reply follows; `reply_prefix` is what the prompt already has of it.
+    """
 
     sequence: TokenSequence
     line: Line
@@ -40,6 +43,7 @@ class ActiveRequest:
     is_new_line: bool = False
     num_dropped_turns: int = 0
     receipt_key: ReceiptKey | None = None
+    reply_prefix: str = ""
     has_started: bool = False
 
     @property

@@ -155,6 +155,7 @@ class BlockPoolBatchEngine:
         *,
         agent_id: str | None = None,
         messages: Sequence[Message] | None = None,
+        continue_final_message: bool = False,
         append: Sequence[Message] | None = None,
         text: str | None = None,
         token_ids: Sequence[int] | None = None,
@@ -173,14 +174,21 @@ class BlockPoolBatchEngine:
 
         The prompt is one of `messages` (the whole conversation), `append` (new messages for the
         agent's main line), `text` or `token_ids`. Without `agent_id` it is anonymous: blocks are
-        found by content, in the `namespace`; an agent's is a part of its name. `max_tokens` None
-        lets the reply fill the context; `priority` None is the agent's own. `receipt_key` is kept
-        with the turn, for `receipt`.
+        found by content, in the `namespace`; an agent's is a part of its name. With
+        `continue_final_message` the last message is the beginning of the reply, which goes on
+        with it. `max_tokens` None lets the reply fill the context; `priority` None is the agent's
+        own. `receipt_key` is kept with the turn, for `receipt`.
 
         Raises InvalidRequest (ContextTooLong, NeverFits), AgentBusy (`append` while the main line
         runs), UnknownAgent (`append` to nobody) and QueueFull; nothing is taken when it raises.
         """
-        source = PromptSource(messages=messages, append=append, text=text, token_ids=token_ids)
+        source = PromptSource(
+            messages=messages,
+            append=append,
+            text=text,
+            token_ids=token_ids,
+            continue_final_message=continue_final_message,
+        )
         agent_id = valid_agent_id(agent_id)
         wanted_tokens = valid_max_tokens(max_tokens)
         sampling = valid_sampling(
@@ -216,6 +224,7 @@ class BlockPoolBatchEngine:
         reply = ReplyText(self._tokenizer.detokenizer(), stops)
         active = ActiveRequest(sequence, line, wanted.prompt, wanted.conversation, reply)
         active.locate = wanted.locate
+        active.reply_prefix = wanted.reply_prefix
         active.is_new_line = wanted.line is None
         active.num_dropped_turns = wanted.num_dropped_turns
         active.receipt_key = receipt_key
@@ -224,10 +233,17 @@ class BlockPoolBatchEngine:
         return sequence.request_id
 
     def count_tokens(
-        self, *, messages: Sequence[Message] | None = None, text: str | None = None
+        self,
+        *,
+        messages: Sequence[Message] | None = None,
+        continue_final_message: bool = False,
+        text: str | None = None,
     ) -> int:
         """How many tokens such a prompt has. Raises InvalidRequest."""
-        return self._intake.num_tokens(PromptSource(messages=messages, text=text))
+        source = PromptSource(
+            messages=messages, text=text, continue_final_message=continue_final_message
+        )
+        return self._intake.num_tokens(source)
 
     def cancel(self, request_id: str) -> bool:
         """End a request now; its Completed comes with the next step. False when it had ended."""

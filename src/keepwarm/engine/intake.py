@@ -8,7 +8,7 @@ from functools import cache, partial
 from keepwarm.core.errors import AgentBusy, ContextTooLong, InvalidRequest, NeverFits
 from keepwarm.core.layout import BLOCK_TOKENS, capacity_for
 from keepwarm.core.policies import reply_room, shortened_limit
-from keepwarm.core.ports import LoadedModel, Message
+from keepwarm.core.ports import LoadedModel, Message, Piece
 from keepwarm.core.stored import Overflow
 from keepwarm.core.transcript import EMPTY
 from keepwarm.engine.agents import Agent, AgentBook, Line
@@ -37,8 +37,9 @@ def nowhere(token_index: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A line to continue (None: one of its own) with its prompt, and the whole conversation.
+    """A line to continue (None: one of its own) with its prompt, and the conversation before it.
 
+    `reply_prefix`: what the prompt has of the reply.
     `locate` gives the message that a token of the prompt lies in, None where that is unknown.
     """
 
@@ -47,6 +48,7 @@ class Wanted:
     conversation: Conversation | None = None
     locate: Locate = nowhere
     num_dropped_turns: int = 0
+    reply_prefix: str = ""
 
 
 class Intake:
@@ -81,7 +83,11 @@ class Intake:
         choice = self._book.choose(agent_id, namespace, continuation)
         known = choice.line.messages if choice.line is not None else None
         locate = self._locator(choice.prompt, conversation, known)
-        return Wanted(choice.line, choice.prompt, conversation, locate)
+        if conversation is None or not source.continue_final_message:
+            return Wanted(choice.line, choice.prompt, conversation, locate)
+        *said, begun = conversation
+        prefix = begun["content"]
+        return Wanted(choice.line, choice.prompt, tuple(said), locate, reply_prefix=prefix)
 
     def num_tokens(self, source: PromptSource) -> int:
         """Of the prompt, for an agent that knows nothing yet."""
@@ -169,7 +175,9 @@ class Intake:
         if source.token_ids is not None:
             ids = valid_token_ids(source.token_ids, self._loaded.vocab_size)
             return IdsContinuation(ids)
-        if conversation is not None:
+        if conversation is not None and source.continue_final_message:
+            pieces = self._render_begun(conversation)
+        elif conversation is not None:
             pieces = self._tokenizer.render(conversation)
         else:
             pieces = self._tokenizer.split(valid_text(source.text or ""))
@@ -179,6 +187,14 @@ class Intake:
             cache(self._tokenizer.encode),
             lambda ids: ends_amid(ids[-MAX_TOKENS_OF_CHARACTER:]),
         )
+
+    def _render_begun(self, conversation: Conversation) -> tuple[Piece, ...]:
+        """Up to where the reply begins, and what there is of it."""
+        *said, begun = conversation
+        if not said or begun["role"] != "assistant" or begun.get("tool_calls"):
+            problem = "the last of several messages must be an assistant's, and text"
+            raise InvalidRequest("continue_final_message", problem)
+        return (*self._tokenizer.render(said), Piece(begun["content"]))
 
     def _locator(
         self, prompt: Prompt, conversation: Conversation | None, known: Sequence[Message] | None

@@ -37,6 +37,7 @@ class GenerateRequest:
     agent_id: str | None = None
     namespace: str = ""
     messages: Sequence[Message] | None = None
+    continue_final_message: bool = False
     append: Sequence[Message] | None = None
     text: str | None = None
     token_ids: Sequence[int] | None = None
@@ -60,12 +61,16 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSource:
-    """The prompt as given: exactly one of the four."""
+    """The prompt as given: exactly one of the four.
+
+    `continue_final_message`: the last of `messages` is the beginning of the reply.
+    """
 
     messages: Sequence[Message] | None = None
     append: Sequence[Message] | None = None
     text: str | None = None
     token_ids: Sequence[int] | None = None
+    continue_final_message: bool = False
 
     def __post_init__(self) -> None:
         given = [
@@ -78,6 +83,8 @@ class PromptSource:
             raise InvalidRequest(
                 "prompt", f"give exactly one of messages, append, text and token_ids, not {what}"
             )
+        if self.continue_final_message and self.messages is None:
+            raise InvalidRequest("continue_final_message", "needs messages")
 
 
 def valid_agent_id(agent_id: object) -> str | None:

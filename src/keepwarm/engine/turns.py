@@ -121,7 +121,7 @@ class Turns:
             return False
         if not reply.text:  # tokens that have no text: the same prompt must be the same again
             reply = Reply("", ())
-        conversation = history(active.messages, reply.text)
+        conversation = history(active.messages, active.reply_prefix + reply.text)
         echo = (
             self._tokenizer.render(conversation, add_generation_prompt=False)
             if conversation is not None

@@ -215,7 +215,7 @@ class FakeBatchGenerator:
             return self._script[item.draw % len(self._script)]
         state = self._rows[item.row].values[-1]
         if item.sampling.temperature > 0.0:
-            state = kv_of(state, item.sampling.seed * 65_537 + item.draw)
+            state = kv_of(kv_of(state, item.sampling.seed), item.draw)
         return (state >> 7) % self._vocab_size
 
     def _feed(self, slab: FakeSlab, token_ids: Sequence[int]) -> None:

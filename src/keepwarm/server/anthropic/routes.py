@@ -13,7 +13,7 @@ from keepwarm.server.anthropic.encode import (
     TokenCount,
 )
 from keepwarm.server.anthropic.schema import Conversation, MessagesRequest
-from keepwarm.server.anthropic.translate import messages_of, translate_messages
+from keepwarm.server.anthropic.translate import is_begun, messages_of, translate_messages
 from keepwarm.server.serving import Serving, serving_of
 
 router = APIRouter(tags=["Anthropic"], responses=errors(AnthropicErrorBody))
@@ -42,6 +42,9 @@ async def count_tokens(body: Conversation, serving: ServingOf) -> Response:
     model = serving.model(body.model)
     conversation = messages_of(body)
     num_tokens = await serving.engine.call_on(
-        model.name, lambda engine: engine.count_tokens(messages=conversation)
+        model.name,
+        lambda engine: engine.count_tokens(
+            messages=conversation, continue_final_message=is_begun(conversation)
+        ),
     )
     return json_answer(TokenCount(num_tokens))

@@ -46,12 +46,14 @@ def translate_messages(body: MessagesRequest, caller: Caller, config: ServerConf
     for name in ("output_config", "output_format"):
         if isinstance(extra.get(name), dict) and extra[name].get("format", extra[name].get("type")):
             raise Unsupported(name, "schemas are not supported yet")
+    messages = messages_of(body)
     temperature = config.default_temperature if body.temperature is None else body.temperature
     user_id = body.metadata.user_id if body.metadata is not None else None
     request = GenerateRequest(
         agent_id=caller.agent_of(user_id),
         namespace=caller.namespace,
-        messages=messages_of(body),
+        messages=messages,
+        continue_final_message=is_begun(messages),
         max_tokens=body.max_tokens,
         temperature=0.0 if body.top_p == 0.0 else temperature,
         top_p=body.top_p or 0.0,
@@ -72,6 +74,11 @@ def messages_of(body: Conversation) -> list[Message]:
     for index, message in enumerate(body.messages):
         messages += _messages_of(f"messages.{index}.content", message)
     return messages
+
+
+def is_begun(messages: Sequence[Message]) -> bool:
+    """Whether the last message is the beginning of the reply."""
+    return messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls")
 
 
 def _messages_of(where: str, message: InputMessage) -> Iterator[Message]:

@@ -61,6 +61,8 @@ class ChatRequest(Sampled):
     """The body of `POST /v1/chat/completions`."""
 
     messages: list[ChatMessage] = Field(min_length=1)
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
     max_completion_tokens: int | None = Field(default=None, ge=1)
     prompt_cache_key: str | None = None
     response_format: dict[str, Any] | None = None

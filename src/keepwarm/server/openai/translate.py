@@ -46,6 +46,7 @@ def translate_chat(body: ChatRequest, caller: Caller, config: ServerConfig) -> T
         agent_id=caller.agent_of(body.prompt_cache_key, body.user),
         max_tokens=body.max_completion_tokens or body.max_tokens,
         messages=[message_of(index, message) for index, message in enumerate(body.messages)],
+        continue_final_message=bool(body.continue_final_message),
     )
     offered = {"tools": body.tools, "functions": body.functions}
     ignored = (*unknown_fields(body), *(name for name, value in offered.items() if value))
@@ -163,6 +164,9 @@ def _refuse_chat(body: ChatRequest) -> None:
         raise Unsupported("tool_choice", "tools cannot be called yet; only auto and none work")
     if body.logprobs or body.top_logprobs:
         raise Unsupported("logprobs", "is not supported yet")
+    if body.add_generation_prompt is False and not body.continue_final_message:
+        problem = "needs continue_final_message; bare text is for /v1/completions"
+        raise Unsupported("add_generation_prompt", problem)
     if set(body.modalities or ()) - {"text"}:
         raise Unsupported("modalities", "only text is supported")
 

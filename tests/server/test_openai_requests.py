@@ -1,0 +1,206 @@
+"""What OpenAI's clients send: what the model is given of it, and what is refused by name."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from keepwarm.testing.tokenizer import FakeTokenizer
+from servers import fake_server
+
+CHAT = "/v1/chat/completions"
+TEXT = "/v1/completions"
+HELLO = {"role": "user", "content": "Hello"}
+CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {}}}
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    with (
+        fake_server(tmp_path_factory.mktemp("home")) as server,
+        server.client() as client,
+    ):
+        yield client
+
+
+def chat(client: httpx.Client, *messages: Any, **more: Any) -> httpx.Response:
+    body = {"model": "fake", "messages": messages or [HELLO], "max_tokens": 3, **more}
+    return client.post(CHAT, json=body)
+
+
+def text_of(response: httpx.Response) -> str:
+    assert response.status_code == 200, response.text
+    content = response.json()["choices"][0]["message"]["content"]
+    assert isinstance(content, str)
+    return content
+
+
+def num_tokens(*messages: Any) -> int:
+    """Of a conversation as the template writes it."""
+    tokenizer = FakeTokenizer()
+    pieces = tokenizer.render(messages)
+    return sum(1 if p.special_id is not None else len(tokenizer.encode(p.text)) for p in pieces)
+
+
+@pytest.mark.parametrize(
+    ("sent", "meant"),
+    [
+        (
+            [{"role": "developer", "content": "Be brief."}, HELLO],
+            [{"role": "system", "content": "Be brief."}, HELLO],
+        ),
+        ([{"role": "user", "content": [{"type": "text", "text": "Hello"}]}], [HELLO]),
+        ([{"role": "user", "content": ["Hel", {"type": "input_text", "text": "lo"}]}], [HELLO]),
+        ([{**HELLO, "name": None, "more": 1}], [HELLO]),
+        (
+            [HELLO, {"role": "assistant", "content": None, "tool_calls": [CALL]}],
+            [HELLO, {"role": "assistant", "content": ""}],
+        ),
+        (
+            [HELLO, {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}],
+            [HELLO, {"role": "assistant", "content": "No."}],
+        ),
+        (
+            [HELLO, {"role": "tool", "content": ["a", "b"], "tool_call_id": "c1"}],
+            [HELLO, {"role": "tool", "content": "ab"}],
+        ),
+        (
+            [HELLO, {"role": "function", "content": "ab", "name": "look"}],
+            [HELLO, {"role": "tool", "content": "ab"}],
+        ),
+    ],
+)
+def test_what_agent_clients_send_is_understood(
+    client: httpx.Client, sent: list[Any], meant: list[Any]
+) -> None:
+    answer = chat(client, *sent)
+    assert text_of(answer) == text_of(chat(client, *meant))
+    assert answer.json()["usage"]["prompt_tokens"] == num_tokens(*meant)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"tools": [TOOL]},
+        {"tools": [TOOL], "tool_choice": "auto", "parallel_tool_calls": True},
+        {"functions": [TOOL["function"]], "function_call": "none"},
+        {"something_new": {"a": 1}},
+        {"response_format": {"type": "text"}},
+        {"logprobs": False, "presence_penalty": 0, "logit_bias": {}},
+        {"metadata": {"a": "b"}, "store": True, "service_tier": "auto"},
+        {"add_generation_prompt": True, "continue_final_message": False},
+        {"n": None, "seed": None, "stop": None, "temperature": None, "top_p": None},
+        {"seed": -1},
+    ],
+)
+def test_what_changes_nothing_is_accepted(client: httpx.Client, more: dict[str, Any]) -> None:
+    assert text_of(chat(client, **more)) == text_of(chat(client))
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [({"tools": [TOOL]}, "tools"), ({"something_new": 1}, "something_new"), ({"store": 1}, None)],
+)
+def test_what_was_ignored_is_said(
+    client: httpx.Client, more: dict[str, Any], named: str | None
+) -> None:
+    assert chat(client, **more).headers.get("x-keepwarm-ignored") == named
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "param"),
+    [
+        (CHAT, {"response_format": {"type": "json_object"}}, "response_format"),
+        (CHAT, {"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
+        (CHAT, {"functions": [], "function_call": {"name": "look"}}, "tool_choice"),
+        (CHAT, {"logprobs": True}, "logprobs"),
+        (CHAT, {"top_logprobs": 2}, "logprobs"),
+        (CHAT, {"modalities": ["text", "audio"]}, "modalities"),
+        (CHAT, {"presence_penalty": 0.5}, "presence_penalty"),
+        (CHAT, {"logit_bias": {"5": 1}}, "logit_bias"),
+        (CHAT, {"add_generation_prompt": False}, "add_generation_prompt"),
+        (CHAT, {"continue_final_message": True}, "continue_final_message"),
+        (CHAT, {"n": 1_000}, "n"),
+        (CHAT, {"n": 0}, "n"),
+        (CHAT, {"messages": []}, "messages"),
+        (CHAT, {"messages": [{"role": "wizard", "content": "a"}]}, "messages.0.role"),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages.0.content.0",
+        ),
+        (TEXT, {"echo": True}, "echo"),
+        (TEXT, {"suffix": "b"}, "suffix"),
+        (TEXT, {"logprobs": 1}, "logprobs"),
+        (TEXT, {"best_of": 3}, "best_of"),
+        (TEXT, {"prompt": []}, "prompt"),
+        (TEXT, {"prompt": [[]]}, "token_ids"),
+        (TEXT, {"prompt": [10**9]}, "token_ids"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_name(
+    client: httpx.Client, path: str, more: dict[str, Any], param: str
+) -> None:
+    prompt = {"messages": [HELLO]} if path == CHAT else {"prompt": "Hello"}
+    response = client.post(path, json={"model": "fake", **prompt, **more})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert (error["param"], error["type"]) == (param, "invalid_request_error")
+    assert error["message"]
+
+
+def test_the_newer_name_of_the_limit_counts(client: httpx.Client) -> None:
+    answer = chat(client, max_completion_tokens=2, max_tokens=5).json()
+    assert answer["usage"]["completion_tokens"] == 2
+    assert answer["choices"][0]["finish_reason"] == "length"
+
+
+def test_choices_differ_by_their_seeds(client: httpx.Client) -> None:
+    answer = chat(client, n=3, temperature=1.0, seed=5, max_tokens=20).json()
+    texts = [choice["message"]["content"] for choice in answer["choices"]]
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
+    assert len(set(texts)) == 3
+    assert answer["usage"]["completion_tokens"] == 60
+    again = chat(client, n=3, temperature=1.0, seed=5, max_tokens=20).json()
+    assert [choice["message"]["content"] for choice in again["choices"]] == texts
+
+
+def test_a_reply_goes_on_with_its_beginning(client: httpx.Client) -> None:
+    whole = text_of(chat(client, max_tokens=8, user="one"))
+    cut = text_of(chat(client, max_tokens=3, user="two"))
+    begun = {"role": "assistant", "content": cut}
+    more = {"continue_final_message": True, "add_generation_prompt": False, "user": "two"}
+    answer = chat(client, HELLO, begun, max_tokens=5, **more)
+    assert cut + text_of(answer) == whole
+    usage = answer.json()["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == usage["prompt_tokens"] - 1
+
+
+class TestCompletions:
+    def test_bare_text_is_as_its_ids(self, client: httpx.Client) -> None:
+        tokenizer = FakeTokenizer()
+        pieces = tokenizer.split("Hello there")
+        ids = [
+            token_id
+            for piece in pieces
+            for token_id in (
+                [piece.special_id] if piece.special_id is not None else tokenizer.encode(piece.text)
+            )
+        ]
+        body = {"model": "fake", "max_tokens": 5}
+        by_text = client.post(TEXT, json={**body, "prompt": "Hello there"}).json()
+        by_ids = client.post(TEXT, json={**body, "prompt": ids}).json()
+        assert by_text["choices"] == by_ids["choices"]
+        assert by_text["usage"]["prompt_tokens"] == len(ids)
+
+    def test_several_prompts_are_several_choices(self, client: httpx.Client) -> None:
+        body = {"model": "fake", "max_tokens": 2, "prompt": ["Hello", "Good", "Hello"]}
+        choices = client.post(TEXT, json=body).json()["choices"]
+        assert [choice["index"] for choice in choices] == [0, 1, 2]
+        assert choices[0]["text"] == choices[2]["text"]
+
+    def test_sixteen_tokens_where_nobody_says(self, client: httpx.Client) -> None:
+        answer = client.post(TEXT, json={"model": "fake", "prompt": "Hello"}).json()
+        assert answer["usage"]["completion_tokens"] == 16
