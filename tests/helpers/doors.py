@@ -2,12 +2,13 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from engines import FakeFactory, fake_engine
+from engines import DEVICE_S, FakeFactory, fake_engine
 from keepwarm import AgentCacheStore, BlockPoolBatchEngine
 from keepwarm.core.events import Completed, Event, Failed
 from keepwarm.engine.engine import Engine
@@ -46,7 +47,8 @@ class Gate:
             self._changed.notify_all()
 
     def pass_through(self) -> None:
-        """On the engine's thread."""
+        """On the engine's thread, which leaves the interpreter's lock to the others."""
+        time.sleep(DEVICE_S)
         with self._changed:
             self.num_waited += 1
             self._changed.wait_for(lambda: self._num_allowed != 0, TEST_S)
@@ -91,7 +93,7 @@ class Opener:
         self.opened: list[BlockPoolBatchEngine] = []
         self.num_closed = 0
         self._home = home
-        self._factory = factory or FakeFactory()
+        self._factory = factory or FakeFactory(pause_s=DEVICE_S)
         self._change = change
         self._options = options
 

@@ -24,10 +24,16 @@ from keepwarm.testing.tokenizer import FakeTokenizer
 TOKENIZER = FakeTokenizer()
 BLOCK_BYTES = FAKE_LAYOUT.block_bytes
 PLENTY = 4096 * BLOCK_BYTES
+DEVICE_S = 20e-6
 
 
 class FakeFactory:
-    """Makes generators and keeps them all; `fail_at` says of one after another when they fail."""
+    """Makes generators and keeps them all; `fail_at` says of one after another when they fail.
+
+    A decode step lasts `pause_s` longer and leaves the interpreter's lock, as a device does that
+    computes: DEVICE_S suffices. Without, an engine's thread can keep a server's loop from it for
+    seconds.
+    """
 
     def __init__(
         self,
@@ -35,11 +41,13 @@ class FakeFactory:
         script: Sequence[int] | None = None,
         fail_at: Sequence[Sequence[int]] = (),
         vocab_size: int = 256,
+        pause_s: float = 0.0,
     ) -> None:
         self.made: list[FakeBatchGenerator] = []
         self._script = script
         self._fail_at = fail_at
         self._vocab_size = vocab_size
+        self._pause_s = pause_s
 
     def __call__(self, *, deterministic: bool) -> FakeBatchGenerator:
         number = len(self.made)
@@ -49,6 +57,8 @@ class FakeFactory:
             fail_at=self._fail_at[number] if number < len(self._fail_at) else (),
             deterministic=deterministic,
         )
+        if self._pause_s:
+            _pause(generator, self._pause_s)
         self.made.append(generator)
         return generator
 
@@ -57,19 +67,14 @@ class FakeFactory:
         return sum(length for made in self.made for _, length in made.prefilled)
 
 
-class SlowFactory(FakeFactory):
-    """Its generators take a millisecond for a decode step, so that a reply can be interrupted."""
+def _pause(generator: FakeBatchGenerator, pause_s: float) -> None:
+    decode = generator.decode
 
-    def __call__(self, *, deterministic: bool) -> FakeBatchGenerator:
-        generator = super().__call__(deterministic=deterministic)
-        decode = generator.decode
+    def slow_decode(inputs: Sequence[RowInput]) -> list[int]:
+        time.sleep(pause_s)
+        return decode(inputs)
 
-        def slow_decode(inputs: Sequence[RowInput]) -> list[int]:
-            time.sleep(0.001)
-            return decode(inputs)
-
-        generator.decode = slow_decode  # type: ignore[method-assign]
-        return generator
+    generator.decode = slow_decode  # type: ignore[method-assign]
 
 
 def fake_loaded(

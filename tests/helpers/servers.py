@@ -18,7 +18,7 @@ import httpx
 import uvicorn
 
 from description import check_described
-from engines import FakeFactory, fake_loaded
+from engines import DEVICE_S, FakeFactory, fake_loaded
 from keepwarm.config import load_settings
 from keepwarm.engine.engine import Engine
 from keepwarm.server.sockets import uvicorn_config
@@ -66,7 +66,7 @@ def fake_server(
     **flags: object,
 ) -> Iterator[FakeServer]:
     """`flags` are settings, with two underscores for the dot: `server__heartbeat_s=0.1`."""
-    factory = factory or FakeFactory()
+    factory = factory or FakeFactory(pause_s=DEVICE_S)
     values = {name.replace("__", "."): value for name, value in flags.items()}
     settings = load_settings(
         {

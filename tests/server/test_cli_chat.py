@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from commands import Done, Terminal, keepwarm, terminal
-from engines import FakeFactory, SlowFactory
+from engines import FakeFactory
 from keepwarm.cli.chat import summary
 from servers import FakeServer, fake_server
 
@@ -20,7 +20,7 @@ LONG = 80_000
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeServer]:
     """Every reply is EVIL, over and over."""
-    factory = SlowFactory(script=list(EVIL.encode()))
+    factory = FakeFactory(script=list(EVIL.encode()), pause_s=0.001)
     with fake_server(tmp_path_factory.mktemp("home"), factory=factory) as opened:
         yield opened
 

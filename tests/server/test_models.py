@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from commands import keepwarm
-from engines import FakeFactory, SlowFactory, fake_loaded
+from engines import DEVICE_S, FakeFactory, fake_loaded
 from keepwarm.core.errors import EngineStopped, ModelLoadError
 from keepwarm.core.ports import LoadedModel
 from keepwarm.engine.fleet import Fleet
@@ -39,7 +39,7 @@ CHAT = "/v1/chat/completions"
 
 
 def fake_model(name: str, factory: FakeFactory | None = None) -> LoadedModel:
-    factory = factory or FakeFactory(script=list(SCRIPTS[name]))
+    factory = factory or FakeFactory(script=list(SCRIPTS[name]), pause_s=DEVICE_S)
     return replace(fake_loaded(factory=factory, fingerprint=name), name=name)
 
 
@@ -126,7 +126,7 @@ class TestByName:
 
     def test_what_runs_waits_when_patience_ends_and_goes_on(self, tmp_path: Path) -> None:
         options = {"room": 100, "model__patience_s": 0.05}
-        factory = SlowFactory(script=list(b"f"))
+        factory = FakeFactory(script=list(b"f"), pause_s=0.001)
         with (
             served(tmp_path, factory=factory, **options) as (server, _),
             server.client() as client,
