@@ -113,6 +113,16 @@ def a_tool_is_offered_and_text_comes_back() -> None:
     assert reply.content[0].type == "text"
 
 
+def what_was_reused_is_in_every_reply() -> str:
+    asked = {"extra_body": {"temperature": 0, "new": 1}}
+    whole = create(**asked)
+    assert whole.keepwarm["cache"]["prompt_tokens"] == prompt_tokens(whole.usage)
+    assert whole.keepwarm["ignored"] == ["new"]
+    (end,) = (event for event in create(**asked, stream=True) if event.type == "message_delta")
+    assert end.keepwarm["ignored"] == ["new"]
+    return str(end.keepwarm["cache"]["reason"])
+
+
 def errors_are_the_clients_own() -> str:
     with raises(anthropic.NotFoundError) as missing:
         create(model="no-such-model")
@@ -146,6 +156,7 @@ run(
     blocks_of_text_and_cache_control_are_understood,
     max_tokens_and_stop_sequences_end_a_reply,
     a_tool_is_offered_and_text_comes_back,
+    what_was_reused_is_in_every_reply,
     errors_are_the_clients_own,
     the_async_client,
 )

@@ -153,6 +153,18 @@ def what_was_reused_is_in_a_header() -> str:
     return raw.headers["x-keepwarm-cache"]
 
 
+def what_was_reused_is_in_every_reply() -> str:
+    asked = {"model": MODEL, "messages": [QUESTION], "max_tokens": 2, "extra_body": {"new": 1}}
+    whole = CLIENT.chat.completions.create(**asked)
+    assert whole.keepwarm["cache"]["prompt_tokens"] == whole.usage.prompt_tokens
+    assert whole.keepwarm["ignored"] == ["new"]
+    chunks = list(CLIENT.chat.completions.create(**asked, stream=True))
+    (facts,) = (chunk.keepwarm for chunk in chunks if hasattr(chunk, "keepwarm"))
+    assert facts == chunks[-1].keepwarm
+    assert facts["ignored"] == ["new"]
+    return str(facts["cache"]["reason"])
+
+
 async def the_async_client() -> None:
     client = openai.AsyncOpenAI(base_url=f"{TARGET.base_url}/v1", api_key=TARGET.key)
     async with client:
@@ -208,6 +220,7 @@ run(
     a_bare_completion,
     errors_are_the_clients_own,
     what_was_reused_is_in_a_header,
+    what_was_reused_is_in_every_reply,
     the_async_client,
     a_stream_that_is_left_frees_its_agent,
     four_at_once_by_one_name_leave_it_hot,

@@ -18,6 +18,8 @@ pytest.importorskip("mlx.core")
 NAMES = ("openai", "anthropic", "openai-agents", "ai-sdk", "pi")
 MODEL = "smollm2"
 KEY = "sk-clients"
+HEARTBEAT_S = 0.02
+"""Shorter than a token takes: every stream has heartbeats between its events."""
 
 PI_S = 90.0
 
@@ -35,7 +37,11 @@ def server(
     home = tmp_path_factory.mktemp("home")
     (keepwarm_home / "models").mkdir(parents=True, exist_ok=True)
     (home / "models").symlink_to(keepwarm_home / "models")
-    settings = (f"server.api_keys=clients={KEY}", "server.default_temperature=0")
+    settings = (
+        f"server.api_keys=clients={KEY}",
+        "server.default_temperature=0",
+        f"server.heartbeat_s={HEARTBEAT_S}",
+    )
     flags = [flag for setting in settings for flag in ("--set", setting)]
     with server_process(home, home / "log", *flags) as server:
         yield server

@@ -28,10 +28,25 @@ class RawClient:
     def __exit__(self, *_: object) -> None:
         self.socket.close()
 
-    def post(self, path: str, body: Any, headers: Mapping[str, str] | None = None) -> None:
-        self.socket.sendall(self.request(path, json.dumps(body).encode(), headers))
+    def post(
+        self,
+        path: str,
+        body: Any,
+        headers: Mapping[str, str] | None = None,
+        *,
+        version: str = "1.1",
+    ) -> None:
+        data = json.dumps(body).encode()
+        self.socket.sendall(self.request(path, data, headers, version=version))
 
-    def request(self, path: str, data: bytes, headers: Mapping[str, str] | None = None) -> bytes:
+    def request(
+        self,
+        path: str,
+        data: bytes,
+        headers: Mapping[str, str] | None = None,
+        *,
+        version: str = "1.1",
+    ) -> bytes:
         lines = {
             "Host": self._host,
             "Content-Type": "application/json",
@@ -39,7 +54,7 @@ class RawClient:
             **(headers or {}),
         }
         head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
-        return f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + data
+        return f"POST {path} HTTP/{version}\r\n{head}\r\n".encode() + data
 
     def read_until(self, wanted: Callable[[bytes], object]) -> bytes:
         """Until what came so far is as wanted, or the connection ends."""

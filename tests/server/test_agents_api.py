@@ -1,6 +1,5 @@
 """The agents API over HTTP, on the fake generator and a real store."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
+import sse
 from servers import FakeServer, fake_server
 
 KEY = {"Idempotency-Key": "key-1"}
@@ -37,12 +37,7 @@ def say(client: httpx.Client, agent: str, content: str, **more: Any) -> dict[str
 
 
 def events_of(response: httpx.Response) -> list[tuple[str, dict[str, Any]]]:
-    frames = [frame for frame in response.text.split("\n\n") if frame.startswith("event: ")]
-    pairs = (frame.split("\n", 1) for frame in frames)
-    return [
-        (name.removeprefix("event: "), json.loads(data.removeprefix("data: ")))
-        for name, data in pairs
-    ]
+    return [(event.name, event.data) for event in sse.events_of(response.text)]
 
 
 def error_of(response: httpx.Response) -> tuple[int, str, str | None]:

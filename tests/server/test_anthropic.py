@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import sse
 from engines import FakeFactory
 from keepwarm.server.anthropic.schema import Conversation
 from keepwarm.server.anthropic.translate import messages_of
@@ -64,12 +65,7 @@ def ask(client: httpx.Client, **more: Any) -> dict[str, Any]:
 
 def events_of(response: httpx.Response) -> list[tuple[str, dict[str, Any]]]:
     assert response.status_code == 200, response.text
-    frames = [frame for frame in response.text.split("\n\n") if frame.startswith("event: ")]
-    pairs = (frame.split("\n", 1) for frame in frames)
-    return [
-        (name.removeprefix("event: "), json.loads(data.removeprefix("data: ")))
-        for name, data in pairs
-    ]
+    return [(event.name, event.data) for event in sse.events_of(response.text)]
 
 
 def check(schema: str, document: dict[str, Any]) -> None:
@@ -80,6 +76,10 @@ def check(schema: str, document: dict[str, Any]) -> None:
         "components": json.loads(text)["components"],
     }
     jsonschema.Draft202012Validator(root).validate(document)
+
+
+def without_time(keepwarm: dict[str, Any]) -> dict[str, Any]:
+    return {**keepwarm, "cache": {**keepwarm["cache"], "restored_ms": 0}}
 
 
 def prompt_tokens(usage: dict[str, int]) -> int:
@@ -105,7 +105,7 @@ class TestReplies:
         response = client.post("/v1/messages", json=body)
         assert response.headers["content-type"].startswith("text/event-stream")
         text = re.sub(r"msg_\w+", "msg_ID", response.text.replace(SEAM, ""))
-        text = re.sub(r"restored_ms=[\d.]+", "restored_ms=0", text)
+        text = re.sub(r'"restored_ms":[\d.]+', '"restored_ms":0', text)
         assert text == GOLDEN.read_text()
 
     def test_a_stop_sequence_is_named(self, client: httpx.Client) -> None:
@@ -153,6 +153,7 @@ class TestReplies:
         end = events[-2][1]
         assert end["delta"] == {key: whole[key] for key in end["delta"]}
         assert end["usage"] == whole["usage"]
+        assert without_time(end["keepwarm"]) == without_time(whole["keepwarm"])
         start = events[0][1]["message"]["usage"]
         assert start == {**whole["usage"], "output_tokens": 0}
 

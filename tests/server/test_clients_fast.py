@@ -1,4 +1,7 @@
-"""Real Python clients against the server on the fake generator; `make clients` runs all of them."""
+"""Real Python clients against the server on the fake generator; `make clients` runs all of them.
+
+Each token takes longer than the server is silent, so that their streams are full of heartbeats.
+"""
 
 from collections.abc import Iterator
 
@@ -15,17 +18,30 @@ SCRIPTS = {
 }
 REPLY = "Hello world, that would be the Danube."
 KEY = "sk-clients"
+HEARTBEAT_S = 0.002
+TOKEN_S = 0.01
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeServer]:
     install(list(SCRIPTS))
-    factory = FakeFactory(script=TOKENIZER.encode(REPLY), vocab_size=TOKENIZER.vocab_size)
-    keys = {"clients": KEY}
-    with fake_server(
-        tmp_path_factory.mktemp("home"), factory=factory, server__api_keys=keys
-    ) as server:
+    script = TOKENIZER.encode(REPLY)
+    factory = FakeFactory(script=script, vocab_size=TOKENIZER.vocab_size, pause_s=TOKEN_S)
+    options = {"server__api_keys": {"clients": KEY}, "server__heartbeat_s": HEARTBEAT_S}
+    with fake_server(tmp_path_factory.mktemp("home"), factory=factory, **options) as server:
         yield server
+
+
+def test_there_are_heartbeats(server: FakeServer) -> None:
+    """Or the others would prove less than they say."""
+    hello = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 20}
+    with server.client(headers={"Authorization": f"Bearer {KEY}"}) as client:
+        for path, heartbeat in (
+            ("/v1/chat/completions", ": keepwarm\n"),
+            ("/v1/messages", "event: ping\n"),
+        ):
+            stream = client.post(path, json={**hello, "stream": True}).text
+            assert stream.count(heartbeat) > 5
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

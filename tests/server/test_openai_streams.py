@@ -45,7 +45,9 @@ def collected(text: str) -> dict[str, Any]:
             if choice["finish_reason"] is not None:
                 reasons[index] = choice["finish_reason"]
     assert chunks[-1]["choices"] == []
-    return {"texts": texts, "reasons": reasons, "usage": chunks[-1]["usage"]}
+    assert [c["keepwarm"] for c in chunks if "keepwarm" in c] == [chunks[-1]["keepwarm"]]
+    told = {name: chunks[-1][name] for name in ("usage", "keepwarm")}
+    return {"texts": texts, "reasons": reasons, **told}
 
 
 def whole(document: dict[str, Any]) -> dict[str, Any]:
@@ -54,13 +56,15 @@ def whole(document: dict[str, Any]) -> dict[str, Any]:
         "texts": {c["index"]: c.get("text", c.get("message", {}).get("content")) for c in choices},
         "reasons": {c["index"]: c["finish_reason"] for c in choices},
         "usage": document["usage"],
+        "keepwarm": document["keepwarm"],
     }
 
 
 def without_cache(answer: dict[str, Any]) -> dict[str, Any]:
     """The second of two equal requests finds what the first has computed."""
     usage = {k: v for k, v in answer["usage"].items() if k != "prompt_tokens_details"}
-    return {**answer, "usage": usage}
+    keepwarm = {k: v for k, v in answer["keepwarm"].items() if k != "cache"}
+    return {**answer, "usage": usage, "keepwarm": keepwarm}
 
 
 PARAMETERS = st.fixed_dictionaries(
@@ -74,6 +78,7 @@ PARAMETERS = st.fixed_dictionaries(
         "temperature": st.sampled_from([0.0, 0.7, 1.0, 2.0]),
         "top_p": st.sampled_from([0.0, 0.5, 1.0]),
         "user": st.sampled_from(["ada", "eve"]),
+        "something_new": st.just(1),
     },
 )
 PROMPT = st.text(min_size=1, max_size=60)
@@ -130,14 +135,11 @@ def normalised(text: str) -> str:
     """Without what differs from run to run: ids, times, and how the text falls into events."""
     text = re.sub(r'"id":"(chatcmpl|cmpl)-[0-9a-f]+"', r'"id":"\1-ID"', text)
     text = re.sub(r'"created":\d+', '"created":0', text)
-    text = re.sub(r"restored_ms=[0-9.]+", "restored_ms=0", text)
+    text = re.sub(r'"restored_ms":[0-9.]+', '"restored_ms":0', text)
     frames: list[tuple[int, str]] = []
     for frame in text.removesuffix("\n\n").split("\n\n"):
         index = re.search(r'"index":(\d+)', frame)
-        if frame.startswith(":"):
-            frames[-1] = (frames[-1][0], f"{frames[-1][1]}\n\n{frame}")
-        else:
-            frames.append((int(index[1]) if index else 99, frame))
+        frames.append((int(index[1]) if index else 99, frame))
     joined: list[str] = []
     for _, frame in sorted(frames, key=lambda pair: pair[0]):
         if joined and (both := _joined(joined[-1], frame)):

@@ -15,6 +15,7 @@ from doors import GatedFactory, check_is_empty
 from engines import FakeFactory
 from servers import FakeServer, fake_server
 from sockets import RawClient
+from sse import DONE, body_of, events_of
 
 WAIT_S = 30.0
 CHAT = "/v1/chat/completions"
@@ -26,6 +27,13 @@ DIALECTS = {
         {"model": "fake", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 9},
     ),
     "agents": ("/v1/agents/ada/messages", {"content": "Hello"}),
+}
+COMMENT = b": keepwarm\n"
+HEARTBEATS = {
+    "openai": COMMENT,
+    "completions": COMMENT,
+    "anthropic": b"event: ping\n",
+    "agents": COMMENT,
 }
 
 
@@ -142,11 +150,9 @@ def test_or_ends_its_stream_with_an_error(tmp_path: Path, dialect: str) -> None:
         path, body = request(dialect, stream=True)
         response = client.post(path, json=body)
         assert response.status_code == 200
-        last = [frame for frame in response.text.split("\n\n") if frame and frame[0] != ":"][-1]
-        assert "was not complete within 0.2 s" in last
-        assert "DONE" not in response.text
-        name = last.partition("\n")[0]
-        assert dialect in ("openai", "completions") or name == "event: error"
+        last = events_of(response.text)[-1]
+        assert "was not complete within 0.2 s" in last.data["error"]["message"]
+        assert last.name == ("" if dialect in ("openai", "completions") else "error")
         wait_for(lambda: not server.call(lambda e: e.has_work))
         server.call(check_is_empty)
 
@@ -230,13 +236,15 @@ class TestHeartbeats:
             occupied(server, clients, factory)
             waiting = clients.enter_context(RawClient(server.url))
             waiting.post(*request(dialect, stream=True, max_tokens=3))
-            waiting.read_until(lambda data: data.count(b": keepwarm\n\n") >= 3)
+            waiting.read_until(lambda data: data.count(HEARTBEATS[dialect]) >= 3)
             assert b"text/event-stream" in waiting.received
             factory.gate.open()
             row, *_ = (c for c in server.engine._running)
             server.loop.call_soon_threadsafe(row.hang_up)
             waiting.read_until(lambda data: data.endswith(b"0\r\n\r\n"))
-            assert b"X-Keepwarm-Cache" in waiting.received
+            assert b"x-keepwarm-cache: " not in waiting.received
+            facts = [e.data for e in events_of(body_of(waiting.received)) if _has_facts(e.data)]
+            assert [fact.get("keepwarm", fact)["cache"]["tier"] for fact in facts] == ["none"]
 
     def test_an_error_after_one_is_an_event(self, tmp_path: Path) -> None:
         factory = GatedFactory()
@@ -255,6 +263,7 @@ class TestHeartbeats:
             waiting.read_until(lambda data: data.endswith(b"0\r\n\r\n"))
             assert b" 200 OK" in waiting.received
             assert b"no place became free within 0.2 s" in waiting.received
+            assert "error" in events_of(body_of(waiting.received))[-1].data
             factory.gate.open()
 
     def test_prefill_is_not_silent(self, tmp_path: Path) -> None:
@@ -264,9 +273,10 @@ class TestHeartbeats:
             factory.gate.close()
             messages = [{"role": "user", "content": "x" * 2000}]
             client.post(*request("openai", stream=True, messages=messages, max_tokens=2))
-            client.read_until(lambda data: data.count(b": keepwarm\n\n") >= 2)
+            client.read_until(lambda data: data.count(HEARTBEATS["openai"]) >= 2)
             factory.gate.open()
-            assert client.read_until(lambda data: b"[DONE]" in data)
+            client.read_until(lambda data: data.endswith(b"0\r\n\r\n"))
+            assert events_of(body_of(client.received))[-1].data == DONE
 
 
 def test_two_hundred_idle_connections(tmp_path: Path) -> None:
@@ -340,6 +350,11 @@ def _readable(clients: list[RawClient]) -> list[RawClient]:
         finally:
             client.socket.settimeout(WAIT_S)
     return found
+
+
+def _has_facts(data: Any) -> bool:
+    """Of a last chunk, or of an agent's whole reply."""
+    return isinstance(data, dict) and ("keepwarm" in data or "finish_reason" in data)
 
 
 def _json(body: bytes) -> dict[str, Any]:

@@ -54,11 +54,15 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The request has its row, and everything that was kept of its prompt is in place."""
+    """The request has its row, and everything that was kept of its prompt is in place.
+
+    `adapted`: what was changed in its messages for this model, a short sentence for each change.
+    """
 
     request_id: str
     agent_id: str | None
     cache: CacheReport
+    adapted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +92,8 @@ class Completed:
     `stop_sequence` is the stop string that ended it. `turn` is the number of the agent's turn that
     this was, where its main line took it. `num_dropped_turns` of a stateful agent were
     forgotten to make room. `durable`: the turn is on disk. It is not where there is no store, where
-    the request was anonymous, and where the disk refused; then it is tried again.
+    the request was anonymous, and where the disk refused; then it is tried again. `adapted` is as
+    in Started.
     """
 
     request_id: str
@@ -103,6 +108,7 @@ class Completed:
     stop_sequence: str | None = None
     num_dropped_turns: int = 0
     turn: int | None = None
+    adapted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

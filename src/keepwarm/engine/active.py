@@ -32,6 +32,7 @@ class ActiveRequest:
     """Everything that belongs to one request. Only the engine's thread touches it.
 
     `messages` are what the reply follows; `reply_prefix` is what the prompt already has of it.
+    `adapted`: what was changed in the messages for this model.
     """
 
     sequence: TokenSequence
@@ -44,6 +45,7 @@ class ActiveRequest:
     num_dropped_turns: int = 0
     receipt_key: ReceiptKey | None = None
     reply_prefix: str = ""
+    adapted: tuple[str, ...] = ()
     has_started: bool = False
 
     @property
@@ -60,7 +62,7 @@ class ActiveRequest:
         return self.sequence.num_prompt_tokens + len(self.reply.reply.token_ids)
 
     def started(self) -> Started:
-        return Started(self.request_id, self.agent_id, self._cache_report())
+        return Started(self.request_id, self.agent_id, self._cache_report(), self.adapted)
 
     def progress(self) -> Progress:
         sequence = self.sequence
@@ -90,6 +92,7 @@ class ActiveRequest:
             timing=self._timing(now_s),
             stop_sequence=self.reply.stopped_by,
             num_dropped_turns=self.num_dropped_turns,
+            adapted=self.adapted,
         )
 
     def receipt(self, reason: FinishReason) -> Receipt | None:

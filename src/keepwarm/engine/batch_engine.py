@@ -225,6 +225,7 @@ class BlockPoolBatchEngine:
         active = ActiveRequest(sequence, line, wanted.prompt, wanted.conversation, reply)
         active.locate = wanted.locate
         active.reply_prefix = wanted.reply_prefix
+        active.adapted = wanted.adapted
         active.is_new_line = wanted.line is None
         active.num_dropped_turns = wanted.num_dropped_turns
         active.receipt_key = receipt_key

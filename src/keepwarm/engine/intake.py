@@ -39,7 +39,8 @@ def nowhere(token_index: int) -> None:
 class Wanted:
     """A line to continue (None: one of its own) with its prompt, and the conversation before it.
 
-    `reply_prefix`: what the prompt has of the reply.
+    `reply_prefix`: what the prompt has of the reply. `adapted`: what was changed in the messages
+    for this model, a short sentence for each change; the response names it.
     `locate` gives the message that a token of the prompt lies in, None where that is unknown.
     """
 
@@ -49,6 +50,7 @@ class Wanted:
     locate: Locate = nowhere
     num_dropped_turns: int = 0
     reply_prefix: str = ""
+    adapted: tuple[str, ...] = ()
 
 
 class Intake:

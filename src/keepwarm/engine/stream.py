@@ -155,7 +155,8 @@ class _Deltas:
 def replayed(text: str, completed: Completed) -> EventStream:
     """What a request that has ended said, for whoever asks again."""
     stream = EventStream(lambda _: None)
-    stream.put(Started(completed.request_id, completed.agent_id, completed.cache))
+    begun = (completed.request_id, completed.agent_id, completed.cache)
+    stream.put(Started(*begun, adapted=completed.adapted))
     if text:
         stream.put(Delta(completed.request_id, completed.agent_id, text, completed.token_ids))
     stream.put(completed)

@@ -17,6 +17,7 @@ from keepwarm.server import admin, models
 from keepwarm.server.agents import routes as agents
 from keepwarm.server.anthropic import routes as anthropic
 from keepwarm.server.dialects import error_response
+from keepwarm.server.facts import HEADERS
 from keepwarm.server.guard import DOCS_FOLDER, Guard
 from keepwarm.server.openai import routes as openai
 from keepwarm.server.problems import problem_of
@@ -60,7 +61,7 @@ def build_app(house: House) -> ASGIApp:
             allow_origins=house.config.allowed_origins,
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["X-Keepwarm-Cache", "X-Request-ID", "X-Keepwarm-Ignored"],
+            expose_headers=[*HEADERS, "X-Request-ID"],
         )
     return guarded
 

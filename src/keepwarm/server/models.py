@@ -23,6 +23,7 @@ from keepwarm.server.model_cards import (
 )
 from keepwarm.server.openai.encode import OpenAIErrorBody
 from keepwarm.server.problems import problem_of
+from keepwarm.server.reply import HEARTBEAT, STREAM_HEADERS
 from keepwarm.server.serving import Serving, serving_of
 
 router = APIRouter(tags=["models"], responses=errors(OpenAIErrorBody | AnthropicErrorBody))
@@ -30,7 +31,6 @@ router = APIRouter(tags=["models"], responses=errors(OpenAIErrorBody | Anthropic
 ServingOf = Annotated[Serving, Depends(serving_of)]
 
 SSE = "text/event-stream"
-HEARTBEAT = b": still at it\n\n"
 POLL_S = 0.1
 """Between two looks at where a model stands."""
 
@@ -89,7 +89,7 @@ async def _brought(
         await bringing
         return json_answer(await _card(model, serving))
     events = _progress(model, serving, bringing)
-    return StreamingResponse(events, media_type=SSE, headers={"Cache-Control": "no-store"})
+    return StreamingResponse(events, media_type=SSE, headers=STREAM_HEADERS)
 
 
 async def _progress(

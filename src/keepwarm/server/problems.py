@@ -149,7 +149,10 @@ def _problem_of(error: Exception) -> Problem:
             if isinstance(error, ModelUnavailable):
                 retry_after_s = max(math.ceil(error.retry_s), 1)
             return Problem(status, kind, str(error), param, retry_after_s)
-    return Problem(500, Kind.INTERNAL, "an error inside the server; its log has the details")
+    # Whatever is no error of ours goes on to uvicorn, which logs it and closes the connection.
+    headers = {"Connection": "close"}
+    message = "an error inside the server; its log has the details"
+    return Problem(500, Kind.INTERNAL, message, headers=headers)
 
 
 def _of_http(error: HTTPException) -> Problem:

@@ -11,14 +11,19 @@ from starlette.types import Message as AsgiMessage
 from starlette.types import Receive, Scope, Send
 
 from keepwarm.core.errors import EngineStopped, KeepwarmError
-from keepwarm.core.events import CacheReport, Completed, Delta, Event, Started
-from keepwarm.server import cache_report
+from keepwarm.core.events import Completed, Delta, Event, Started
 from keepwarm.server.choices import Choices
+from keepwarm.server.facts import headers_of
 from keepwarm.server.problems import Problem, problem_of
 from keepwarm.server.settings import ServerConfig
 
 SSE = "text/event-stream; charset=utf-8"
-HEARTBEAT = b": keepwarm\n\n"
+HEARTBEAT = b": keepwarm\n"
+"""A comment before the next event. Many clients take a blank line behind it for an empty event,
+and some end there: openai-go before 3.43 is one of them.
+"""
+STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
+"""Against proxies that collect what they pass on; the second is nginx's."""
 ABORT = "keepwarm.abort"
 """Where a scope has what closes its connection, whatever has not been read of it."""
 
@@ -28,7 +33,12 @@ _log = logging.getLogger(__name__)
 
 
 class Encoder(Protocol):
-    """A dialect's way of saying events. Each method returns bytes to send, perhaps none."""
+    """A dialect's way of saying events. Each method returns bytes to send, perhaps none.
+
+    `heartbeat` says that the request still lives, between any two events.
+    """
+
+    heartbeat: bytes
 
     def event(self, choice: int, event: Event) -> bytes: ...
 
@@ -83,10 +93,12 @@ class _Reply(Response):
         """Say so where that is possible; otherwise raise it."""
         raise error
 
-    def _head(self, media_type: str, cache: CacheReport | None) -> AsgiMessage:
+    def _head(self, media_type: str, event: Started | Completed | None) -> AsgiMessage:
         headers = {"content-type": media_type, "cache-control": "no-store", **self._extra_headers}
-        if cache is not None:
-            headers[cache_report.HEADER] = cache_report.header_of(cache)
+        if media_type == SSE:
+            headers |= STREAM_HEADERS
+        if event is not None:
+            headers |= headers_of(event)
         raw = [(key.lower().encode(), value.encode("latin-1")) for key, value in headers.items()]
         return {"type": "http.response.start", "status": 200, "headers": raw}
 
@@ -99,12 +111,12 @@ class WholeReply(_Reply):
             ends = {choice: event async for choice, event in events if isinstance(event, Completed)}
         body = self._encoder.whole([ends[choice] for choice in sorted(ends)])
         self._extra_headers = {**self._extra_headers, "content-length": str(len(body))}
-        await send(self._head("application/json", ends[0].cache))
+        await send(self._head("application/json", ends[0]))
         await send({"type": "http.response.body", "body": body})
 
 
 class StreamedReply(_Reply):
-    """Server-sent events as they come; a comment where nothing came for a while.
+    """Server-sent events as they come; a heartbeat where nothing came for a while.
 
     The head is sent when it is known what was reused of the prompt, or with the first heartbeat. A
     request that fails before that gets a status of its own.
@@ -140,16 +152,14 @@ class StreamedReply(_Reply):
 
     async def _pass_on(self, writer: "_Writer", choice: int, event: Event) -> None:
         if not self._has_begun and isinstance(event, Started | Delta | Completed):
-            await self._begin(writer, event.cache if not isinstance(event, Delta) else None)
+            await self._begin(writer, event if not isinstance(event, Delta) else None)
         data = self._encoder.event(choice, event)
-        if isinstance(event, Completed):
-            data += f": {cache_report.HEADER} {cache_report.header_of(event.cache)}\n\n".encode()
         if data and self._has_begun:
             await writer.write(data)
 
-    async def _begin(self, writer: "_Writer", cache: CacheReport | None) -> None:
+    async def _begin(self, writer: "_Writer", event: Started | Completed | None) -> None:
         self._has_begun = True
-        await writer.send(self._head(SSE, cache))
+        await writer.send(self._head(SSE, event))
 
     async def _fail(self, send: Send, error: Exception) -> None:
         if not self._has_begun:
@@ -173,7 +183,7 @@ class StreamedReply(_Reply):
             if writer.is_silent(self._config.heartbeat_s):
                 if not self._has_begun:
                     await self._begin(writer, None)
-                await writer.write(HEARTBEAT)
+                await writer.write(self._encoder.heartbeat)
 
     def _cut_off(self) -> None:
         self._choices.hang_up()

@@ -15,6 +15,7 @@ from keepwarm.engine.requests import GenerateRequest, ReceiptKey
 from keepwarm.engine.swapper import ModelSwapper
 from keepwarm.server.caller import Caller
 from keepwarm.server.choices import Choices
+from keepwarm.server.facts import IGNORED, names_of
 from keepwarm.server.metrics import Metrics
 from keepwarm.server.reply import Encoder, StreamedReply, WholeReply
 from keepwarm.server.settings import ServerConfig
@@ -89,9 +90,8 @@ class Serving:
             requests = [replace(request, model=model.name) for request in requests]
         headers: dict[str, str] = {}
         if ignored:
-            names = ", ".join(sorted({_safe(name) for name in ignored}))
-            _log.info("ignored fields: %s", names)
-            headers["X-Keepwarm-Ignored"] = names
+            headers[IGNORED] = ", ".join(names_of(ignored))
+            _log.info("ignored: %s", headers[IGNORED])
         if self.config.log_prompts:
             for request in requests:
                 _log.info("request: %s", request)
@@ -106,8 +106,3 @@ async def serving_of(request: Request) -> Serving:
     house: House = request.app.state.house
     namespace: str = request.scope.get("keepwarm.namespace", "")
     return Serving(house, Caller(namespace, request.headers))
-
-
-def _safe(name: str) -> str:
-    """A field's name, which is the client's, for a header."""
-    return "".join(c for c in name if c.isascii() and c.isprintable())[:64]

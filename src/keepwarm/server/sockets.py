@@ -2,9 +2,11 @@
 
 import asyncio
 from functools import partial
+from typing import Any
 
 import uvicorn
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from keepwarm.server.reply import ABORT
@@ -39,4 +41,28 @@ async def _with_abort(
     app: ASGIApp, transport: asyncio.Transport, scope: Scope, receive: Receive, send: Send
 ) -> None:
     scope[ABORT] = transport.abort
+    if scope["type"] == "http" and scope["http_version"] == "1.0":
+        send = _UntilClosed(send)
     await app(scope, receive, send)
+
+
+class _UntilClosed:
+    """To a client of HTTP/1.0, which knows no chunks: a stream without a length ends by closing.
+
+    uvicorn sends chunks to everybody where it parses with httptools; with h11 it does not, and has
+    none of these fields. nginx asks like this unless told otherwise.
+    """
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._cycle: Any = send.__self__  # type: ignore[attr-defined]
+        self._has_length = True
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._has_length = "content-length" in Headers(raw=message.get("headers", []))
+            if not self._has_length:
+                self._cycle.chunked_encoding = False
+        elif not self._has_length:
+            self._cycle.expected_content_length = len(message.get("body", b""))
+        await self._send(message)

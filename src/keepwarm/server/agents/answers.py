@@ -11,6 +11,7 @@ from keepwarm.core.transcript import Turn
 from keepwarm.engine.agents import AgentView
 from keepwarm.engine.verifying import VerifyReport
 from keepwarm.server.cache_report import CacheFields
+from keepwarm.server.facts import notes_of
 from keepwarm.server.problems import Kind
 
 
@@ -74,7 +75,8 @@ class AgentMessage:
 class AgentReply:
     """A reply of an agent; `turn` null where it is not one of its turns.
 
-    `dropped_turns` were forgotten to make room. `durable`: the turn is on the disk.
+    `dropped_turns` were forgotten to make room. `durable`: the turn is on the disk. `adapted`: what
+    was changed in the messages so that this model could read them.
     """
 
     id: str
@@ -88,6 +90,7 @@ class AgentReply:
     timing: Timing
     dropped_turns: int
     durable: bool
+    adapted: Sequence[str]
 
     @classmethod
     def of(cls, end: Completed, shown: str) -> "AgentReply":
@@ -103,6 +106,7 @@ class AgentReply:
             timing=end.timing,
             dropped_turns=end.num_dropped_turns,
             durable=end.durable,
+            adapted=notes_of(end.adapted),
         )
 
 

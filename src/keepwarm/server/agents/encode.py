@@ -8,12 +8,15 @@ from keepwarm.core.events import Completed, Delta, Event, Progress, Started
 from keepwarm.server.agents.answers import AgentError, AgentErrorBody, AgentReply
 from keepwarm.server.cache_report import CacheFields
 from keepwarm.server.problems import Problem
+from keepwarm.server.reply import HEARTBEAT
 
 _encode = msgspec.json.Encoder().encode
 
 
 class AgentEncoder:
     """A reply of an agent: events that have names, and one document."""
+
+    heartbeat = HEARTBEAT
 
     def __init__(self, agent: str) -> None:
         self._agent = agent

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import msgspec
 
 from keepwarm.core.events import Completed, Delta, Event, FinishReason, Started
+from keepwarm.server.facts import Facts
 from keepwarm.server.problems import Kind, Problem
 
 _TYPES = {
@@ -74,6 +75,13 @@ class Message:
     role: str = "assistant"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MessageReply(Message):
+    """A whole reply, and how it came about."""
+
+    keepwarm: Facts
+
+
 @dataclass(frozen=True, slots=True)
 class TokenCount:
     """How long a prompt would be."""
@@ -127,16 +135,24 @@ class MessageDelta(msgspec.Struct):
 
     delta: MessageEnd
     usage: MessageUsage
+    keepwarm: Facts
     type: str = "message_delta"
 
 
 class MessagesEncoder:
-    """`asks_for_cache`: new tokens are reported as written to the cache."""
+    """`asks_for_cache`: new tokens are reported as written to the cache.
 
-    def __init__(self, model: str, *, asks_for_cache: bool) -> None:
+    `ignored` is what the request had in vain.
+    """
+
+    heartbeat = b'event: ping\ndata: {"type":"ping"}\n\n'
+    """Its clients skip these wherever they come."""
+
+    def __init__(self, model: str, *, asks_for_cache: bool, ignored: Sequence[str] = ()) -> None:
         self._id = f"msg_{secrets.token_hex(12)}"
         self._model = model
         self._asks_for_cache = asks_for_cache
+        self._ignored = ignored
 
     def event(self, choice: int, event: Event) -> bytes:
         if isinstance(event, Started):
@@ -157,8 +173,9 @@ class MessagesEncoder:
         (end,) = ends
         content = [TextBlock(end.text)] if end.text else []
         usage, reason = self._usage_of(end), _stop_reason(end)
-        message = Message(self._id, self._model, content, usage, reason, end.stop_sequence)
-        return _encode(message)
+        facts = Facts.of(end, self._ignored)
+        told = (usage, reason, end.stop_sequence)
+        return _encode(MessageReply(self._id, self._model, content, *told, keepwarm=facts))
 
     def _start(self, started: Started) -> bytes:
         cache = started.cache
@@ -168,13 +185,14 @@ class MessagesEncoder:
         return (
             _frame("message_start", _encode({"type": "message_start", "message": message}))
             + _frame("content_block_start", _encode(block))
-            + _frame("ping", b'{"type":"ping"}')
+            + self.heartbeat
         )
 
     def _end(self, end: Completed) -> bytes:
         delta = MessageEnd(_stop_reason(end), end.stop_sequence)
+        told = MessageDelta(delta, self._usage_of(end), Facts.of(end, self._ignored))
         return _frame("content_block_stop", b'{"type":"content_block_stop","index":0}') + _frame(
-            "message_delta", _encode(MessageDelta(delta, self._usage_of(end)))
+            "message_delta", _encode(told)
         )
 
     def _usage_of(self, end: Completed) -> MessageUsage:

@@ -8,7 +8,7 @@ from starlette.responses import Response
 from keepwarm.server.answers import STREAMS, errors, json_answer
 from keepwarm.server.anthropic.encode import (
     AnthropicErrorBody,
-    Message,
+    MessageReply,
     MessagesEncoder,
     TokenCount,
 )
@@ -21,12 +21,14 @@ router = APIRouter(tags=["Anthropic"], responses=errors(AnthropicErrorBody))
 ServingOf = Annotated[Serving, Depends(serving_of)]
 
 
-@router.post("/v1/messages", response_model=Message, responses=STREAMS)
+@router.post("/v1/messages", response_model=MessageReply, responses=STREAMS)
 async def messages(body: MessagesRequest, serving: ServingOf) -> Response:
     """A reply to a conversation, streamed with `stream`."""
     model = serving.model(body.model)
     translated = translate_messages(body, serving.caller, serving.config_for(model))
-    encoder = MessagesEncoder(body.model, asks_for_cache=translated.asks_for_cache)
+    encoder = MessagesEncoder(
+        body.model, asks_for_cache=translated.asks_for_cache, ignored=translated.ignored
+    )
     return await serving.answer(
         [translated.request],
         encoder,

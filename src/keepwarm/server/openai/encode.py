@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import msgspec
 
 from keepwarm.core.events import Completed, Delta, Event, FinishReason, Started
+from keepwarm.server.facts import Facts
 from keepwarm.server.problems import Kind, Problem
+from keepwarm.server.reply import HEARTBEAT
 
 _TYPES = {
     Kind.UNAUTHENTICATED: "authentication_error",
@@ -86,6 +88,7 @@ class Chunk(msgspec.Struct):
     model: str
     choices: Sequence[ChatChunkChoice | TextChoice]
     usage: CompletionUsage | msgspec.UnsetType | None = msgspec.UNSET
+    keepwarm: Facts | msgspec.UnsetType = msgspec.UNSET
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +120,7 @@ class ChatCompletion:
     model: str
     choices: Sequence[ChatChoice]
     usage: CompletionUsage
+    keepwarm: Facts
     object: str = "chat.completion"
 
 
@@ -129,6 +133,7 @@ class TextCompletion:
     model: str
     choices: Sequence[TextChoice]
     usage: CompletionUsage
+    keepwarm: Facts
     object: str = "text_completion"
 
 
@@ -153,41 +158,61 @@ class _Encoder:
     """`with_usage`: a last chunk has the token counts, and all others say that they have none.
 
     Clients that do not say (None) get them with the chunk that ends the last choice: some show
-    token counts and never ask for them, and the others do not look.
+    token counts and never ask for them, and the others do not look. `ignored` is what the request
+    had in vain; `keepwarm`, which says so, is in the last chunk of a choice, or of all.
     """
 
     prefix: str
+    heartbeat = HEARTBEAT
 
-    def __init__(self, model: str, *, num_choices: int, with_usage: bool | None) -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        num_choices: int,
+        with_usage: bool | None,
+        ignored: Sequence[str] = (),
+    ) -> None:
         self._id = f"{self.prefix}-{secrets.token_hex(12)}"
         self._created = int(time.time())
         self._model = model
         self._num_choices = num_choices
         self._with_usage = with_usage
+        self._ignored = ignored
         self._ends: dict[int, Completed] = {}
 
     def finish(self) -> bytes:
-        usage = self._frame((), self._usage()) if self._with_usage else b""
-        return usage + DONE
+        return (self._last((), self._usage()) if self._with_usage else b"") + DONE
 
     def failed(self, problem: Problem) -> bytes:
         return frame(error_body(problem))
 
     def _end(self, choice: int, end: Completed, last: ChatChunkChoice | TextChoice) -> bytes:
         self._ends[choice] = end
-        is_unasked = self._with_usage is None and len(self._ends) == self._num_choices
-        return self._frame((last,), self._usage() if is_unasked else None)
+        if self._with_usage or len(self._ends) < self._num_choices:
+            return self._frame((last,))
+        return self._last((last,), self._usage() if self._with_usage is None else None)
 
     def _usage(self) -> CompletionUsage:
         return CompletionUsage.of([self._ends[choice] for choice in sorted(self._ends)])
 
-    def _frame(
-        self, choices: Sequence[ChatChunkChoice | TextChoice], usage: CompletionUsage | None = None
+    def _frame(self, choices: Sequence[ChatChunkChoice | TextChoice]) -> bytes:
+        return frame(_encode(self._chunk_of(choices, None)))
+
+    def _last(
+        self, choices: Sequence[ChatChunkChoice | TextChoice], usage: CompletionUsage | None
     ) -> bytes:
+        chunk = self._chunk_of(choices, usage)
+        chunk.keepwarm = Facts.of(self._ends[0], self._ignored)
+        return frame(_encode(chunk))
+
+    def _chunk_of(
+        self, choices: Sequence[ChatChunkChoice | TextChoice], usage: CompletionUsage | None
+    ) -> Chunk:
         chunk = Chunk(self._id, self.chunk_object, self._created, self._model, choices)
         if self._with_usage or usage is not None:
             chunk.usage = usage
-        return frame(_encode(chunk))
+        return chunk
 
     @property
     def chunk_object(self) -> str:
@@ -214,8 +239,8 @@ class ChatEncoder(_Encoder):
             ChatChoice(index, ReplyMessage("assistant", end.text), finish_reason(end))
             for index, end in enumerate(ends)
         ]
-        usage = CompletionUsage.of(ends)
-        return _encode(ChatCompletion(self._id, self._created, self._model, choices, usage))
+        told = (CompletionUsage.of(ends), Facts.of(ends[0], self._ignored))
+        return _encode(ChatCompletion(self._id, self._created, self._model, choices, *told))
 
     @property
     def chunk_object(self) -> str:
@@ -241,8 +266,8 @@ class TextEncoder(_Encoder):
         choices = [
             TextChoice(index, end.text, finish_reason(end)) for index, end in enumerate(ends)
         ]
-        usage = CompletionUsage.of(ends)
-        return _encode(TextCompletion(self._id, self._created, self._model, choices, usage))
+        told = (CompletionUsage.of(ends), Facts.of(ends[0], self._ignored))
+        return _encode(TextCompletion(self._id, self._created, self._model, choices, *told))
 
     @property
     def chunk_object(self) -> str:

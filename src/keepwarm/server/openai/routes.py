@@ -29,7 +29,10 @@ async def chat_completions(body: ChatRequest, serving: ServingOf) -> Response:
     model = serving.model(body.model)
     translated = translate_chat(body, serving.caller, serving.config_for(model))
     encoder = ChatEncoder(
-        body.model, num_choices=len(translated.requests), with_usage=_with_usage(body)
+        body.model,
+        num_choices=len(translated.requests),
+        with_usage=_with_usage(body),
+        ignored=translated.ignored,
     )
     return await serving.answer(
         translated.requests,
@@ -46,7 +49,10 @@ async def completions(body: CompletionRequest, serving: ServingOf) -> Response:
     model = serving.model(body.model)
     translated = translate_completion(body, serving.caller, serving.config_for(model))
     encoder = TextEncoder(
-        body.model, num_choices=len(translated.requests), with_usage=_with_usage(body)
+        body.model,
+        num_choices=len(translated.requests),
+        with_usage=_with_usage(body),
+        ignored=translated.ignored,
     )
     return await serving.answer(
         translated.requests,

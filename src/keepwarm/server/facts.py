@@ -1,0 +1,67 @@
+"""What Keepwarm says about a reply beside what its dialect has: in headers, and in the last chunk.
+
+Headers come first, and are missing where a heartbeat had to begin the stream; the object `keepwarm`
+is in every reply.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from keepwarm.core.events import Completed, Started
+from keepwarm.server.cache_report import HEADER, CacheFields, header_of
+
+IGNORED = "X-Keepwarm-Ignored"
+ADAPTED = "X-Keepwarm-Adapted"
+HEADERS = (HEADER, IGNORED, ADAPTED)
+
+MAX_NOTES = 32
+"""In a header and in a document; what is left out is counted."""
+_MAX_CHARACTERS = 64
+_MAX_CHARACTERS_OF_NOTE = 120
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """`cache`: what was reused of the prompt, of the first one where there are several.
+
+    `ignored`: fields and contents of the request that changed nothing. `adapted`: what was changed
+    in its messages so that this model could read them.
+    """
+
+    cache: CacheFields
+    ignored: Sequence[str]
+    adapted: Sequence[str]
+
+    @classmethod
+    def of(cls, end: Completed, ignored: Iterable[str] = ()) -> "Facts":
+        return cls(CacheFields.of(end.cache), names_of(ignored), notes_of(end.adapted))
+
+
+def headers_of(event: Started | Completed) -> dict[str, str]:
+    """What is known of a request when its reply begins."""
+    headers = {HEADER: header_of(event.cache)}
+    if event.adapted:
+        headers[ADAPTED] = "; ".join(notes_of(event.adapted))
+    return headers
+
+
+def names_of(ignored: Iterable[str]) -> tuple[str, ...]:
+    """Each once, in order. Names of fields are the client's, and may be anything."""
+    return _bounded(sorted({_safe(name, _MAX_CHARACTERS) for name in ignored}))
+
+
+def notes_of(adapted: Iterable[str]) -> tuple[str, ...]:
+    """Each once, as they came."""
+    return _bounded(list(dict.fromkeys(_safe(n, _MAX_CHARACTERS_OF_NOTE) for n in adapted)))
+
+
+def _bounded(notes: Sequence[str]) -> tuple[str, ...]:
+    left_out = len(notes) - MAX_NOTES
+    more = (f"{left_out} more",) if left_out > 0 else ()
+    return (*islice(notes, MAX_NOTES), *more)
+
+
+def _safe(text: str, max_characters: int) -> str:
+    """For a header: neither control characters nor anything beyond ASCII."""
+    return "".join(c for c in text[:max_characters] if c.isascii() and c.isprintable())
