@@ -22,6 +22,8 @@ from keepwarm.core.errors import (
     NoAgentStore,
     PoolExhausted,
     QueueFull,
+    RequestBroke,
+    TemplateRefused,
     UnknownAgent,
 )
 
@@ -41,6 +43,8 @@ EXAMPLES = [
     (BadBundle(Path("/a/b"), "it is no bundle"), ["/a/b", "no bundle"]),
     (BundleFailed(Path("/a/b"), "no space left"), ["/a/b", "no space left"]),
     (GeneratorFailed(CAUSE), ["out of memory"]),
+    (RequestBroke(CAUSE), ["out of memory"]),
+    (TemplateRefused("one at a time"), ["chat template", "one at a time"]),
 ]
 
 

@@ -7,6 +7,9 @@ never caught on the way.
 from collections.abc import Sequence
 from pathlib import Path
 
+MAX_QUOTED = 300
+"""Characters of what others say."""
+
 
 class KeepwarmError(Exception):
     """Base of every error that a caller may want to handle."""
@@ -28,6 +31,16 @@ def check_unicode(text: str) -> None:
     except UnicodeEncodeError as error:
         problem = f"has half of a surrogate pair, {text[error.start]!r}; send whole characters"
         raise InvalidRequest("prompt", problem) from error
+
+
+class TemplateRefused(InvalidRequest):
+    """The model's chat template cannot write these messages; `reason` is what it said."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            "messages", f"the model's chat template refuses them: {_shortened(reason)}"
+        )
+        self.reason = reason
 
 
 class ContextTooLong(InvalidRequest):
@@ -251,3 +264,16 @@ class GeneratorFailed(KeepwarmError):
     def __init__(self, cause: Exception) -> None:
         super().__init__(f"the model failed in the middle of a step: {cause!r}; send it again")
         self.cause = cause
+
+
+class RequestBroke(KeepwarmError):
+    """A bug, in Keepwarm or in what came with the model, ended this request and no other."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(f"the reply could not be taken: {_shortened(repr(cause))}")
+        self.cause = cause
+
+
+def _shortened(text: str) -> str:
+    """What foreign code says may quote a whole conversation."""
+    return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}..."

@@ -204,6 +204,7 @@ class BlockPoolBatchEngine:
         )
         prompt_ids = list(wanted.prompt.token_ids)
         max_tokens = self._intake.reply_tokens(len(prompt_ids), wanted_tokens)
+        reply = ReplyText(self._tokenizer.detokenizer(), stops)
 
         line = wanted.line or self._book.open_line(agent_id, namespace)
         line.in_use = True
@@ -221,7 +222,6 @@ class BlockPoolBatchEngine:
             known_ids=line.transcript.token_ids,
             submitted_s=self._clock(),
         )
-        reply = ReplyText(self._tokenizer.detokenizer(), stops)
         active = ActiveRequest(sequence, line, wanted.prompt, wanted.conversation, reply)
         active.locate = wanted.locate
         active.reply_prefix = wanted.reply_prefix

@@ -1,10 +1,13 @@
 """The requests in the engine: their replies, token by token, and what each leaves to its line."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
+from keepwarm.core.errors import InvalidRequest, InvariantBroken, RequestBroke
 from keepwarm.core.events import Event, FinishReason
-from keepwarm.core.ports import Tokenizer
+from keepwarm.core.ports import Message, Piece, Tokenizer
 from keepwarm.engine.active import ActiveRequest
 from keepwarm.engine.agents import AgentBook, history
 from keepwarm.engine.batch import Advanced, Batch, Broken, Opened, Outcome, Sampled
@@ -12,6 +15,8 @@ from keepwarm.engine.chat import with_reply
 from keepwarm.engine.output import Reply
 from keepwarm.engine.store_link import StoreLink
 from keepwarm.engine.tiers import Tiers
+
+_log = logging.getLogger(__name__)
 
 
 class Turns:
@@ -49,8 +54,9 @@ class Turns:
         active = self.active.get(request_id)
         if active is None:
             return False
-        active.reply.cancel()
-        self._finish(active, FinishReason.CANCELLED)
+        with self._at_its_own_risk(active):
+            active.reply.cancel()
+            self._finish(active, FinishReason.CANCELLED)
         return True
 
     def abandon(self, error: Exception) -> None:
@@ -61,6 +67,25 @@ class Turns:
 
     def take(self, active: ActiveRequest, outcome: Outcome) -> None:
         """A step of the batch brought this request on, or broke it."""
+        with self._at_its_own_risk(active):
+            self._take(active, outcome)
+
+    @contextmanager
+    def _at_its_own_risk(self, active: ActiveRequest) -> Iterator[None]:
+        """What is computed for one request ends at most that request.
+
+        Whatever a template, a tokenizer or a bug raises is that request's error. Bookkeeping that
+        contradicts itself is everybody's.
+        """
+        try:
+            yield
+        except InvariantBroken:
+            raise
+        except Exception as error:  # noqa: BLE001 - of foreign code, and of ours
+            _log.exception("request %s ends, others go on", active.request_id)
+            self._break_off(active, error)
+
+    def _take(self, active: ActiveRequest, outcome: Outcome) -> None:
         if isinstance(outcome, Sampled):
             self._take_token(active, outcome.token_id)
         elif isinstance(outcome, Opened):
@@ -122,21 +147,35 @@ class Turns:
         if not reply.text:  # tokens that have no text: the same prompt must be the same again
             reply = Reply("", ())
         conversation = history(active.messages, active.reply_prefix + reply.text)
-        echo = (
-            self._tokenizer.render(conversation, add_generation_prompt=False)
-            if conversation is not None
-            else ()
-        )
+        echo = self._echo(conversation) if conversation is not None else ()
         line.transcript = with_reply(active.prompt.transcript, reply, echo)
         num_kept = active.prompt.num_shared
         receipt = active.receipt(reason)
         self._book.record_turn(active.agent_id, line, num_kept, conversation, receipt)
         return True
 
+    def _echo(self, conversation: Sequence[Message]) -> Sequence[Piece]:
+        """How the next prompt will probably begin; nothing where the template refuses that.
+
+        A client may send the reply otherwise, or never: that it cannot come back like this is no
+        reason to lose it.
+        """
+        try:
+            return self._tokenizer.render(conversation, add_generation_prompt=False)
+        except InvalidRequest:
+            return ()
+
     def _fail(self, active: ActiveRequest, error: Exception) -> None:
         """The conversation stays as it was before the request; what was computed can be found."""
-        self._emit(active.failed(error))
         self._close(active)
+        self._emit(active.failed(error))
+
+    def _break_off(self, active: ActiveRequest, error: Exception) -> None:
+        """The request ends wherever it is, perhaps on its way out, with its one last event."""
+        self._batch.leave(active.sequence)
+        if active.request_id in self.active:
+            self._close(active)
+        self._emit(active.failed(RequestBroke(error)))
 
     def _close(self, active: ActiveRequest) -> None:
         if active.line.blocks.busy:

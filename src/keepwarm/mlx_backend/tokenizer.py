@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import jinja2
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
-from transformers import PreTrainedTokenizerBase
 
 from keepwarm.core.errors import InvalidRequest, check_unicode
 from keepwarm.core.ports import Detokenizer, Message, Piece
 from keepwarm.mlx_backend.detokenizer import ByteLevelDetokenizer, WindowDetokenizer
+from keepwarm.mlx_backend.template import ChatTemplate, unwrapped
 
 
 class HFTokenizer:
@@ -27,8 +26,8 @@ class HFTokenizer:
     """
 
     def __init__(self, tokenizer: Any, eos_token_ids: Iterable[int]) -> None:
-        self._template_owner = tokenizer
-        hf_tokenizer = _unwrapped(tokenizer)
+        self._template = ChatTemplate(tokenizer)
+        hf_tokenizer = unwrapped(tokenizer)
         spec = json.loads(hf_tokenizer.backend_tokenizer.to_str())
         self._starts_with_space = _stop_prepending_at_start(spec["pre_tokenizer"])
         self._is_byte_level = "ByteLevel" in _kinds(spec["decoder"])
@@ -57,8 +56,9 @@ class HFTokenizer:
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True
     ) -> tuple[Piece, ...]:
         shield = Shield(self._specials)
-        rendered = self._apply_template(
-            [shield.cover(message) for message in messages], add_generation_prompt
+        rendered = self._template.render(
+            [shield.cover(message) for message in messages],
+            add_generation_prompt=add_generation_prompt,
         )
         pieces = [shield.uncover(piece) for piece in self._specials.cut(rendered)]
         return self._with_space_at_start(pieces)
@@ -71,25 +71,17 @@ class HFTokenizer:
 
     def encode(self, text: str) -> list[int]:
         check_unicode(text)
-        return list(self._fast.encode(text, add_special_tokens=False).ids)
+        try:
+            return list(self._fast.encode(text, add_special_tokens=False).ids)
+        except BaseException as error:  # a panic in Rust is no Exception
+            if not _is_panic(error):
+                raise
+            raise InvalidRequest("prompt", f"the tokenizer fails on it: {error}") from error
 
     def detokenizer(self) -> Detokenizer:
         if self._is_byte_level:
             return ByteLevelDetokenizer(self._fast, self._specials.ids)
         return WindowDetokenizer(self._fast, self._specials.ids)
-
-    def _apply_template(self, messages: list[Any], add_generation_prompt: bool) -> str:
-        if not _has_chat_template(self._template_owner):
-            raise InvalidRequest("messages", "the model has no chat template; send a text prompt")
-        try:
-            rendered = self._template_owner.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        # TypeError: what a template's own arithmetic raises on values of another type.
-        except (jinja2.TemplateError, TypeError) as error:
-            problem = f"the model's chat template refuses them: {error}"
-            raise InvalidRequest("messages", problem) from error
-        return str(rendered)
 
     def _with_space_at_start(self, pieces: list[Piece]) -> tuple[Piece, ...]:
         """Sentencepiece puts a space before a text's first word, and before no other."""
@@ -183,16 +175,8 @@ class Shield:
         return f"{match.group()[0]}{self._mark}{match.group()[1:]}"
 
 
-def _unwrapped(tokenizer: Any) -> Any:
-    if isinstance(tokenizer, PreTrainedTokenizerBase):
-        return tokenizer
-    return tokenizer._tokenizer
-
-
-def _has_chat_template(tokenizer: Any) -> bool:
-    if isinstance(tokenizer, PreTrainedTokenizerBase):
-        return tokenizer.chat_template is not None
-    return bool(tokenizer.has_chat_template)
+def _is_panic(error: BaseException) -> bool:
+    return type(error).__name__ == "PanicException"
 
 
 def _ordinary_text_encoder(spec: dict[str, Any]) -> FastTokenizer:

@@ -32,6 +32,7 @@ from keepwarm.core.errors import (
     PoolExhausted,
     QueueFull,
     QueueTimeout,
+    RequestBroke,
     UnknownAgent,
     UnknownModel,
 )
@@ -116,6 +117,7 @@ _STATUS: tuple[tuple[type[Exception], int, Kind], ...] = (
     (NoAgentStore, 400, Kind.UNSUPPORTED),
     (TransferFailed, 507, Kind.INTERNAL),
     (GeneratorFailed, 500, Kind.INTERNAL),
+    (RequestBroke, 500, Kind.INTERNAL),
 )
 _RETRY_AFTER_S = {
     Kind.QUEUE_FULL: 2,

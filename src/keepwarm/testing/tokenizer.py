@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from keepwarm.core.errors import InvalidRequest, check_unicode
+from keepwarm.core.errors import TemplateRefused, check_unicode
 from keepwarm.core.ports import Detokenizer, Message, Piece
 
 BOS = "<|bos|>"
@@ -78,7 +78,7 @@ class FakeTokenizer:
         self, messages: Sequence[Message], index: int, message: Message
     ) -> list[Piece]:
         if message["role"] == "system" and index:
-            raise InvalidRequest("messages", "the fake template wants the system message first")
+            raise TemplateRefused("the system message comes first")
         content = str(message["content"])
         if self.strip_thinking and index < len(messages) - 1:
             content = content.rsplit("</think>", maxsplit=1)[-1]
