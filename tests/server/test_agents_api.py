@@ -210,8 +210,12 @@ class TestChanges:
             say(client, "ada", text)
 
     def test_fork_knows_what_its_parent_knew(self, client: httpx.Client) -> None:
+        settings = {"priority": -7, "overflow": "drop_oldest", "quota_bytes": 1 << 20}
+        client.put("/v1/agents/ada", json={**settings, "pinned": True})
         forked = client.post("/v1/agents/ada/fork", json={"new_id": "eve", "at_turn": 2})
         assert forked.status_code == 201
+        assert {key: forked.json()[key] for key in settings} == settings
+        assert not forked.json()["pinned"]
         assert forked.json()["num_turns"] == 2
         assert say(client, "eve", "Three")["turn"] == 3
         taken = client.post("/v1/agents/ada/fork", json={"new_id": "eve"})
@@ -300,6 +304,24 @@ class TestIdempotency:
         body = {"content": "Other", "max_tokens": 4}
         refused = client.post("/v1/agents/ada/messages", json=body, headers=KEY)
         assert error_of(refused)[:2] == (409, "conflict")
+
+    def test_an_agent_that_has_one_moves_with_it(
+        self, client: httpx.Client, tmp_path: Path
+    ) -> None:
+        """There a request that is sent again is answered; under a new name it is a new one."""
+        client.put("/v1/agents/ada", json={})
+        first = say(client, "ada", "Hello", headers=KEY)
+        client.post("/v1/agents/ada/fork", json={"new_id": "eve"})
+        assert say(client, "eve", "Hello", headers=KEY)["turn"] == 2
+        bundles = [client.get(f"/v1/agents/{name}/export") for name in ("ada", "eve")]
+        assert [bundle.status_code for bundle in bundles] == [200, 200]
+        with fake_server(tmp_path / "other") as other, other.client() as there:
+            assert there.post("/v1/agents/import", content=bundles[0].content).status_code == 201
+            again = say(there, "ada", "Hello", headers=KEY)
+            assert again["message"] == first["message"]
+            assert len(there.get("/v1/agents/ada/turns").json()["turns"]) == 1
+            there.post("/v1/agents/import", params={"id": "bob"}, content=bundles[0].content)
+            assert say(there, "bob", "Hello", headers=KEY)["turn"] == 2
 
     def test_a_key_is_its_agents_own(self, client: httpx.Client) -> None:
         for name in ("ada", "eve"):

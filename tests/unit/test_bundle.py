@@ -48,7 +48,7 @@ from keepwarm.core.stored import (
     LineState,
     Record,
 )
-from keepwarm.core.transcript import EMPTY, Span, Transcript
+from keepwarm.core.transcript import EMPTY, Receipt, Span, Transcript, Turn
 from keepwarm.store.agent_cache_store import StoreConfig
 from keepwarm.store.bundle import Exported, Manifest, write_bundle
 from keepwarm.store.bundle_agent import (
@@ -624,14 +624,80 @@ def test_numbers_that_are_none() -> None:
             decode_agent(text.replace(b"12345", number))
 
 
-def test_lone_surrogates_come_back_as_they_were() -> None:
-    text = "\ud83d\ude00 \udc00 👋"
-    message = {"role": "user", "content": text, "name": text}
-    transcript = Transcript((Span(text, (1,)),))
-    state = AgentState(
-        "ada", DEFAULT_SETTINGS, (line_of([], messages=(message,), transcript=transcript),)
-    )
-    assert decode_agent(encode_agent(state)) == state
+def agent_saying(**line: Any) -> bytes:
+    """An agent as no Keepwarm writes it, with these values in its main line."""
+    state = AgentState("ada", DEFAULT_SETTINGS, (line_of([]),))
+    document = json.loads(encode_agent(state))
+    document["lines"][0] |= line
+    return json.dumps(document).encode()
+
+
+@pytest.mark.parametrize("half", ["\ud83d", "\ude00\ud83d", "x\udc00"])
+def test_half_a_surrogate_pair_is_refused_wherever_it_stands(half: str) -> None:
+    message = {"role": "user", "content": "Hello"}
+    for bad in (
+        {"messages": [[0, {**message, "content": half}]]},
+        {"messages": [[0, {**message, half: "x"}]]},
+        {"messages": [[0, {**message, "tool_calls": [{"arguments": {"a": [half]}}]}]]},
+        {"spans": [[half, [], True, False]]},
+        {"turns": [[0, None, {**RECEIPT, "key": half}]]},
+        {"turns": [[0, None, {**RECEIPT, "digest": half}]]},
+    ):
+        with pytest.raises(Unsound):
+            decode_agent(agent_saying(**bad))
+
+
+def test_two_halves_that_are_one_character_are_taken() -> None:
+    message = {"role": "user", "content": "👋"}
+    data = agent_saying(messages=[[0, message]], head=1)
+    assert b"\\ud83d\\udc4b" in data
+    assert decode_agent(data).lines[0].messages == (message,)
+
+
+RECEIPT = {
+    "key": "k",
+    "digest": "d",
+    "finish_reason": "stop",
+    "prompt_tokens": 1,
+    "cached_tokens": 0,
+    "completion_tokens": 2,
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"key": ""},
+        {"key": "x" * 256},
+        {"key": "\n"},
+        {"key": 7},
+        {"digest": None},
+        {"digest": "x" * 65},
+        {"finish_reason": "cancelled"},
+        {"finish_reason": "tired"},
+        {"finish_reason": []},
+        {"prompt_tokens": -1},
+        {"cached_tokens": 1.0},
+        {"completion_tokens": True},
+        {"more": 1},
+    ],
+)
+def test_receipts_that_no_request_has(change: dict[str, Any]) -> None:
+    sound = decode_agent(agent_saying(turns=[[0, None, RECEIPT]]))
+    assert sound.lines[0].turns[0].receipt == Receipt(**RECEIPT)
+    with pytest.raises(Unsound):
+        decode_agent(agent_saying(turns=[[0, None, RECEIPT | change]]))
+
+
+def test_a_bundle_of_the_first_version_is_read(home: BlockPoolBatchEngine, path: Path) -> None:
+    """Its turns have no receipts."""
+    message = {"role": "user", "content": "Hello"}
+    agent = agent_saying(messages=[[0, message]], head=1, turns=[[0, 1]])
+    manifest = replace(exported_of([])[0].manifest(), version=1, agent_bytes=len(agent))
+    members = [entry("manifest.json", manifest.sealed(agent).render()), entry("agent.json", agent)]
+    path.write_bytes(raw_tar(*members, kind=tarfile.USTAR_FORMAT))
+    assert home.import_agent(path).num_turns == 1
+    assert home.turns("ada") == (Turn(0, (message,)),)
 
 
 def test_conversations_that_would_fill_memory() -> None:
@@ -738,7 +804,11 @@ def test_tars_that_are_no_bundles(
         {"agent_id": "eve"},
         {"agent_id": 7},
         {"tokenizer": None},
-        {"version": 2},
+        {"version": 0},
+        {"version": 1},
+        {"version": 3},
+        {"version": True},
+        {"version": 2.0},
         {"format": "zip"},
         {"more": 1},
     ],

@@ -7,6 +7,8 @@ never caught on the way.
 from collections.abc import Sequence
 from pathlib import Path
 
+from keepwarm.core.plain import NotPlain, check_text
+
 MAX_QUOTED = 300
 """Characters of what others say."""
 
@@ -27,10 +29,9 @@ class InvalidRequest(KeepwarmError):
 def check_unicode(text: str) -> None:
     """Raise InvalidRequest when the text has half of a surrogate pair: no tokenizer takes it."""
     try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        problem = f"has half of a surrogate pair, {text[error.start]!r}; send whole characters"
-        raise InvalidRequest("prompt", problem) from error
+        check_text(text)
+    except NotPlain as error:
+        raise InvalidRequest("prompt", str(error)) from error
 
 
 class TemplateRefused(InvalidRequest):

@@ -1,7 +1,7 @@
 """What lies on disk: records of KV, and agents as data. Values only; the bytes are elsewhere."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
@@ -80,6 +80,9 @@ class Overflow(StrEnum):
     DROP_OLDEST = "drop_oldest"
 
 
+MAX_QUOTA_BYTES = 1 << 62
+
+
 @dataclass(frozen=True, slots=True)
 class AgentSettings:
     """What people decide about an agent.
@@ -93,6 +96,10 @@ class AgentSettings:
     quota_bytes: int | None = None
     policy: str = EXACT
     overflow: Overflow = Overflow.ERROR
+
+    def of_fork(self) -> "AgentSettings":
+        """A fork behaves like its parent; what it must keep in memory is decided for each agent."""
+        return replace(self, pinned=False)
 
 
 DEFAULT_SETTINGS = AgentSettings()

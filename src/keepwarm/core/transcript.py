@@ -1,6 +1,6 @@
 """What a line has said and heard: texts, special tokens and turns, by the ids that were fed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 
@@ -60,6 +60,15 @@ class Transcript:
 EMPTY = Transcript()
 
 
+MAX_KEY_CHARS = 255
+MAX_DIGEST_CHARS = 64
+
+
+def is_receipt_key(key: str) -> bool:
+    """Whether a request may be known by it: 1 to 255 characters that can be seen."""
+    return 0 < len(key) <= MAX_KEY_CHARS and key.isprintable()
+
+
 @dataclass(frozen=True, slots=True)
 class Receipt:
     """What a request left behind that may be sent twice: its key, and what its answer said.
@@ -82,3 +91,7 @@ class Turn:
     num_tokens: int
     messages: tuple[Message, ...] | None
     receipt: Receipt | None = None
+
+    def without_receipt(self) -> "Turn":
+        """As an agent of another name has it: what was asked under a key was asked of the first."""
+        return replace(self, receipt=None)

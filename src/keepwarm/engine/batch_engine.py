@@ -39,8 +39,8 @@ from keepwarm.engine.requests import (
     valid_agent_id,
     valid_max_tokens,
     valid_namespace,
-    valid_priority,
     valid_sampling,
+    valid_settings,
 )
 from keepwarm.engine.snapshot import EngineSnapshot
 from keepwarm.engine.store_link import StoreLink
@@ -453,6 +453,7 @@ class BlockPoolBatchEngine:
         """A new agent that has said nothing yet. Raises InvalidRequest and AgentExists."""
         if valid_agent_id(agent_id) is None:
             raise InvalidRequest("agent_id", "an agent needs a name")
+        valid_settings(settings)
         self._book.check_is_new(agent_id)
         messages: tuple[Message, ...] = ()
         if system is not None:
@@ -465,8 +466,9 @@ class BlockPoolBatchEngine:
     def fork(self, agent_id: str, new_id: str, *, at_turn: int | None = None) -> None:
         """A new agent that knows what this one knew after `at_turn` turns (None: all of them).
 
-        Whole blocks are shared by reference. Raises UnknownAgent, AgentBusy, AgentExists and
-        InvalidRequest.
+        It has the parent's settings but for the pin, and none of its receipts: a key is of one
+        agent's request. Whole blocks are shared by reference. Raises UnknownAgent, AgentBusy,
+        AgentExists and InvalidRequest.
         """
         parent = self._book.get_idle(agent_id, "fork it")
         if valid_agent_id(new_id) is None:
@@ -479,8 +481,10 @@ class BlockPoolBatchEngine:
             truncate(main.transcript, num_tokens),
             messages,
         )
-        turns = parent.turns[:at_turn]
-        self._link.commit(self._book.add(Agent(new_id, child, turns=turns, model=parent.model)))
+        turns = [turn.without_receipt() for turn in parent.turns[:at_turn]]
+        settings = parent.settings.of_fork()
+        fork = Agent(new_id, child, turns=turns, settings=settings, model=parent.model)
+        self._link.commit(self._book.add(fork))
 
     def rollback(self, agent_id: str, *, turn: int) -> None:
         """Forget everything after `turn` turns. Raises UnknownAgent, AgentBusy, InvalidRequest."""
@@ -582,15 +586,20 @@ class BlockPoolBatchEngine:
         quota_bytes: int | None = None,
         overflow: Overflow | None = None,
     ) -> None:
-        """Change the agent's settings; None leaves one as it is. Raises UnknownAgent."""
+        """Change the agent's settings; None leaves one as it is.
+
+        Raises UnknownAgent and InvalidRequest.
+        """
         agent = self._book.get(agent_id)
         old = agent.settings
-        agent.settings = AgentSettings(
-            pinned=old.pinned if pinned is None else pinned,
-            priority=old.priority if priority is None else valid_priority(priority),
-            quota_bytes=old.quota_bytes if quota_bytes is None else quota_bytes,
-            policy=old.policy,
-            overflow=old.overflow if overflow is None else overflow,
+        agent.settings = valid_settings(
+            replace(
+                old,
+                pinned=old.pinned if pinned is None else pinned,
+                priority=old.priority if priority is None else priority,
+                quota_bytes=old.quota_bytes if quota_bytes is None else quota_bytes,
+                overflow=old.overflow if overflow is None else overflow,
+            )
         )
         agent.main.blocks.pinned = agent.settings.pinned
         self._link.commit(agent)

@@ -4,7 +4,7 @@ import secrets
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from keepwarm.core.agent import PRIVATE, home_namespace
+from keepwarm.core.agent import PRIVATE, home_namespace, in_namespace
 from keepwarm.core.errors import BadBundle, InvalidRequest
 from keepwarm.core.stored import AgentState, Bundle, BundleTerms, KVFamily
 from keepwarm.engine.requests import valid_agent_id
@@ -59,10 +59,18 @@ def name_of(bundle: Bundle) -> str:
 
 
 def imported_state(bundle: Bundle, agent_id: str, num_records: int) -> AgentState:
-    """The agent under its name here; lines without any KV have no secrets to keep."""
+    """The agent under its name here; lines without any KV have no secrets to keep.
+
+    Under another name than it had it is another agent, and none of its receipts is its own.
+    """
     home = home_namespace(agent_id)
+    is_same = in_namespace("", agent_id) == in_namespace("", bundle.state.agent_id)
     lines = tuple(
-        replace(line, namespace=line.namespace if num_records and line.namespace else home)
+        replace(
+            line,
+            namespace=line.namespace if num_records and line.namespace else home,
+            turns=line.turns if is_same else tuple(turn.without_receipt() for turn in line.turns),
+        )
         for line in bundle.state.lines
     )
     return replace(bundle.state, agent_id=agent_id, lines=lines)

@@ -12,7 +12,8 @@ from itertools import zip_longest
 from typing import Protocol
 
 from keepwarm.core.block import common_prefix
-from keepwarm.core.errors import InvalidRequest, check_unicode
+from keepwarm.core.errors import InvalidRequest
+from keepwarm.core.plain import NotPlain, plain_object
 from keepwarm.core.ports import ROLES, Message, Piece
 from keepwarm.core.transcript import EMPTY, NO_TEXT, Span, Transcript
 from keepwarm.engine.output import Reply
@@ -22,8 +23,6 @@ EndsAmid = Callable[[Sequence[int]], bool]
 """Whether the last of these ids begin a character and do not end it."""
 
 EXCERPT_CHARACTERS = 40
-MAX_DEPTH = 64
-"""Of what a message carries, like the arguments of a tool call."""
 
 
 class Reason(StrEnum):
@@ -319,24 +318,15 @@ def _valid_message(index: int, message: object) -> Message:
     if not isinstance(role, str) or role not in ROLES:
         problem = f"message {index} has the role {role!r}; expected one of {sorted(ROLES)}"
         raise InvalidRequest("messages", problem)
-    valid = {**message, "content": _text_of_content(index, message.get("content"))}
-    _check_values(index, valid)
-    return valid
+    return _plain(index, {**message, "content": _text_of_content(index, message.get("content"))})
 
 
-def _check_values(index: int, message: Message) -> None:
-    """All of a message is kept with its turn: what cannot be written is refused here."""
-    unseen: list[tuple[int, object]] = [(0, message)]
-    while unseen:
-        depth, value = unseen.pop()
-        if isinstance(value, str):
-            check_unicode(value)
-        elif isinstance(value, Mapping | list | tuple):
-            if depth >= MAX_DEPTH:
-                problem = f"message {index} is nested deeper than {MAX_DEPTH} levels"
-                raise InvalidRequest("messages", problem)
-            items = (*value.keys(), *value.values()) if isinstance(value, Mapping) else value
-            unseen += ((depth + 1, item) for item in items)
+def _plain(index: int, message: Message) -> Message:
+    """A copy, for all of a message is kept with its turn: what cannot be written is refused."""
+    try:
+        return plain_object(message)
+    except NotPlain as error:
+        raise InvalidRequest("messages", f"message {index} {error}") from error
 
 
 def _text_of_content(index: int, content: object) -> str:

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeGuard
 
+from keepwarm.core.block import EXACT
 from keepwarm.core.errors import InvalidRequest
 from keepwarm.core.ports import Message, Sampling
+from keepwarm.core.stored import MAX_QUOTA_BYTES, AgentSettings, Overflow
+from keepwarm.core.transcript import MAX_DIGEST_CHARS, MAX_KEY_CHARS, is_receipt_key
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._:@+-]{0,127}"
 NAMESPACE = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
@@ -23,6 +26,14 @@ class ReceiptKey:
 
     key: str
     digest: str
+
+    def __post_init__(self) -> None:
+        if not is_receipt_key(self.key):
+            problem = f"must have 1 to {MAX_KEY_CHARS} printable characters"
+            raise InvalidRequest("Idempotency-Key", problem)
+        if len(self.digest) > MAX_DIGEST_CHARS:
+            problem = f"its digest must have at most {MAX_DIGEST_CHARS} characters"
+            raise InvalidRequest("Idempotency-Key", problem)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,6 +168,23 @@ def valid_priority(priority: object) -> int:
     if not _is_int(priority) or not -100 <= priority <= 100:
         raise InvalidRequest("priority", f"must be a whole number from -100 to 100: {priority!r}")
     return priority
+
+
+def valid_settings(settings: AgentSettings) -> AgentSettings:
+    """An agent's settings, each in its range. Raises InvalidRequest."""
+    valid_priority(settings.priority)
+    if not isinstance(settings.pinned, bool):
+        raise InvalidRequest("pinned", f"must be true or false, not {settings.pinned!r}")
+    if settings.overflow not in list(Overflow):
+        raise InvalidRequest("overflow", f"must be one of {[*Overflow]}, not {settings.overflow!r}")
+    quota = settings.quota_bytes
+    if quota is not None and (not _is_int(quota) or not 0 <= quota <= MAX_QUOTA_BYTES):
+        problem = f"must be a whole number from 0 to {MAX_QUOTA_BYTES:,}, not {quota!r}"
+        raise InvalidRequest("quota_bytes", problem)
+    if settings.policy != EXACT:
+        problem = f"{settings.policy!r} does not exist yet; only {EXACT} does"
+        raise InvalidRequest("kv_policy", problem)
+    return settings
 
 
 def valid_sampling(

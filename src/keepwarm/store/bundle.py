@@ -47,7 +47,9 @@ from keepwarm.store.errors import BadRecord, ForeignRecord
 from keepwarm.store.record import Decoded, decode, encode, layout_digest, max_file_bytes
 
 FORMAT = "keepwarm-agent"
-VERSION = 1
+VERSION = 2
+"""Version 1 had no receipts; it is read still."""
+_READABLE = range(1, VERSION + 1)
 
 MAX_RECORDS = 1 << 16
 MAX_RECORD_BYTES = 1 << 30
@@ -74,9 +76,10 @@ class Manifest:
     agent_bytes: int
     record_bytes: tuple[int, ...]
     checksum: str = _NO_CHECKSUM
+    version: int = VERSION
 
     def render(self) -> bytes:
-        document = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        document = {"format": FORMAT, "version": self.version, **asdict(self)}
         return json.dumps(document, indent=1).encode()
 
     def sealed(self, agent: bytes) -> "Manifest":
@@ -399,11 +402,12 @@ def _decode(raw: memoryview, families: dict[str, KVFamily]) -> Decoded:
 
 
 def _manifest_of(document: object) -> Manifest:
-    names = [field.name for field in fields(Manifest)]
+    names = [field.name for field in fields(Manifest) if field.name != "version"]
     if not isinstance(document, dict) or list(document) != ["format", "version", *names]:
         raise Unsound("its manifest does not have the keys of its format")
-    if document["format"] != FORMAT or document["version"] != VERSION:
-        raise Unsound(f"this Keepwarm reads version {VERSION} of {FORMAT!r}")
+    version = document["version"]
+    if document["format"] != FORMAT or type(version) is not int or version not in _READABLE:
+        raise Unsound(f"this Keepwarm reads versions 1 to {VERSION} of {FORMAT!r}")
     sizes = document["record_bytes"]
     for name in names:
         if name not in ("agent_bytes", "record_bytes"):
@@ -413,7 +417,7 @@ def _manifest_of(document: object) -> Manifest:
     require(are_token_ids(sizes, MAX_RECORD_BYTES), "a record's size is none")
     require(are_token_ids([document["agent_bytes"]], MAX_AGENT_BYTES), "its agent is too large")
     values = {name: document[name] for name in names if name != "record_bytes"}
-    return Manifest(**values, record_bytes=tuple(sizes))
+    return Manifest(**values, record_bytes=tuple(sizes), version=version)
 
 
 def _tar_header(name: str, nbytes: int) -> bytes:

@@ -5,17 +5,32 @@ the turns before. What decoding needs beyond the text's own size is bounded befo
 """
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, fields
 from itertools import pairwise
 from typing import Any, NoReturn, TypeGuard
 
 from keepwarm.core.block import EXACT
+from keepwarm.core.events import FinishReason
+from keepwarm.core.plain import NotPlain, check_text, plain_object
 from keepwarm.core.ports import ROLES, Message
-from keepwarm.core.stored import AgentSettings, AgentState, LineState, Overflow
-from keepwarm.core.transcript import Span, Transcript, Turn
+from keepwarm.core.stored import (
+    MAX_QUOTA_BYTES,
+    AgentSettings,
+    AgentState,
+    LineState,
+    Overflow,
+)
+from keepwarm.core.transcript import (
+    MAX_DIGEST_CHARS,
+    Receipt,
+    Span,
+    Transcript,
+    Turn,
+    is_receipt_key,
+)
 from keepwarm.store.catalog_plan import MessageTree
 
 MAX_AGENT_BYTES = 32 << 20
@@ -26,13 +41,16 @@ MAX_SPOKEN = 16 << 20
 """Messages of all turns together, those of earlier turns counted again: 4,000 turns of a chat."""
 MAX_SIBLINGS = 32
 """Messages that continue the same conversation in other ways; each is compared with the others."""
-MAX_DEPTH = 64
 MAX_NAME_CHARS = 512
 MAX_TOKEN_ID = 2**32 - 1
-MAX_QUOTA_BYTES = 1 << 62
 NAMESPACE = re.compile(r"[A-Za-z0-9:._-]{0,64}", re.ASCII)
 
 _STRUCTURE = (b",", b"[", b"{")
+_SETTINGS_FIELDS = tuple(field.name for field in fields(AgentSettings))
+_RECEIPT_FIELDS = tuple(field.name for field in fields(Receipt))
+_RECEIPT_COUNTS = ("prompt_tokens", "cached_tokens", "completion_tokens")
+_FINISHED = (FinishReason.STOP, FinishReason.LENGTH)
+"""How a reply ended that has a receipt: one that was cancelled has to run again."""
 
 Conversation = tuple[Message, ...] | None
 
@@ -51,26 +69,18 @@ def require(condition: bool, problem: str) -> None:
 
 def encode_agent(state: AgentState) -> bytes:
     """Raises TypeError, ValueError or RecursionError for a message that is no JSON."""
-    settings = state.settings
     document = {
         "agent_id": state.agent_id,
-        "settings": {
-            "pinned": settings.pinned,
-            "priority": settings.priority,
-            "quota_bytes": settings.quota_bytes,
-            "policy": settings.policy,
-            "overflow": settings.overflow,
-        },
+        "settings": asdict(state.settings),
         "lines": [_line_document(line) for line in state.lines],
     }
-    # Not ASCII: escaped, two lone surrogates that follow one another come back as one letter.
     text = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.encode("utf-8", "surrogatepass")
+    return text.encode()
 
 
 def _line_document(line: LineState) -> dict[str, Any]:
     tree = MessageTree()
-    turns = [[turn.num_tokens, tree.hold(turn.messages)] for turn in line.turns]
+    turns = [_turn_row(turn, tree.hold(turn.messages)) for turn in line.turns]
     head = tree.hold(line.messages)
     nodes, _ = tree.take_changes()
     return {
@@ -85,6 +95,10 @@ def _line_document(line: LineState) -> dict[str, Any]:
         "head": head,
         "turns": turns,
     }
+
+
+def _turn_row(turn: Turn, head: int | None) -> list[Any]:
+    return [turn.num_tokens, head, None if turn.receipt is None else asdict(turn.receipt)]
 
 
 # -- reading ---------------------------------------------------------------------------------------
@@ -113,7 +127,7 @@ def decode_agent(data: bytes) -> AgentState:
 def parse_json(data: bytes, what: str) -> object:
     """Raises Unsound for all that is no JSON, or too deep."""
     try:
-        text = data.decode("utf-8", "surrogatepass")
+        text = data.decode()
         document: object = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise Unsound(f"{what} is not JSON: {error}") from error
@@ -136,24 +150,24 @@ class _Budget:
 
 
 def _settings(value: object) -> AgentSettings:
-    fields = _fields(value, ("pinned", "priority", "quota_bytes", "policy", "overflow"))
-    pinned, quota_bytes = fields["pinned"], fields["quota_bytes"]
-    priority = _number(fields["priority"], "the priority", -100, 100)
+    values = _fields(value, _SETTINGS_FIELDS)
+    pinned, quota_bytes = values["pinned"], values["quota_bytes"]
+    priority = _number(values["priority"], "the priority", -100, 100)
     if quota_bytes is not None:
         quota_bytes = _number(quota_bytes, "the quota", 0, MAX_QUOTA_BYTES)
-    require(fields["policy"] == EXACT, f"its policy is not {EXACT!r}")
-    require(fields["overflow"] in list(Overflow), "its overflow policy is none")
-    overflow = Overflow(fields["overflow"])
+    require(values["policy"] == EXACT, f"its policy is not {EXACT!r}")
+    require(values["overflow"] in list(Overflow), "its overflow policy is none")
+    overflow = Overflow(values["overflow"])
     return AgentSettings(_flag(pinned, "pinned"), priority, quota_bytes, overflow=overflow)
 
 
 def _line(value: object, budget: _Budget) -> LineState:
     names = ("number", "tokenizer", "namespace", "spans", "messages", "head", "turns")
-    fields = _fields(value, names)
-    namespace = _name(fields["namespace"], "a namespace")
+    values = _fields(value, names)
+    namespace = _name(values["namespace"], "a namespace")
     require(NAMESPACE.fullmatch(namespace) is not None, "a namespace is none")
-    transcript = _transcript(fields["spans"])
-    lengths, conversation = _conversations(fields["messages"])
+    transcript = _transcript(values["spans"])
+    lengths, conversation = _conversations(values["messages"])
 
     def spoken(head: object) -> Conversation:
         if head is None:
@@ -163,11 +177,11 @@ def _line(value: object, budget: _Budget) -> LineState:
         return conversation(node)
 
     return LineState(
-        number=_number(fields["number"], "a line's number", 0, 2**31 - 1),
-        tokenizer=_name(fields["tokenizer"], "a tokenizer"),
+        number=_number(values["number"], "a line's number", 0, 2**31 - 1),
+        tokenizer=_name(values["tokenizer"], "a tokenizer"),
         transcript=transcript,
-        turns=tuple(_turns(fields["turns"], transcript.num_tokens, spoken)),
-        messages=spoken(fields["head"]),
+        turns=tuple(_turns(values["turns"], transcript.num_tokens, spoken)),
+        messages=spoken(values["head"]),
         block_hashes=(),
         last_used=0,
         namespace=namespace,
@@ -217,41 +231,40 @@ def _message(value: object) -> Message:
     role, content = message.get("role"), message.get("content")
     require(isinstance(role, str) and role in ROLES, "a message has no role")
     require(isinstance(content, str), "a message has no text")
-    _check_values(message)
-    return message
-
-
-def _check_values(message: dict[str, Any]) -> None:
-    """What is in it can be written again, and is not deeper than anyone would nest it."""
-    level: list[object] = [message]
-    for _ in range(MAX_DEPTH):
-        require(
-            all(math.isfinite(value) for value in level if isinstance(value, float)),
-            "a number in a message is not finite",
-        )
-        level = [inner for value in level for inner in _inside(value)]
-        if not level:
-            return
-    raise Unsound(f"a message is nested more than {MAX_DEPTH} deep")
-
-
-def _inside(value: object) -> Iterator[object]:
-    if isinstance(value, dict):
-        yield from value.values()
-    elif isinstance(value, list):
-        yield from value
+    try:
+        return plain_object(message)
+    except NotPlain as error:
+        raise Unsound(f"a message {error}") from error
 
 
 def _turns(
     value: object, num_tokens: int, spoken: Callable[[object], Conversation]
 ) -> Iterator[Turn]:
-    rows = [_row(row, 2, "a turn") for row in _list(value, "turns")]
-    ends = [_number(end, "a turn's end", 0, num_tokens) for end, _ in rows]
+    rows = [_whole_row(row) for row in _list(value, "turns")]
+    ends = [_number(end, "a turn's end", 0, num_tokens) for end, _, _ in rows]
     # A turn of another tokenizer's ends nowhere in this one's.
     known = [end for end in ends if end]
     require(all(a <= b for a, b in pairwise(known)), "its turns are not in their order")
-    for end, (_, head) in zip(ends, rows, strict=True):
-        yield Turn(end, spoken(head))
+    for end, (_, head, receipt) in zip(ends, rows, strict=True):
+        yield Turn(end, spoken(head), _receipt(receipt))
+
+
+def _whole_row(value: object) -> list[Any]:
+    """A turn's row; in bundles of version 1 it had no receipt."""
+    row = _list(value, "a turn")
+    return _row([*row, None] if len(row) == 2 else row, 3, "a turn")
+
+
+def _receipt(value: object) -> Receipt | None:
+    if value is None:
+        return None
+    values = _fields(value, _RECEIPT_FIELDS)
+    key, reason = values["key"], values["finish_reason"]
+    require(isinstance(key, str) and is_receipt_key(key), "a receipt's key is none")
+    require(reason in _FINISHED, "a receipt's reply has no end")
+    counts = {name: _number(values[name], name, 0, MAX_TOKEN_ID) for name in _RECEIPT_COUNTS}
+    digest = _text(values["digest"], "a receipt's digest", MAX_DIGEST_CHARS)
+    return Receipt(key, digest, FinishReason(reason), **counts)
 
 
 # -- types -----------------------------------------------------------------------------------------
@@ -259,8 +272,8 @@ def _turns(
 
 def _fields(value: object, names: Sequence[str]) -> dict[str, Any]:
     require(isinstance(value, dict) and set(value) == set(names), f"{names[0]} ... is no object")
-    fields: dict[str, Any] = value  # type: ignore[assignment]
-    return fields
+    values: dict[str, Any] = value  # type: ignore[assignment]
+    return values
 
 
 def _list(value: object, what: str) -> list[Any]:
@@ -277,7 +290,12 @@ def _row(value: object, length: int, what: str) -> list[Any]:
 
 def _text(value: object, what: str, max_chars: int) -> str:
     require(isinstance(value, str) and len(value) <= max_chars, f"{what} is no text, or too long")
-    return str(value)
+    text = str(value)
+    try:
+        check_text(text)
+    except NotPlain as error:
+        raise Unsound(f"{what} {error}") from error
+    return text
 
 
 def _name(value: object, what: str) -> str:

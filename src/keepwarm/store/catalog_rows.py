@@ -84,7 +84,7 @@ def encode_message(message: Message) -> bytes:
     """JSON: a tuple comes back as a list. Raises UnstorableMessage."""
     try:
         # Not ASCII: escaped, two lone surrogates that follow one another come back as one letter.
-        text = json.dumps(dict(message), ensure_ascii=False, separators=(",", ":"))
+        text = json.dumps(dict(message), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError, RecursionError) as error:
         raise UnstorableMessage(str(error)) from error
     return text.encode("utf-8", "surrogatepass")

@@ -115,7 +115,10 @@ def _result_of(where: str, block: ContentBlock) -> Message:
 def _call_of(where: str, block: ContentBlock) -> dict[str, Any]:
     if block.id is None or block.name is None:
         raise InvalidRequest(where, "a tool_use needs an id and a name")
-    arguments = json.dumps(block.input or {}, ensure_ascii=False)
+    try:
+        arguments = json.dumps(block.input or {}, ensure_ascii=False, allow_nan=False)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"{where}.input", f"is no JSON: {error}") from error
     function = {"name": block.name, "arguments": arguments}
     return {"id": block.id, "type": "function", "function": function}
 
