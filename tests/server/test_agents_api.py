@@ -181,6 +181,17 @@ class TestMessages:
         (row,) = client.get("/v1/agents/ada/turns").json()["turns"]
         assert row["messages"][0] == message
 
+    def test_no_limit_and_nothing(self, client: httpx.Client) -> None:
+        client.put("/v1/agents/ada", json={})
+        whole = say(client, "ada", "Hello", max_tokens=30)["message"]["content"]
+        client.put("/v1/agents/eve", json={})
+        nothing = dict.fromkeys(("stream", "temperature", "top_p", "top_k", "min_p"))
+        stop = whole[20:24]
+        more = {"seed": -1, "max_tokens": -1, "stop": ["", stop, None]}
+        reply = say(client, "eve", "Hello", **nothing, **more)
+        assert reply["stop_sequence"] == stop
+        assert reply["message"]["content"] == whole[: whole.index(stop)]
+
     @pytest.mark.parametrize(
         "body",
         [
@@ -189,8 +200,9 @@ class TestMessages:
             {"messages": []},
             {"content": "a", "max_tokens": 0},
             {"content": "a", "temperature": -1},
-            {"content": "a", "stop": ""},
-            {"content": "a", "seed": -1},
+            {"content": "a", "max_tokens": -2},
+            {"content": "a", "seed": -2},
+            {"content": "a", "stop": [5]},
             {"content": "a", "tools": []},
         ],
     )

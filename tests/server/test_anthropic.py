@@ -116,6 +116,14 @@ class TestReplies:
         assert document["stop_sequence"] == stop
         assert document["content"][0]["text"] == text[: text.index(stop)]
 
+    def test_empty_stop_sequences_are_none_and_minus_one_is_no_limit(
+        self, client: httpx.Client
+    ) -> None:
+        text = ask(client, max_tokens=12, stop_sequences=["", None])["content"][0]["text"]
+        assert text == ask(client, max_tokens=12)["content"][0]["text"]
+        document = ask(client, max_tokens=-1, stop_sequences=[text[3:5]])
+        assert document["content"][0]["text"] == text[: text.index(text[3:5])]
+
     @settings(
         max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
     )
@@ -323,7 +331,8 @@ class TestRefusals:
                 {"tool_choice": {"type": "tool", "name": "t"}},
                 *(400, "invalid_request_error", "tool_choice"),
             ),
-            ({"stop_sequences": [""]}, 400, "invalid_request_error", "stop_sequences.0: "),
+            ({"max_tokens": -2}, 400, "invalid_request_error", "max_tokens"),
+            ({"stop_sequences": [5]}, 400, "invalid_request_error", "stop_sequences.0: "),
             (
                 {"messages": [{"role": "user", "content": [{"text": "Hi"}]}]},
                 *(400, "invalid_request_error", "messages.0.content.0.type: "),

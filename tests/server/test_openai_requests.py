@@ -8,6 +8,7 @@ import pytest
 
 from keepwarm.testing.tokenizer import FakeTokenizer
 from servers import fake_server
+from sse import events_of
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
@@ -93,6 +94,20 @@ def test_what_agent_clients_send_is_understood(
         {"add_generation_prompt": True, "continue_final_message": False},
         {"n": None, "seed": None, "stop": None, "temperature": None, "top_p": None},
         {"seed": -1},
+        {"stop": ""},
+        {"stop": [""]},
+        {"stop": ["", None]},
+        {"something_new": None, "logit_bias": None, "tools": None, "tool_choice": None},
+        {"stream": None, "stream_options": None, "max_completion_tokens": None, "user": None},
+        {"temperature": 0.00009, "seed": 3},
+        {"tool_choice": {"type": "auto"}},
+        {"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [TOOL]}},
+        {
+            "tool_choice": {
+                "type": "allowed_tools",
+                "allowed_tools": {"mode": "auto", "tools": [TOOL]},
+            }
+        },
     ],
 )
 def test_what_changes_nothing_is_accepted(client: httpx.Client, more: dict[str, Any]) -> None:
@@ -101,7 +116,12 @@ def test_what_changes_nothing_is_accepted(client: httpx.Client, more: dict[str, 
 
 @pytest.mark.parametrize(
     ("more", "named"),
-    [({"tools": [TOOL]}, "tools"), ({"something_new": 1}, "something_new"), ({"store": 1}, None)],
+    [
+        ({"tools": [TOOL]}, "tools"),
+        ({"something_new": 1}, "something_new"),
+        ({"something_new": None}, None),
+        ({"store": 1}, None),
+    ],
 )
 def test_what_was_ignored_is_said(
     client: httpx.Client, more: dict[str, Any], named: str | None
@@ -114,6 +134,10 @@ def test_what_was_ignored_is_said(
     [
         (CHAT, {"response_format": {"type": "json_object"}}, "response_format"),
         (CHAT, {"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
+        (CHAT, {"tool_choice": {"type": "allowed_tools", "mode": "required"}}, "tool_choice"),
+        (CHAT, {"max_tokens": 0}, "max_tokens"),
+        (CHAT, {"max_tokens": -2}, "max_tokens"),
+        (CHAT, {"max_completion_tokens": 0}, "max_completion_tokens"),
         (CHAT, {"functions": [], "function_call": {"name": "look"}}, "tool_choice"),
         (CHAT, {"logprobs": True}, "logprobs"),
         (CHAT, {"top_logprobs": 2}, "logprobs"),
@@ -155,6 +179,26 @@ def test_the_newer_name_of_the_limit_counts(client: httpx.Client) -> None:
     answer = chat(client, max_completion_tokens=2, max_tokens=5).json()
     assert answer["usage"]["completion_tokens"] == 2
     assert answer["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+def test_minus_one_is_no_limit(client: httpx.Client, field: str) -> None:
+    """The reply goes on until its stop string, or to the end of the context."""
+    reply = text_of(chat(client, max_tokens=60))
+    stop = reply[40:44]
+    assert (
+        text_of(chat(client, **{"max_tokens": None, field: -1}, stop=[stop]))
+        == (reply[: reply.index(stop)])
+    )
+
+
+def test_seeds_are_drawn_where_nobody_gives_one(client: httpx.Client) -> None:
+    for seed in (-1, None):
+        replies = {text_of(chat(client, temperature=1, seed=seed, max_tokens=20)) for _ in "abc"}
+        assert len(replies) == 3
+    for seed in (-2, 7):
+        replies = {text_of(chat(client, temperature=1, seed=seed, max_tokens=20)) for _ in "abc"}
+        assert len(replies) == 1
 
 
 def test_choices_differ_by_their_seeds(client: httpx.Client) -> None:
@@ -200,6 +244,35 @@ class TestCompletions:
         choices = client.post(TEXT, json=body).json()["choices"]
         assert [choice["index"] for choice in choices] == [0, 1, 2]
         assert choices[0]["text"] == choices[2]["text"]
+
+    @pytest.mark.parametrize("n", [1, 2])
+    def test_their_usage_is_the_sum(self, client: httpx.Client, n: int) -> None:
+        """Each prompt counts once, as it does where it is alone, however many replies it has."""
+        prompts = [f"number {n} {word} " + "Hello " * 300 for word in ("one", "two", "three")]
+        body = {"model": "fake", "max_tokens": 2, "n": n}
+        alone = [client.post(TEXT, json={**body, "prompt": p}).json()["usage"] for p in prompts]
+        whole = client.post(TEXT, json={**body, "prompt": prompts}).json()["usage"]
+        assert whole["prompt_tokens"] == sum(usage["prompt_tokens"] for usage in alone)
+        assert whole["completion_tokens"] == 2 * n * len(prompts)
+        cached = whole["prompt_tokens_details"]["cached_tokens"]
+        assert cached >= 256 * len(prompts)
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        stream = client.post(TEXT, json={**body, "prompt": prompts, **options})
+        assert events_of(stream.text)[-2].data["usage"] == {
+            **whole,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    def test_minus_one_is_no_limit(self, client: httpx.Client) -> None:
+        body = {"model": "fake", "prompt": "Hello"}
+        text = client.post(TEXT, json={**body, "max_tokens": 40}).json()["choices"][0]["text"]
+        asked = {**body, "max_tokens": -1, "stop": text[25:29]}
+        reply = client.post(TEXT, json=asked).json()["choices"][0]
+        assert reply["text"] == text[: text.index(text[25:29])]
+
+    def test_an_empty_suffix_is_none(self, client: httpx.Client) -> None:
+        body = {"model": "fake", "prompt": "Hello", "max_tokens": 2, "suffix": ""}
+        assert client.post(TEXT, json=body).status_code == 200
 
     def test_sixteen_tokens_where_nobody_says(self, client: httpx.Client) -> None:
         answer = client.post(TEXT, json={"model": "fake", "prompt": "Hello"}).json()

@@ -15,6 +15,7 @@ from keepwarm.core.errors import (
     QueueFull,
     UnknownAgent,
 )
+from keepwarm.engine.requests import valid_sampling
 
 HELLO = [user("Hello")]
 
@@ -219,3 +220,10 @@ def test_append_needs_a_history_of_messages(engine: BlockPoolBatchEngine) -> Non
     with pytest.raises(InvalidRequest) as caught:
         engine.submit(agent_id="ada", append=HELLO)
     assert caught.value.field == "append"
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-300, 9.9e-5])
+def test_a_temperature_that_only_overflows_is_greedy(temperature: float) -> None:
+    sampling = {"top_p": 0.0, "top_k": 0, "min_p": 0.0, "seed": 1}
+    assert valid_sampling(temperature=temperature, **sampling).temperature == 0.0
+    assert valid_sampling(temperature=1e-4, **sampling).temperature == 1e-4

@@ -17,6 +17,8 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._:@+-]{0,127}"
 NAMESPACE = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 AGENT_ID = re.compile(f"(?:{NAMESPACE}/)?{NAME}")
 MAX_SEED = (1 << 64) - 1
+GREEDY_BELOW = 1e-4
+"""Logits that are divided by less overflow."""
 _ENTROPY = random.SystemRandom()
 
 
@@ -190,7 +192,10 @@ def valid_settings(settings: AgentSettings) -> AgentSettings:
 def valid_sampling(
     *, temperature: float, top_p: float, top_k: int, min_p: float, seed: int | None
 ) -> Sampling:
-    """Sampling settings in their ranges; without a seed, one is drawn."""
+    """Sampling settings in their ranges; without a seed, one is drawn.
+
+    A temperature so low that nothing but the likeliest token can be drawn is greedy.
+    """
     _check_range("temperature", temperature, 0.0, 100.0)
     _check_range("top_p", top_p, 0.0, 1.0)
     _check_range("min_p", min_p, 0.0, 1.0)
@@ -201,7 +206,7 @@ def valid_sampling(
     if not _is_int(seed) or not 0 <= seed <= MAX_SEED:
         raise InvalidRequest("seed", f"must be a whole number from 0 to {MAX_SEED}, not {seed!r}")
     return Sampling(
-        temperature=float(temperature),
+        temperature=0.0 if temperature < GREEDY_BELOW else float(temperature),
         top_p=float(top_p),
         top_k=top_k,
         min_p=float(min_p),

@@ -32,6 +32,7 @@ from keepwarm.server.agents.answers import (
 from keepwarm.server.agents.encode import AgentEncoder
 from keepwarm.server.agents.schema import AgentBody, ForkBody, MessagesBody, RollbackBody
 from keepwarm.server.answers import STREAMS, errors, json_answer
+from keepwarm.server.fields import limit_of, seed_of, stops_of
 from keepwarm.server.problems import TransferFailed, Unsupported
 from keepwarm.server.serving import Serving, serving_of
 
@@ -111,20 +112,20 @@ async def send(
     request = GenerateRequest(
         agent_id=agent_id,
         append=body.new_messages(),
-        max_tokens=body.max_tokens,
+        max_tokens=limit_of(body.max_tokens),
         temperature=config.default_temperature if temperature is None else temperature,
-        top_p=body.top_p,
-        top_k=body.top_k,
-        min_p=body.min_p,
-        seed=body.seed,
-        stop=[body.stop] if isinstance(body.stop, str) else body.stop,
+        top_p=body.top_p or 0.0,
+        top_k=body.top_k or 0,
+        min_p=body.min_p or 0.0,
+        seed=seed_of(body.seed),
+        stop=stops_of(body.stop),
         priority=body.priority,
         queue_timeout_s=serving.config.queue_timeout_s,
         deadline_s=serving.config.deadline_s or None,
     )
     key = _receipt_key(idempotency_key, body)
     return await serving.answer(
-        [request], AgentEncoder(name), model=model, stream=body.stream, key=key
+        [request], AgentEncoder(name), model=model, stream=bool(body.stream), key=key
     )
 
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from keepwarm.core.stored import Overflow
+from keepwarm.server.fields import ANY_SEED, Limit, Stop
 
 Priority = Annotated[int, Field(ge=-100, le=100)]
 Bytes = Annotated[int, Field(ge=0, le=1 << 62)]
@@ -51,14 +52,14 @@ class MessagesBody(Strict):
     model: str | None = None
     content: str | None = None
     messages: list[NewMessage] | None = Field(default=None, min_length=1)
-    stream: bool = False
-    max_tokens: int | None = Field(default=None, ge=1)
+    stream: bool | None = None
+    max_tokens: Limit | None = None
     temperature: float | None = Field(default=None, ge=0.0, le=100.0)
-    top_p: float = Field(default=0.0, ge=0.0, le=1.0)
-    top_k: int = Field(default=0, ge=0)
-    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
-    seed: int | None = Field(default=None, ge=0, lt=1 << 64)
-    stop: str | list[str] | None = None
+    top_p: float | None = Field(default=None, ge=0.0, le=1.0)
+    top_k: int | None = Field(default=None, ge=0)
+    min_p: float | None = Field(default=None, ge=0.0, le=1.0)
+    seed: int | None = Field(default=None, ge=ANY_SEED, lt=1 << 64)
+    stop: Stop | None = None
     priority: Priority | None = None
 
     @model_validator(mode="after")

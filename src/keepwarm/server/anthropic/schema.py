@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-StopSequence = Annotated[str, Field(min_length=1)]
+from keepwarm.server.fields import Limit
 
 
 class Lenient(BaseModel):
@@ -66,11 +66,11 @@ class Conversation(Lenient):
 class MessagesRequest(Conversation):
     """The body of `POST /v1/messages`."""
 
-    max_tokens: int = Field(ge=1)
+    max_tokens: Limit
     stream: bool | None = None
     temperature: float | None = Field(default=None, ge=0.0, le=2.0)
     top_p: float | None = Field(default=None, ge=0.0, le=1.0)
     top_k: int | None = Field(default=None, ge=0)
-    stop_sequences: list[StopSequence] | None = None
+    stop_sequences: list[str | None] | None = None
     metadata: RequestMetadata | None = None
     cache_control: dict[str, Any] | None = None

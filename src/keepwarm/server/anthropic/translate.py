@@ -16,6 +16,7 @@ from keepwarm.server.anthropic.schema import (
     MessagesRequest,
 )
 from keepwarm.server.caller import Caller
+from keepwarm.server.fields import limit_of, stops_of
 from keepwarm.server.problems import Unsupported
 from keepwarm.server.settings import ServerConfig
 
@@ -54,11 +55,11 @@ def translate_messages(body: MessagesRequest, caller: Caller, config: ServerConf
         namespace=caller.namespace,
         messages=messages,
         continue_final_message=is_begun(messages),
-        max_tokens=body.max_tokens,
+        max_tokens=limit_of(body.max_tokens),
         temperature=0.0 if body.top_p == 0.0 else temperature,
         top_p=body.top_p or 0.0,
         top_k=body.top_k or 0,
-        stop=body.stop_sequences,
+        stop=stops_of(body.stop_sequences),
         queue_timeout_s=config.queue_timeout_s,
         deadline_s=config.deadline_s or None,
     )

@@ -45,11 +45,12 @@ class CompletionUsage:
     prompt_tokens_details: PromptTokensDetails
 
     @classmethod
-    def of(cls, ends: Sequence[Completed]) -> "CompletionUsage":
-        """The prompt counts once, however many replies it has."""
-        prompt = ends[0].usage.prompt_tokens
+    def of(cls, ends: Sequence[Completed], num_per_prompt: int) -> "CompletionUsage":
+        """A prompt counts once, however many replies it has; several are summed up."""
+        firsts = [end.usage for end in ends[::num_per_prompt]]
+        prompt = sum(first.prompt_tokens for first in firsts)
         completion = sum(end.usage.completion_tokens for end in ends)
-        details = PromptTokensDetails(ends[0].usage.cached_tokens)
+        details = PromptTokensDetails(sum(first.cached_tokens for first in firsts))
         return cls(prompt, completion, prompt + completion, details)
 
 
@@ -170,6 +171,7 @@ class _Encoder:
         model: str,
         *,
         num_choices: int,
+        num_per_prompt: int,
         with_usage: bool | None,
         ignored: Sequence[str] = (),
     ) -> None:
@@ -177,6 +179,7 @@ class _Encoder:
         self._created = int(time.time())
         self._model = model
         self._num_choices = num_choices
+        self._num_per_prompt = num_per_prompt
         self._with_usage = with_usage
         self._ignored = ignored
         self._ends: dict[int, Completed] = {}
@@ -194,7 +197,10 @@ class _Encoder:
         return self._last((last,), self._usage() if self._with_usage is None else None)
 
     def _usage(self) -> CompletionUsage:
-        return CompletionUsage.of([self._ends[choice] for choice in sorted(self._ends)])
+        return self._usage_of([self._ends[choice] for choice in sorted(self._ends)])
+
+    def _usage_of(self, ends: Sequence[Completed]) -> CompletionUsage:
+        return CompletionUsage.of(ends, self._num_per_prompt)
 
     def _frame(self, choices: Sequence[ChatChunkChoice | TextChoice]) -> bytes:
         return frame(_encode(self._chunk_of(choices, None)))
@@ -239,7 +245,7 @@ class ChatEncoder(_Encoder):
             ChatChoice(index, ReplyMessage("assistant", end.text), finish_reason(end))
             for index, end in enumerate(ends)
         ]
-        told = (CompletionUsage.of(ends), Facts.of(ends[0], self._ignored))
+        told = (self._usage_of(ends), Facts.of(ends[0], self._ignored))
         return _encode(ChatCompletion(self._id, self._created, self._model, choices, *told))
 
     @property
@@ -266,7 +272,7 @@ class TextEncoder(_Encoder):
         choices = [
             TextChoice(index, end.text, finish_reason(end)) for index, end in enumerate(ends)
         ]
-        told = (CompletionUsage.of(ends), Facts.of(ends[0], self._ignored))
+        told = (self._usage_of(ends), Facts.of(ends[0], self._ignored))
         return _encode(TextCompletion(self._id, self._created, self._model, choices, *told))
 
     @property

@@ -31,6 +31,7 @@ async def chat_completions(body: ChatRequest, serving: ServingOf) -> Response:
     encoder = ChatEncoder(
         body.model,
         num_choices=len(translated.requests),
+        num_per_prompt=translated.num_per_prompt,
         with_usage=_with_usage(body),
         ignored=translated.ignored,
     )
@@ -51,6 +52,7 @@ async def completions(body: CompletionRequest, serving: ServingOf) -> Response:
     encoder = TextEncoder(
         body.model,
         num_choices=len(translated.requests),
+        num_per_prompt=translated.num_per_prompt,
         with_usage=_with_usage(body),
         ignored=translated.ignored,
     )

@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from keepwarm.server.fields import Limit, Stop
+
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -44,13 +46,13 @@ class Sampled(Lenient):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = Field(default=None, ge=1)
-    max_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: Limit | None = None
     temperature: float | None = Field(default=None, ge=0.0, le=2.0)
     top_p: float | None = Field(default=None, ge=0.0, le=1.0)
     top_k: int | None = Field(default=None, ge=-1)
     min_p: float | None = Field(default=None, ge=0.0, le=1.0)
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: Stop | None = None
     user: str | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
@@ -63,7 +65,7 @@ class ChatRequest(Sampled):
     messages: list[ChatMessage] = Field(min_length=1)
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: Limit | None = None
     prompt_cache_key: str | None = None
     response_format: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None

@@ -8,6 +8,7 @@ from keepwarm.core.errors import InvalidRequest
 from keepwarm.core.ports import Message
 from keepwarm.engine.requests import MAX_SEED, GenerateRequest
 from keepwarm.server.caller import Caller
+from keepwarm.server.fields import limit_of, seed_of, stops_of
 from keepwarm.server.openai.schema import (
     ChatMessage,
     ChatRequest,
@@ -23,15 +24,22 @@ HARMLESS = frozenset(
 )
 """Fields that change nothing here and that everybody sends; not worth a note."""
 
+DEFAULT_COMPLETION_TOKENS = 16
+"""Of OpenAI's older API, where nobody says."""
+
 _ROLES = {"developer": "system", "function": "tool"}
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
 
 
 @dataclass(frozen=True, slots=True)
 class Translated:
-    """One request for each choice, and the fields that were ignored."""
+    """One request for each choice, and the fields that were ignored.
+
+    Each prompt has as many choices, one after the other: `num_per_prompt`.
+    """
 
     requests: tuple[GenerateRequest, ...]
+    num_per_prompt: int
     ignored: tuple[str, ...]
 
 
@@ -44,13 +52,13 @@ def translate_chat(body: ChatRequest, caller: Caller, config: ServerConfig) -> T
         caller,
         config,
         agent_id=caller.agent_of(body.prompt_cache_key, body.user),
-        max_tokens=body.max_completion_tokens or body.max_tokens,
+        max_tokens=limit_of(body.max_completion_tokens, body.max_tokens),
         messages=[message_of(index, message) for index, message in enumerate(body.messages)],
         continue_final_message=bool(body.continue_final_message),
     )
     offered = {"tools": body.tools, "functions": body.functions}
     ignored = (*unknown_fields(body), *(name for name, value in offered.items() if value))
-    return Translated(_choices(request, body.n, config), ignored)
+    return Translated(_choices(request, body.n, config), body.n or 1, ignored)
 
 
 def translate_completion(
@@ -59,14 +67,14 @@ def translate_completion(
     """The same for bare prompts; several prompts are several choices."""
     _refuse_sampling(body)
     for name in ("echo", "suffix", "logprobs"):
-        if getattr(body, name) not in (None, False):
+        if getattr(body, name) not in (None, False, ""):
             raise Unsupported(name, "is not supported here")
     if body.best_of not in (None, 1, body.n):
         raise Unsupported("best_of", "is not supported here")
     requests: list[GenerateRequest] = []
     for prompt in _prompts(body.prompt):
         agent_id = caller.agent_of(body.prompt_cache_key, body.user) if not requests else None
-        max_tokens = 16 if body.max_tokens is None else body.max_tokens
+        max_tokens = limit_of(body.max_tokens, DEFAULT_COMPLETION_TOKENS)
         prompt_fields = {"text": prompt} if isinstance(prompt, str) else {"token_ids": prompt}
         request = _request(
             body, caller, config, agent_id=agent_id, max_tokens=max_tokens, **prompt_fields
@@ -74,7 +82,7 @@ def translate_completion(
         requests += _choices(request, body.n, config)
     if len(requests) > config.max_choices:
         raise InvalidRequest("prompt", f"asks for more than {config.max_choices} choices")
-    return Translated(tuple(requests), unknown_fields(body))
+    return Translated(tuple(requests), body.n or 1, unknown_fields(body))
 
 
 def message_of(index: int, message: ChatMessage) -> Message:
@@ -90,7 +98,8 @@ def message_of(index: int, message: ChatMessage) -> Message:
 
 
 def unknown_fields(body: Sampled) -> tuple[str, ...]:
-    return tuple(name for name in body.model_extra or () if name not in HARMLESS)
+    extra = (body.model_extra or {}).items()
+    return tuple(name for name, value in extra if name not in HARMLESS and value is not None)
 
 
 def _text(index: int, content: str | Sequence[str | ContentPart] | None) -> str:
@@ -110,6 +119,7 @@ def _text_of_part(index: int, number: int, part: str | ContentPart) -> str:
 
 
 def _request(body: Sampled, caller: Caller, config: ServerConfig, **fields: Any) -> GenerateRequest:
+    seed = seed_of(body.seed)
     temperature = config.default_temperature if body.temperature is None else body.temperature
     return GenerateRequest(
         namespace=caller.namespace,
@@ -117,8 +127,8 @@ def _request(body: Sampled, caller: Caller, config: ServerConfig, **fields: Any)
         top_p=body.top_p or 0.0,
         top_k=max(body.top_k or 0, 0),
         min_p=body.min_p or 0.0,
-        seed=None if body.seed is None else body.seed & MAX_SEED,
-        stop=[body.stop] if isinstance(body.stop, str) else body.stop,
+        seed=None if seed is None else seed & MAX_SEED,
+        stop=stops_of(body.stop),
         queue_timeout_s=config.queue_timeout_s,
         deadline_s=config.deadline_s or None,
         **fields,
@@ -172,4 +182,10 @@ def _refuse_chat(body: ChatRequest) -> None:
 
 
 def _is_forced(choice: str | Mapping[str, Any] | None) -> bool:
+    """`allowed_tools` only says among which tools the model chooses, if its mode is `auto`."""
+    if isinstance(choice, Mapping) and choice.get("type") == "allowed_tools":
+        allowed = choice.get("allowed_tools")
+        choice = (allowed if isinstance(allowed, Mapping) else choice).get("mode")
+    elif isinstance(choice, Mapping) and choice.keys() == {"type"}:
+        choice = choice["type"]
     return choice not in (None, "auto", "none")
