@@ -9,6 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from servers import FakeServer, fake_server
+from sockets import RawClient
 
 BODY = {"model": "fake", "messages": [{"role": "user", "content": "x" * 600}], "max_tokens": 8}
 
@@ -72,6 +73,18 @@ def test_the_engine_and_the_disk_are_shown(server: FakeServer, client: httpx.Cli
         assert told[f"keepwarm_{name}_total"] == 0
     for name in ("waiting_requests", "running_requests", "store_fault"):
         assert told[f"keepwarm_{name}"] == 0
+
+
+def test_open_connections_and_tasks_are_counted(server: FakeServer, client: httpx.Client) -> None:
+    alone = samples(client)
+    assert alone["keepwarm_connections"] == 1
+    with RawClient(server.url) as other:
+        other.post("/v1/agents/nobody/messages", {"content": "Hello"})
+        other.read_document()
+        assert samples(client)["keepwarm_connections"] == 2
+    while samples(client)["keepwarm_connections"] != 1:
+        time.sleep(0.01)
+    assert alone["keepwarm_tasks"] >= 1
 
 
 def test_no_path_of_a_client_becomes_a_label(client: httpx.Client) -> None:

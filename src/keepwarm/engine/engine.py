@@ -2,8 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -148,11 +148,31 @@ class Engine:
         finally:
             self._leave_model(name)
 
+    @asynccontextmanager
+    async def generate(
+        self, request: GenerateRequest, key: ReceiptKey | None = None
+    ) -> AsyncIterator[EventStream]:
+        """Submit the request; leaving the block ends it, however the block is left.
+
+        The task that enters the block owns the stream: wherever that task is cancelled, the request
+        has not been submitted, or ends. With a `key` the request belongs to the engine and runs on;
+        see `submit_once`. Raises what `submit` raises, and KeyReused.
+        """
+        if key is not None:
+            yield await self.submit_once(request, key)
+            return
+        stream = await self.submit(request)
+        try:
+            yield stream
+        finally:
+            stream.hang_up()
+
     async def submit(self, request: GenerateRequest) -> EventStream:
-        """Raises what `BlockPoolBatchEngine.submit` raises, QueueTimeout and EngineStopped.
+        """The stream is the caller's, who hangs up: a server uses `generate`, which does.
 
         What is appended to an agent waits until what was appended to it before has ended. When the
-        caller is cancelled meanwhile, so is the request.
+        caller is cancelled meanwhile, so is the request. Raises what `BlockPoolBatchEngine.submit`
+        raises, QueueTimeout and EngineStopped.
         """
         arrived_s = asyncio.get_running_loop().time()
         if request.append is None or request.agent_id is None:

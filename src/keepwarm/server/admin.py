@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from importlib.resources import files
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.responses import Response
 
@@ -17,7 +17,7 @@ from keepwarm.server.answers import errors, json_answer
 from keepwarm.server.guard import DOCS_FILES
 from keepwarm.server.model_cards import ModelCard
 from keepwarm.server.openai.encode import OpenAIErrorBody
-from keepwarm.server.serving import VERSION, Serving, serving_of
+from keepwarm.server.serving import CONNECTIONS, VERSION, Serving, serving_of
 
 router = APIRouter(tags=["operations"], responses=errors(OpenAIErrorBody))
 
@@ -80,12 +80,12 @@ async def live() -> Response:
     response_class=Response,
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
-async def metrics(serving: ServingOf) -> Response:
+async def metrics(request: Request, serving: ServingOf) -> Response:
     """For Prometheus."""
     snapshot = None
     if serving.engine.is_serving:
         snapshot = await serving.engine.call(lambda fleet: fleet.snapshot())
-    text = serving.house.metrics.text(snapshot)
+    text = serving.house.metrics.text(snapshot, len(request.scope.get(CONNECTIONS, ())))
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

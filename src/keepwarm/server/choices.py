@@ -2,12 +2,13 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 
 from keepwarm.core.events import Completed, Delta, Event, Failed
 from keepwarm.engine.engine import Engine
 from keepwarm.engine.requests import GenerateRequest, ReceiptKey
 from keepwarm.engine.stream import EventStream
+from keepwarm.server.tasks import ended
 
 Merged = asyncio.Queue[tuple[int, Event]]
 
@@ -15,7 +16,7 @@ Merged = asyncio.Queue[tuple[int, Event]]
 class Choices:
     """The first reply computes the prompt; the others begin when that is done, and find its KV.
 
-    With a `key` there is one reply, which runs on when nobody reads it any more.
+    With a `key` there is one reply, which runs on when its client has gone.
     """
 
     def __init__(
@@ -24,40 +25,26 @@ class Choices:
         self._engine = engine
         self._first, *self._others = requests
         self._key = key
-        self._streams: list[EventStream] = []
-
-    def hang_up(self) -> None:
-        """Nobody reads them any more."""
-        if self._key is None:
-            for stream in self._streams:
-                stream.hang_up()
 
     async def events(self) -> AsyncGenerator[tuple[int, Event], None]:
         """Submit, and give each event with the number of its reply until all have ended.
 
-        Raises what `submit` raises, and the error that a reply failed with.
+        The task that iterates owns the requests: closing the iterator ends them. Raises what
+        `submit` raises, and the error that a reply failed with.
         """
-        if self._key is not None:
-            first = await self._engine.submit_once(self._first, self._key)
-        else:
-            first = await self._submit(self._first)
-        if not self._others:
-            async for event in first:
-                yield 0, _checked(event)
-            return
-        async with aclosing(self._merged(first)) as merged:
-            async for choice, event in merged:
-                yield choice, _checked(event)
-
-    async def _submit(self, request: GenerateRequest) -> EventStream:
-        stream = await self._engine.submit(request)
-        self._streams.append(stream)
-        return stream
+        async with self._engine.generate(self._first, self._key) as first:
+            if not self._others:
+                async for event in first:
+                    yield 0, _checked(event)
+                return
+            async with aclosing(self._merged(first)) as merged:
+                async for choice, event in merged:
+                    yield choice, _checked(event)
 
     async def _merged(self, first: EventStream) -> AsyncGenerator[tuple[int, Event], None]:
         merged: Merged = asyncio.Queue(maxsize=1)
         waiting = list(enumerate(self._others, 1))
-        async with _pumps() as pumps:
+        async with AsyncExitStack() as others, _pumps() as pumps:
             pumps.append(asyncio.create_task(_pump(0, first, merged)))
             num_running = 1
             while num_running:
@@ -65,7 +52,7 @@ class Choices:
                 yield choice, event
                 while waiting and isinstance(event, Delta | Completed):
                     number, request = waiting.pop(0)
-                    stream = await self._submit(request)
+                    stream = await others.enter_async_context(self._engine.generate(request))
                     pumps.append(asyncio.create_task(_pump(number, stream, merged)))
                     num_running += 1
                 num_running -= isinstance(event, Completed | Failed)
@@ -78,8 +65,7 @@ async def _pumps() -> AsyncIterator[list[asyncio.Task[None]]]:
     try:
         yield pumps
     finally:
-        for pump in pumps:
-            pump.cancel()
+        await ended(pumps)
 
 
 async def _pump(number: int, stream: EventStream, merged: Merged) -> None:

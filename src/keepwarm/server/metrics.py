@@ -1,9 +1,10 @@
 """What Prometheus is told: requests as they end, and everything else when it asks."""
 
+import asyncio
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -22,6 +23,10 @@ class Metrics:
             "keepwarm_http_requests", "HTTP requests", ["route", "status"], registry=self._registry
         )
         self._http_s = self._histogram("keepwarm_http_request_seconds", "Until the last byte")
+        self._connections = Gauge(
+            "keepwarm_connections", "HTTP connections that are open", registry=self._registry
+        )
+        self._tasks = Gauge("keepwarm_tasks", "Tasks of the event loop", registry=self._registry)
         self._ended = Counter(
             "keepwarm_requests", "Requests that ended, and how", ["end"], registry=self._registry
         )
@@ -62,8 +67,10 @@ class Metrics:
                 rest_s = timing.total_s - timing.first_token_s
                 self._tpot_s.observe(rest_s / (usage.completion_tokens - 1))
 
-    def text(self, snapshot: EngineSnapshot | None) -> bytes:
+    def text(self, snapshot: EngineSnapshot | None, num_connections: int) -> bytes:
         """The exposition format; without the engine's own where it does not answer."""
+        self._connections.set(num_connections)
+        self._tasks.set(len(asyncio.all_tasks()))
         text = generate_latest(self._registry)
         if snapshot is not None:
             registry = CollectorRegistry()

@@ -16,6 +16,7 @@ from keepwarm.server.choices import Choices
 from keepwarm.server.facts import headers_of
 from keepwarm.server.problems import Problem, problem_of
 from keepwarm.server.settings import ServerConfig
+from keepwarm.server.tasks import ended
 
 SSE = "text/event-stream; charset=utf-8"
 HEARTBEAT = b": keepwarm\n"
@@ -58,7 +59,8 @@ class Encoder(Protocol):
 class _Reply(Response):
     """Ends the request in the engine when its client hangs up, in whichever phase it is.
 
-    The request is submitted in here, where its client is watched: it may wait for long.
+    One task submits the request, owns its streams and answers; it is cancelled when the client has
+    gone, and its end is their end. The other one watches the client: a request may wait for long.
     """
 
     def __init__(self, choices: Choices, encoder: Encoder, headers: Mapping[str, str]) -> None:
@@ -66,25 +68,23 @@ class _Reply(Response):
         self._encoder = encoder
         self._extra_headers = headers
         self._abort: Callable[[], None] | None = None
+        self._answering: asyncio.Task[None] | None = None
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._abort = scope.get(ABORT)
-        answering = asyncio.create_task(self._answer(send))
-        watching = asyncio.create_task(_disconnected(receive))
-        tasks = {answering, watching}
+        self._answering = asyncio.create_task(self._answer(send))
+        tasks = (self._answering, asyncio.create_task(_disconnected(receive)))
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if answering.done():
-                answering.result()
         except asyncio.CancelledError:
             # The server stops, and has waited for as long as it may.
-            await _cancelled(answering)
+            await ended(tasks)
             await self._fail(send, EngineStopped())
         finally:
-            self._choices.hang_up()
-            for task in tasks:
-                await _cancelled(task)
+            await ended(tasks)
+        if not self._answering.cancelled():
+            self._answering.result()
 
     async def _answer(self, send: Send) -> None:
         raise NotImplementedError
@@ -148,7 +148,7 @@ class StreamedReply(_Reply):
             await writer.write(self._encoder.finish())
             await writer.end()
         finally:
-            minding.cancel()
+            await ended([minding])
 
     async def _pass_on(self, writer: "_Writer", choice: int, event: Event) -> None:
         if not self._has_begun and isinstance(event, Started | Delta | Completed):
@@ -186,7 +186,9 @@ class StreamedReply(_Reply):
                 await writer.write(self._encoder.heartbeat)
 
     def _cut_off(self) -> None:
-        self._choices.hang_up()
+        """The client does not read: the reply ends, and with it the connection."""
+        if self._answering is not None:
+            self._answering.cancel()
         if self._abort is not None:
             self._abort()
 
@@ -233,11 +235,3 @@ class _Writer:
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def _cancelled(task: "asyncio.Task[None]") -> None:
-    """Cancel it and wait for its end, however it ends."""
-    task.cancel()
-    await asyncio.wait({task})
-    if not task.cancelled():
-        task.exception()

@@ -21,6 +21,8 @@ from keepwarm.server.reply import Encoder, StreamedReply, WholeReply
 from keepwarm.server.settings import ServerConfig
 
 VERSION = version("keepwarm")
+CONNECTIONS = "keepwarm.connections"
+"""Where a scope has the connections that are open."""
 
 _log = logging.getLogger(__name__)
 

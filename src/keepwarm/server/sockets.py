@@ -1,6 +1,7 @@
 """How uvicorn serves the application: the same for the command and for tests."""
 
 import asyncio
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from keepwarm.server.reply import ABORT
+from keepwarm.server.serving import CONNECTIONS
 from keepwarm.server.settings import ServerConfig
 
 KEEP_ALIVE_S = 75
@@ -30,17 +32,18 @@ def uvicorn_config(app: ASGIApp, config: ServerConfig) -> uvicorn.Config:
 
 
 class _Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-    """Lets the application close it, whatever its client has not read."""
+    """Lets the application close it, whatever its client has not read, and count the others."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self.app = partial(_with_abort, self.config.loaded_app, transport)
+        facts = {ABORT: transport.abort, CONNECTIONS: self.connections}
+        self.app = partial(_with, facts, self.config.loaded_app)
 
 
-async def _with_abort(
-    app: ASGIApp, transport: asyncio.Transport, scope: Scope, receive: Receive, send: Send
+async def _with(
+    facts: Mapping[str, object], app: ASGIApp, scope: Scope, receive: Receive, send: Send
 ) -> None:
-    scope[ABORT] = transport.abort
+    scope.update(facts)
     if scope["type"] == "http" and scope["http_version"] == "1.0":
         send = _UntilClosed(send)
     await app(scope, receive, send)

@@ -1,0 +1,105 @@
+"""A client that hangs up at the very moment in which its request is submitted."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from doors import Opener, check_is_empty, engine_of, message, run, text, until
+from keepwarm.engine.engine import Engine
+from keepwarm.engine.requests import GenerateRequest
+from keepwarm.server.agents.encode import AgentEncoder
+from keepwarm.server.choices import Choices
+from keepwarm.server.reply import StreamedReply, WholeReply
+from keepwarm.server.settings import ServerConfig
+
+LONG = 50_000
+TURNS = range(-6, 7)
+"""How many turns of the loop later the client goes; before it, where negative."""
+
+Call = Callable[..., Any]
+
+
+class HeldAnswers:
+    """The engine's thread has done what it was asked, and its answers do not arrive yet."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._arrive = asyncio.Event()
+        call = engine.call
+
+        async def held(function: Call) -> Any:
+            answer = await call(function)
+            await self._arrive.wait()
+            return answer
+
+        engine.call = held  # type: ignore[method-assign]
+
+    def arrive(self) -> None:
+        self._arrive.set()
+
+
+async def _hang_up_around(
+    engine: Engine, requests: Sequence[GenerateRequest], turns: int, *, stream: bool
+) -> None:
+    held, gone = HeldAnswers(engine), asyncio.Event()
+    choices, encoder = Choices(engine, requests), AgentEncoder("ada")
+    reply = (
+        StreamedReply(choices, encoder, {}, ServerConfig())
+        if stream
+        else WholeReply(choices, encoder, {})
+    )
+
+    async def receive() -> dict[str, Any]:
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(_: Any) -> None:
+        await asyncio.sleep(0)
+
+    answering = asyncio.ensure_future(reply({"type": "http"}, receive, send))
+    await until(lambda: engine._streams)
+    first, second = (held.arrive, gone.set) if turns >= 0 else (gone.set, held.arrive)
+    first()
+    for _ in range(abs(turns)):
+        await asyncio.sleep(0)
+    second()
+    await answering
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("turns", TURNS)
+@pytest.mark.parametrize("kind", ["anonymous", "agent", "choices"])
+def test_nothing_runs_on(kind: str, turns: int, stream: bool) -> None:
+    requests = {
+        "anonymous": [text(max_tokens=LONG)],
+        "agent": [message(max_tokens=LONG)],
+        "choices": [text(max_tokens=LONG)] * 3,
+    }
+
+    async def test() -> None:
+        async with engine_of(Opener()) as engine:
+            await engine.call_at("ada", lambda e: e.create("ada"))
+            call = engine.call
+            for _ in range(4):
+                await _hang_up_around(engine, requests[kind], turns, stream=stream)
+                engine.call = call  # type: ignore[method-assign]
+                async with asyncio.timeout(30.0):
+                    await until(lambda: not engine.num_requests)
+                    await until(lambda: not engine._streams)
+                await engine.call_at("ada", check_is_empty)
+                assert not engine._turnstile._locks
+
+    run(test())
+
+
+def test_leaving_the_block_ends_the_request() -> None:
+    async def test() -> None:
+        async with engine_of(Opener()) as engine:
+            with pytest.raises(LookupError):
+                async with engine.generate(text(max_tokens=LONG)):
+                    raise LookupError
+            await until(lambda: not engine.num_requests)
+            await engine.call_at("ada", check_is_empty)
+
+    run(test())
