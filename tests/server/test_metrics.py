@@ -69,7 +69,13 @@ def test_the_engine_and_the_disk_are_shown(server: FakeServer, client: httpx.Cli
     assert told["keepwarm_memory_used_bytes"] == snapshot.pool.used_bytes > 0
     assert told["keepwarm_memory_bytes slab"] > 0
     assert told["keepwarm_disk_budget_bytes"] == snapshot.store.budget_bytes
-    for name in ("preemptions", "generator_failures", "damaged_records", "store_faults"):
+    for name in (
+        "preemptions",
+        "generator_failures",
+        "mended_spans",
+        "damaged_records",
+        "store_faults",
+    ):
         assert told[f"keepwarm_{name}_total"] == 0
     for name in ("waiting_requests", "running_requests", "store_fault"):
         assert told[f"keepwarm_{name}"] == 0

@@ -1,14 +1,15 @@
 """Token-exact continuation of a line."""
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keepwarm.core.errors import InvalidRequest
+from keepwarm.core.errors import InvalidRequest, InvariantBroken
 from keepwarm.core.ports import Message, Piece
-from keepwarm.core.transcript import EMPTY, Transcript
+from keepwarm.core.transcript import EMPTY, Span, Transcript
 from keepwarm.engine.chat import (
     IdsContinuation,
     Prompt,
@@ -16,6 +17,7 @@ from keepwarm.engine.chat import (
     TextContinuation,
     truncate,
     validate_messages,
+    vouched_for,
     with_reply,
 )
 from keepwarm.engine.output import Reply, ReplyText
@@ -61,7 +63,7 @@ def replied(token_ids: Sequence[int], *stop: str) -> Reply:
         if text.stopped_by is not None:
             break
     text.finish()
-    return text.reply
+    return text.reply.spoken
 
 
 def spelled(token_ids: Sequence[int]) -> str:
@@ -155,27 +157,60 @@ def test_thinking_that_the_template_strips_is_reported(thought: str) -> None:
     assert prompt.divergence.known_text.startswith("<think>")
 
 
-def test_a_template_that_trims_is_reported_when_the_echo_is_unknown() -> None:
+@pytest.mark.parametrize("returned", ["Hello \n", "Hello"])
+def test_what_a_template_trims_is_not_in_the_next_prompt(returned: str) -> None:
+    """The stored ids say more than the template does now, so they do not stand for it."""
     known = answered([user("Hi")], replied(tuple(b"Hello \n")), TRIMMING)
-    prompt = ask(known, [user("Hi"), assistant("Hello \n"), user("More")], TRIMMING)
+    messages = [user("Hi"), assistant(returned), user("More")]
+    prompt = ask(known, messages, TRIMMING)
+    assert prompt.token_ids == ask(EMPTY, messages, TRIMMING).token_ids
     assert prompt.divergence is not None
     assert prompt.divergence.reason is Reason.SHORTENED_TEXT
 
 
-@pytest.mark.parametrize("returned", ["Hello \n", "Hello"])
-def test_a_template_that_trims_costs_nothing_when_the_echo_is_known(returned: str) -> None:
-    messages = [user(" Hi ")]
-    reply = replied(tuple(b"Hello \n"))
-    echo = TRIMMING.render([*messages, assistant(reply.text)], add_generation_prompt=False)
-    known = with_reply(ask(EMPTY, messages, TRIMMING).transcript, reply, echo)
-    assert_continues(ask(known, [*messages, assistant(returned), user("x")], TRIMMING), known)
+def test_what_a_bare_prompt_left_is_in_no_chat() -> None:
+    """A line of a completion begins with its text, a chat with none."""
+    bare = TextContinuation((Piece("The password is heron."),), TOKENIZER.encode)
+    known = with_reply(bare.of(EMPTY).transcript, replied(DRIFTED_HELLO))
+    known.check()
+    assert known.spans[0].text == "The password is heron.Hello"
+    prompt = ask(known, [user("Hi")])
+    assert prompt.token_ids == ask(EMPTY, [user("Hi")]).token_ids
+    assert prompt.num_spliced == prompt.num_mended == 0
 
 
-def test_an_echo_of_another_conversation_is_ignored() -> None:
-    reply = replied(DRIFTED_HELLO)
-    prompt = ask(EMPTY, [user("Hi")])
-    echo = TOKENIZER.render([user("Ho"), assistant("else")], add_generation_prompt=False)
-    assert with_reply(prompt.transcript, reply, echo) == with_reply(prompt.transcript, reply)
+def test_ids_for_no_text_are_never_spliced() -> None:
+    """However they came to be there: such spans were written by earlier versions."""
+    lie = Transcript((Span("", tuple(b"secret")),))
+    with pytest.raises(InvariantBroken):
+        lie.check()
+    assert ask(lie, [user("Hi")]).token_ids == ask(EMPTY, [user("Hi")]).token_ids
+
+
+def test_a_span_that_says_something_else_is_encoded_anew_and_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The last check holds whatever the splicing does."""
+    lies = [Span("secret", tuple(b"secret")), *ask(EMPTY, [user("Hi")]).transcript.spans[1:]]
+    monkeypatch.setattr(TextContinuation, "_spliced", lambda self, known: list(lies))
+    prompt = TextContinuation(TOKENIZER.render([user("Hi")]), TOKENIZER.encode).of(EMPTY)
+    monkeypatch.undo()
+    assert prompt.num_mended == 1
+    assert prompt.transcript == ask(EMPTY, [user("Hi")]).transcript
+
+
+def test_a_file_is_believed_where_its_ids_spell_its_texts() -> None:
+    special_id = special_piece(IM_START).special_id
+    assert special_id is not None
+    spans = [Span("Hello", DRIFTED_HELLO), Span("Ho", DRIFTED_HELLO), Span("Hello", (special_id,))]
+    spans += [Span(None, DRIFTED_HELLO), Span("", tuple("é".encode()[:1]))]
+    specials = [Span(IM_START, (special_id,), is_special=True)] * (len(spans) - 1)
+    rows = [span for pair in zip_longest(spans, specials) for span in pair if span is not None]
+    vouched = vouched_for(Transcript(tuple(rows)), TOKENIZER.detokenizer)
+    assert [span.is_whole for span in vouched.spans[::2]] == [True, False, False, False, False]
+    assert all(span.is_whole for span in vouched.spans[1::2])
+    strange = vouched_for(Transcript(tuple(rows)), None)
+    assert not any(span.is_whole for span in strange.spans[::2])
 
 
 def test_a_reply_ended_by_a_stop_string_is_continued() -> None:
@@ -203,10 +238,10 @@ def test_a_token_cut_by_a_stop_string_after_drift_is_encoded_anew_and_reported()
     assert prompt.divergence.reason is Reason.RETOKENISED
 
 
-def test_a_reply_ended_in_mid_character_is_continued_with_all_its_ids() -> None:
+def test_a_reply_ended_in_mid_character_is_continued_with_the_text_that_was_sent() -> None:
     reply = replied((*DRIFTED_HELLO, *"😀".encode()[:2]))
     known = answered([user("Hi")], reply)
-    assert reply.text == "Hello"
+    assert known.token_ids[-5:] == DRIFTED_HELLO
     assert_continues(ask(known, [user("Hi"), assistant("Hello"), user("More")]), known)
 
 
@@ -219,21 +254,16 @@ def test_a_cancelled_reply_is_continued_with_what_was_sent() -> None:
     assert_continues(ask(known, [user("Hi"), assistant("Hello"), user("More")]), known)
 
 
-def test_a_special_token_in_a_reply_is_kept_with_it() -> None:
+def test_a_special_token_in_a_reply_is_in_no_later_prompt() -> None:
+    """The client never saw it, and does not send it."""
     special_id = special_piece(IM_START).special_id
     assert special_id is not None
-    known = answered([user("Hi")], replied((*DRIFTED_HELLO, special_id, ord("!"))))
-    assert_continues(ask(known, [user("Hi"), assistant("Hello!"), user("More")]), known)
-
-
-def test_a_reply_without_text_is_kept() -> None:
-    special_id = special_piece(IM_START).special_id
-    assert special_id is not None
-    pieces = (special_piece(IM_START), Piece("x"), special_piece(IM_END))
-    known = TextContinuation(pieces, TOKENIZER.encode).of(EMPTY).transcript
-    known = with_reply(known, replied([special_id]))
-    prompt = TextContinuation((*pieces, special_piece(IM_END)), TOKENIZER.encode).of(known)
-    assert_continues(prompt, known)
+    reply = replied((*TOKENIZER.encode("Hello"), special_id, ord("!")))
+    known = answered([user("Hi")], reply)
+    messages = [user("Hi"), assistant("Hello!"), user("More")]
+    prompt = ask(known, messages)
+    assert prompt.token_ids == ask(EMPTY, messages).token_ids
+    assert prompt.num_shared == known.num_tokens - 2
 
 
 def test_typed_special_tokens_are_never_taken_for_real_ones() -> None:

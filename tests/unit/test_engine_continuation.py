@@ -164,6 +164,48 @@ def test_an_edit_says_where_and_why() -> None:
     assert done.usage.cached_tokens == num_shared
 
 
+@pytest.mark.parametrize("agent_id", [None, "ada"])
+def test_more_of_a_message_is_an_edit(agent_id: str | None) -> None:
+    engine = fake_engine()
+    question = "x" * 600
+    first = run(engine, agent_id=agent_id, messages=[user(question)], max_tokens=5)
+    told = [user(question), assistant(first.text), user("And?")]
+    run(engine, agent_id=agent_id, messages=told, max_tokens=5)
+    told[-1] = user("And? And then?")
+    done = run(engine, agent_id=agent_id, messages=told, max_tokens=1)
+    assert done.cache.reason == "edited_text"
+
+
+@pytest.mark.parametrize("question", ["Hello there", "Hel", "x" * 600])
+def test_a_nameless_prompt_that_was_never_seen_is_a_new_line(question: str) -> None:
+    """Though it begins as every conversation does, and whole blocks of that are cached."""
+    engine = fake_engine()
+    system = {"role": "system", "content": "s" * 600}
+    run(engine, messages=[system, *HELLO], max_tokens=2)
+    run(engine, text="Once upon a time", max_tokens=2)
+    done = run(engine, messages=[system, user(question)], max_tokens=1)
+    assert done.cache.reason == "new_line"
+    assert done.cache.diverged_at == done.usage.cached_tokens >= 512
+    assert run(engine, text="There was once", max_tokens=2).cache.reason == "new_line"
+
+
+def test_after_a_prefill_that_was_broken_off_nothing_is_called_an_edit() -> None:
+    engine = fake_engine(prefill_chunk_tokens=256, idle_prefill_tokens=256)
+    first = [user("x" * 400), assistant("a"), user("b")]
+    run(engine, agent_id="ada", messages=first, max_tokens=1)
+    edited = [user("x" * 350), assistant("a"), user("y" * 2000)]
+    request_id = engine.submit(agent_id="ada", messages=edited, max_tokens=1)
+    step(engine, 3)
+    engine.cancel(request_id)
+    drain(engine)
+    done = run(engine, agent_id="ada", messages=edited, max_tokens=1)
+    assert 350 < done.usage.cached_tokens < 2000
+    assert (done.cache.reason, done.cache.diverged_at) == (
+        "not_computed",
+        done.usage.cached_tokens,
+    )
+
+
 def test_the_same_again_says_that_it_was_cached() -> None:
     engine = fake_engine()
     first = run(engine, agent_id="ada", token_ids=ids(300), max_tokens=5)
@@ -182,14 +224,14 @@ def test_what_was_evicted_says_so() -> None:
     assert done.cache.reason == "evicted"
 
 
-def test_a_template_that_trims_the_reply_costs_nothing() -> None:
-    script = [*b" Hi ", EOS]
+def test_what_a_template_trims_of_a_reply_is_computed_anew_and_reported() -> None:
+    script = [*b"Hi ", EOS]
     engine = scripted(*script, tokenizer=FakeTokenizer(trim_content=True))
     first = run(engine, agent_id="ada", messages=HELLO)
-    assert first.text == " Hi "
+    assert first.text == "Hi "
     done = run(engine, agent_id="ada", append=MORE, max_tokens=1)
-    assert done.usage.cached_tokens == first.usage.prompt_tokens + 4
-    assert done.cache.reason == "new_message"
+    assert done.usage.cached_tokens == first.usage.prompt_tokens + 2
+    assert done.cache.reason == "shortened_text"
 
 
 # -- text --------------------------------------------------------------------------------------
@@ -341,13 +383,13 @@ class TestRepliesCutAmidACharacter:
         first = run(engine, agent_id="ada", text="Say: ", max_tokens=5)
         second = run(engine, agent_id="ada", text="Say: abc", max_tokens=5)
         assert first.text == second.text == "abc"
-        assert second.usage.prompt_tokens == first.usage.prompt_tokens + len(
-            TOKENIZER.encode("abc")
-        )
+        assert second.usage.prompt_tokens == first.usage.prompt_tokens + 3
 
-    def test_a_conversation_that_goes_on_keeps_the_ids_that_were_fed(self) -> None:
+    def test_a_conversation_that_goes_on_keeps_the_ids_of_what_was_sent(self) -> None:
         engine = scripted(*b"abc", *HALF_OF_A_CHARACTER)
         first = run(engine, agent_id="ada", messages=HELLO, max_tokens=5)
+        assert first.token_ids == (*b"abc", *HALF_OF_A_CHARACTER)
         messages = [*HELLO, assistant("abc"), *MORE]
         second = run(engine, agent_id="ada", messages=messages, max_tokens=2)
-        assert second.usage.cached_tokens == first.usage.prompt_tokens + 4
+        assert second.usage.cached_tokens == first.usage.prompt_tokens + 3
+        assert second.cache.reason == "new_message"

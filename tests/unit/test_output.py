@@ -1,6 +1,6 @@
 """Deltas, stop strings and kept ids of a reply."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -18,14 +18,18 @@ assert SPECIAL is not None
 
 
 class Words:
-    """A detokenizer whose tokens are given by the test."""
+    """A detokenizer whose tokens are given by the test; behind some a character has begun."""
 
-    pending = False
-
-    def __init__(self, words: Sequence[str]) -> None:
+    def __init__(self, words: Sequence[str], pending_after: Collection[int] = ()) -> None:
         self._words = words
+        self._pending_after = pending_after
+        self.pending = False
+
+    def has_text(self, token_id: int) -> bool:
+        return True
 
     def push(self, token_id: int) -> str:
+        self.pending = token_id in self._pending_after
         return self._words[token_id]
 
 
@@ -61,7 +65,29 @@ def test_a_reply_ended_in_mid_character_keeps_the_ids_and_not_the_text() -> None
     text = reply_text()
     push_all(text, [HELLO, *SMILE[:2]])
     assert text.finish() == Emitted("", tuple(SMILE[:2]))
-    assert text.reply == Reply("Hello", (HELLO, *SMILE[:2]))
+    assert text.reply == Reply("Hello", (HELLO, *SMILE[:2]), num_silent=2)
+    assert text.reply.spoken == Reply("Hello", (HELLO,))
+
+
+def test_a_reply_ended_in_mid_character_by_a_token_with_text_is_not_whole() -> None:
+    text = ReplyText(Words(["Hello", "a", ""], pending_after={1}), ())
+    push_all(text, [0, 1])
+    assert text.finish() == Emitted("", (1,))
+    assert text.reply == Reply("Helloa", (0, 1), is_whole=False, num_silent=1)
+
+
+def test_a_silent_token_in_the_middle_says_so() -> None:
+    text = reply_text()
+    push_all(text, [HELLO, SPECIAL, WORLD])
+    assert text.reply == Reply("Hello world", (HELLO, SPECIAL, WORLD), is_whole=False)
+    assert text.reply.spoken == text.reply
+
+
+def test_of_a_reply_without_text_the_line_keeps_nothing() -> None:
+    text = reply_text()
+    push_all(text, [SPECIAL, SPECIAL])
+    assert text.reply.token_ids == (SPECIAL, SPECIAL)
+    assert text.reply.spoken == Reply("", ())
 
 
 def test_a_special_token_gives_its_id_and_no_text() -> None:
@@ -101,7 +127,7 @@ def test_a_stop_string_that_begins_in_mid_token_leaves_that_token_out() -> None:
 def test_a_silent_token_right_before_the_stop_string_is_kept() -> None:
     text = reply_text("x")
     push_all(text, [HELLO, SPECIAL, ord("x")])
-    assert text.reply == Reply("Hello", (HELLO, SPECIAL))
+    assert text.reply == Reply("Hello", (HELLO, SPECIAL), num_silent=1)
 
 
 def test_a_stop_string_right_after_a_held_character_is_seen() -> None:

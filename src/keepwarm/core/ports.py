@@ -179,6 +179,10 @@ class Detokenizer(Protocol):
         """The text completed by this token: never a part of a character."""
         ...
 
+    def has_text(self, token_id: int) -> bool:
+        """Whether the token is text, or a part of one: special tokens and unknown ids are not."""
+        ...
+
     @property
     def pending(self) -> bool:
         """Whether the last tokens are still waiting for the rest of a character."""

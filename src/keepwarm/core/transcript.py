@@ -13,7 +13,9 @@ class Span:
     """A special token, or the text between two special tokens, with the ids as they were fed.
 
     `text` is what was sent or delivered, never a decoding. It is None where only ids are known.
-    When `is_whole` is false, the ids end before the text does.
+    `is_whole`: the ids are those of the text, no more and no less. A reply's are not where a stop
+    string cut its last token, or where it has tokens without a text (a special token, the first
+    bytes of a character that never came).
     """
 
     text: str | None
@@ -25,6 +27,8 @@ class Span:
         """Whether the stored ids may stand for the piece without asking a tokenizer."""
         if self.is_special:
             return self.token_ids == (piece.special_id,)
+        if self.text == "" and self.token_ids:
+            return False  # ids for no text are a lie, whatever wrote them
         return self.is_whole and piece.special_id is None and self.text == piece.text
 
 
@@ -49,8 +53,10 @@ class Transcript:
         return len(self.token_ids)
 
     def check(self) -> None:
-        """Texts and special tokens take turns."""
+        """Texts and special tokens take turns, and no ids stand for an empty text."""
         for position, span in enumerate(self.spans):
+            if span.text == "" and span.token_ids and span.is_whole:
+                raise InvariantBroken(f"span {position} has ids and no text: {span}")
             if span.is_special != bool(position % 2):
                 raise InvariantBroken(f"span {position} of {len(self.spans)} out of turn: {span}")
         if len(self.spans) % 2 == 0:

@@ -19,12 +19,13 @@ from keepwarm.core.ports import Message
 from keepwarm.core.sequence import TokenSequence
 from keepwarm.core.transcript import Receipt
 from keepwarm.engine.agents import Line
-from keepwarm.engine.chat import Prompt, Reason
-from keepwarm.engine.output import Emitted, ReplyText
+from keepwarm.engine.chat import Divergence, Prompt, Reason
+from keepwarm.engine.output import Emitted, Reply, ReplyText
 from keepwarm.engine.requests import ReceiptKey
 
 EVICTED = "evicted"
 CACHED = "cached"
+ANOTHER_TEXT = frozenset({Reason.EDITED_TEXT, Reason.SHORTENED_TEXT, Reason.EDITED_SPECIAL})
 
 
 @dataclass(slots=True, eq=False)
@@ -57,9 +58,15 @@ class ActiveRequest:
         return self.sequence.agent_id
 
     @property
+    def kept_reply(self) -> Reply:
+        """The reply as the line will remember it: by its text, or by its ids as the prompt was."""
+        reply = self.reply.reply
+        return reply if self.prompt.is_of_ids else reply.spoken
+
+    @property
     def num_kept_tokens(self) -> int:
         """Prompt and reply as the line will remember them."""
-        return self.sequence.num_prompt_tokens + len(self.reply.reply.token_ids)
+        return self.sequence.num_prompt_tokens + len(self.kept_reply.token_ids)
 
     def started(self) -> Started:
         return Started(self.request_id, self.agent_id, self._cache_report(), self.adapted)
@@ -128,21 +135,36 @@ class ActiveRequest:
         A new line of an agent finds whole blocks of the line that it is most like, and not its
         tail; why it could not go on with that line says more than that.
         """
-        divergence = self.prompt.divergence
         # The last token of a line may have been sampled and never fed: lacking it is no loss.
         num_lacking = min(self.prompt.num_shared, num_prompt) - 1 - cached
         if num_lacking > 0 and not self.is_new_line:
             return cached, EVICTED
-        if self.is_new_line and (self.agent_id is None or divergence is None):
-            return (cached, Reason.NEW_LINE.value) if num_lacking > 0 else self._as_known(cached)
+        if self._is_new_conversation(num_lacking):
+            return cached, Reason.NEW_LINE.value
         if num_lacking >= BLOCK_TOKENS:
             return cached, EVICTED
         return self._as_known(cached)
+
+    def _is_new_conversation(self, num_lacking: int) -> bool:
+        """Whether what the prompt shares with a line is no more than how conversations begin."""
+        divergence = self.prompt.divergence
+        if divergence is None or self.agent_id is not None:
+            return divergence is None and self.is_new_line and num_lacking > 0
+        if self.is_new_line and num_lacking > 0:
+            return True
+        return divergence.reason in ANOTHER_TEXT and not self._shares_a_reply(divergence)
+
+    def _shares_a_reply(self, divergence: Divergence) -> bool:
+        message = self.locate(divergence.token_index)
+        return any(said["role"] == "assistant" for said in (self.messages or ())[:message])
 
     def _as_known(self, cached: int) -> tuple[int, str]:
         divergence = self.prompt.divergence
         if divergence is None:
             return self.sequence.num_prompt_tokens, CACHED
+        is_new = divergence.reason in (Reason.NEW_LINE, Reason.NEW_MESSAGE)
+        if cached > divergence.token_index and not is_new:
+            return cached, Reason.NOT_COMPUTED.value
         return max(divergence.token_index, cached), divergence.reason.value
 
     def _timing(self, now_s: float) -> Timing:

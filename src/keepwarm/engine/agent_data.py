@@ -39,7 +39,7 @@ class AgentPorter:
         keeper: AgentKeeper,
         book: AgentBook,
     ) -> None:
-        self._tokenizer = loaded.tokenizer.fingerprint
+        self._tokenizer = loaded.tokenizer
         self._vocab_size = loaded.vocab_size
         self._family = family
         self._tiers = tiers
@@ -54,7 +54,7 @@ class AgentPorter:
         # A bundle does not say which line was used last: it is the one that knows the most.
         foreign = tuple(line for line in agent.foreign if _is_part_of(agent.main, line))
         state = self._keeper.state_of(replace(agent, foreign=foreign))
-        ticket = self._store.write_bundle(self._family, self._tokenizer, state, path)
+        ticket = self._store.write_bundle(self._family, self._tokenizer.fingerprint, state, path)
         written = self._link.answer(ticket, BundleWritten)
         held = [line.num_held() for line in agent.lines]
         stored = [self._num_stored(line) for line in agent.lines]
@@ -66,14 +66,14 @@ class AgentPorter:
     def import_agent(self, path: Path, agent_id: str | None, namespace: str) -> ImportSummary:
         """Nobody else finds its KV before it was verified. None keeps its name."""
         self._book.check_is_new(valid_agent_id(agent_id))
-        terms = private_terms(self._family, self._tokenizer, self._vocab_size)
+        terms = private_terms(self._family, self._tokenizer.fingerprint, self._vocab_size)
         bundle = self._link.answer(self._store.read_bundle(path, terms), BundleRead).bundle
         if bundle is None:
             raise InvariantBroken(f"the store answered for {path} without a bundle")
         name = agent_id or in_namespace(namespace, name_of(bundle))
         self._book.check_is_new(name)
         stored = self._link.answer(self._store.store_bundle(bundle, name), BundleStored)
-        state = imported_state(bundle, name, stored.num_records)
+        state = imported_state(bundle, name, stored.num_records, self._tokenizer)
         agent = self._book.add(self._keeper.agent_of(state))
         self._link.commit(agent)
         return ImportSummary(

@@ -677,6 +677,7 @@ class BlockPoolBatchEngine:
             tiers=replace(self.tiers.counters),
             batch=replace(self.batch.counters),
             store=self._store.health(),
+            num_mended_spans=self._intake.num_mended_spans,
         )
 
     def check(self) -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from keepwarm.core.agent import PRIVATE, home_namespace, in_namespace
 from keepwarm.core.errors import BadBundle, InvalidRequest
-from keepwarm.core.stored import AgentState, Bundle, BundleTerms, KVFamily
+from keepwarm.core.ports import Tokenizer
+from keepwarm.core.stored import AgentState, Bundle, BundleTerms, KVFamily, LineState
+from keepwarm.engine.chat import vouched_for
 from keepwarm.engine.requests import valid_agent_id
 
 
@@ -58,19 +60,25 @@ def name_of(bundle: Bundle) -> str:
     return bundle.state.agent_id
 
 
-def imported_state(bundle: Bundle, agent_id: str, num_records: int) -> AgentState:
+def imported_state(
+    bundle: Bundle, agent_id: str, num_records: int, tokenizer: Tokenizer
+) -> AgentState:
     """The agent under its name here; lines without any KV have no secrets to keep.
 
-    Under another name than it had it is another agent, and none of its receipts is its own.
+    Under another name than it had it is another agent, and none of its receipts is its own. What
+    its ids say is looked at where they are this tokenizer's; nothing of others' is believed.
     """
     home = home_namespace(agent_id)
     is_same = in_namespace("", agent_id) == in_namespace("", bundle.state.agent_id)
-    lines = tuple(
-        replace(
+
+    def own(line: LineState) -> LineState:
+        is_readable = line.tokenizer == tokenizer.fingerprint
+        return replace(
             line,
             namespace=line.namespace if num_records and line.namespace else home,
             turns=line.turns if is_same else tuple(turn.without_receipt() for turn in line.turns),
+            transcript=vouched_for(line.transcript, tokenizer.detokenizer if is_readable else None),
         )
-        for line in bundle.state.lines
-    )
+
+    lines = tuple(map(own, bundle.state.lines))
     return replace(bundle.state, agent_id=agent_id, lines=lines)

@@ -5,7 +5,7 @@ seen or said, the stored ids stand for it, whatever a tokenizer would make of th
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 from itertools import zip_longest
@@ -14,7 +14,7 @@ from typing import Protocol
 from keepwarm.core.block import common_prefix
 from keepwarm.core.errors import InvalidRequest
 from keepwarm.core.plain import NotPlain, plain_object
-from keepwarm.core.ports import ROLES, Message, Piece
+from keepwarm.core.ports import ROLES, Detokenizer, Message, Piece
 from keepwarm.core.transcript import EMPTY, NO_TEXT, Span, Transcript
 from keepwarm.engine.output import Reply
 
@@ -29,7 +29,7 @@ class Reason(StrEnum):
     """Why a prompt leaves what its line knows."""
 
     NEW_LINE = "new_line"
-    """Nothing was known."""
+    """Nothing was known, or no more than how other conversations begin."""
     NEW_MESSAGE = "new_message"
     """All that was known is kept, and more follows: a plain continuation."""
     EDITED_TEXT = "edited_text"
@@ -38,9 +38,12 @@ class Reason(StrEnum):
     EDITED_SPECIAL = "edited_special"
     """Another special token stands there: the messages have another structure."""
     RETOKENISED = "retokenised"
-    """The stored text is there, but goes on where its ids may not stand for it."""
+    """The stored text is there, but its ids may not stand for it: it goes on, or was cut."""
     OTHER_IDS = "other_ids"
     """Only ids are known of one side, and they differ."""
+    NOT_COMPUTED = "not_computed"
+    """The prompt left its line earlier, and KV was found beyond: of a request with this prompt that
+    was broken off, or of another agent. It ends here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,7 @@ class Prompt:
 
     `num_spliced` ids were kept because their text came back; `num_shared` ids are the same as
     before, spliced or not. `known` is what the line had; `is_of_ids`: the prompt was given as ids.
+    `num_mended` spans did not say the prompt's text and were encoded anew: a bug, counted.
     """
 
     transcript: Transcript
@@ -66,6 +70,7 @@ class Prompt:
     num_shared: int
     known: Transcript = EMPTY
     is_of_ids: bool = False
+    num_mended: int = 0
 
     @cached_property
     def divergence(self) -> Divergence | None:
@@ -125,13 +130,28 @@ class TextContinuation:
         last = spans[-1]
         if last.token_ids and self._ends_amid(last.token_ids):
             spans[-1] = self._encoded_span(len(spans) - 1)
+        num_mended = self._mend(spans)
         transcript = Transcript(tuple(spans))
         return Prompt(
             transcript,
             num_spliced=_num_spliced(known, transcript),
             num_shared=common_prefix(known.token_ids, transcript.token_ids),
             known=known,
+            num_mended=num_mended,
         )
+
+    def _mend(self, spans: list[Span]) -> int:
+        """Encode anew what does not say this prompt's text; return how many spans did not.
+
+        However a span came to stand in the prompt, this is the last look before its ids are fed: a
+        cache may forget, and must never answer from another conversation.
+        """
+        num_mended = 0
+        for position, (span, piece) in enumerate(zip(spans, self._wanted, strict=True)):
+            if not span.says(piece):
+                spans[position] = self._encoded_span(position)
+                num_mended += 1
+        return num_mended
 
     def _spliced(self, known: Transcript) -> list[Span]:
         """The stored span wherever it says the piece, up to the first span whose ids differ."""
@@ -167,20 +187,9 @@ class IdsContinuation:
         return Prompt(transcript, num_spliced=0, num_shared=num_shared, known=known, is_of_ids=True)
 
 
-def with_reply(transcript: Transcript, reply: Reply, echo: Sequence[Piece] = ()) -> Transcript:
-    """The line after its prompt was answered: the open text goes on with the reply.
-
-    `echo` is what the template makes of the conversation with this reply in it. Where it differs
-    from the prompt and the reply end to end (a template that trims, indents or rewrites tool
-    calls), the next prompt will bring the echo's text, so that is the text to know the reply by.
-    """
-    answered = _continue_open_text(transcript, Span(reply.text, reply.token_ids, reply.is_whole))
-    text = _echoed_text(transcript, tuple(take_turns(echo)))
-    open_span = answered.spans[-1]
-    if text is None or open_span.text is None:
-        return answered
-    renamed = Span(text, open_span.token_ids, open_span.is_whole)
-    return Transcript((*answered.spans[:-1], renamed))
+def with_reply(transcript: Transcript, reply: Reply) -> Transcript:
+    """The line after its prompt was answered: the open text goes on with the reply."""
+    return _continue_open_text(transcript, Span(reply.text, reply.token_ids, reply.is_whole))
 
 
 def truncate(transcript: Transcript, num_tokens: int) -> Transcript:
@@ -194,6 +203,31 @@ def truncate(transcript: Transcript, num_tokens: int) -> Transcript:
         spans.append(span)
         room -= len(span.token_ids)
     return Transcript(tuple(spans))
+
+
+def vouched_for(
+    transcript: Transcript, detokenizer: Callable[[], Detokenizer] | None
+) -> Transcript:
+    """A transcript out of a file: its ids stand for a text only where they really spell it.
+
+    Where they do not, the text is encoded anew when it comes up. `detokenizer` makes a fresh one;
+    None where the ids are another tokenizer's.
+    """
+    return Transcript(
+        tuple(
+            replace(span, is_whole=span.is_special or _spells(span, detokenizer))
+            for span in transcript.spans
+        )
+    )
+
+
+def _spells(span: Span, new_detokenizer: Callable[[], Detokenizer] | None) -> bool:
+    if new_detokenizer is None:
+        return False
+    detokenizer = new_detokenizer()
+    text = "".join(map(detokenizer.push, span.token_ids))
+    is_text_only = all(map(detokenizer.has_text, span.token_ids))
+    return span.is_whole and is_text_only and text == span.text and not detokenizer.pending
 
 
 def take_turns(pieces: Sequence[Piece]) -> Iterator[Piece]:
@@ -232,15 +266,6 @@ def _continue_open_text(transcript: Transcript, more: Span) -> Transcript:
     return Transcript((*closed, joined))
 
 
-def _echoed_text(transcript: Transcript, echo: Sequence[Piece]) -> str | None:
-    """The echo's text at the place of the open text, if the echo agrees up to there."""
-    *closed, open_span = transcript.spans
-    if len(echo) < len(transcript.spans) or open_span.text is None:
-        return None
-    agree = all(span.says(piece) for span, piece in zip(closed, echo, strict=False))
-    return echo[len(closed)].text if agree else None
-
-
 def _cut(span: Span, num_tokens: int) -> tuple[Span, ...]:
     if span.is_special:
         return ()
@@ -252,24 +277,27 @@ def _divergence(known: Transcript, new: Transcript, num_shared: int) -> Divergen
         return None
     if num_shared == known.num_tokens:
         return Divergence(num_shared, Reason.NEW_MESSAGE if num_shared else Reason.NEW_LINE)
-    spans = zip(known.spans, new.spans, strict=False)
-    stored, wanted = next((a, b) for a, b in spans if a.token_ids != b.token_ids)
+    spans = enumerate(zip(known.spans, new.spans, strict=False))
+    position, (stored, wanted) = next(
+        (n, pair) for n, pair in spans if pair[0].token_ids != pair[1].token_ids
+    )
     known_text, new_text = stored.text or "", wanted.text or ""
     start = _common_characters(known_text, new_text)
     return Divergence(
         num_shared,
-        _reason(stored, wanted),
+        _reason(stored, wanted, is_open=position == len(known.spans) - 1),
         known_text[start : start + EXCERPT_CHARACTERS],
         new_text[start : start + EXCERPT_CHARACTERS],
     )
 
 
-def _reason(stored: Span, wanted: Span) -> Reason:
+def _reason(stored: Span, wanted: Span, *, is_open: bool) -> Reason:
+    """`is_open`: the line ended with the stored text, so that more of it is no edit."""
     if stored.is_special:
         return Reason.EDITED_SPECIAL
     if stored.text is None or wanted.text is None:
         return Reason.OTHER_IDS
-    if wanted.text.startswith(stored.text):
+    if stored.text == wanted.text or (is_open and wanted.text.startswith(stored.text)):
         return Reason.RETOKENISED
     if _lacks_a_part(stored.text, wanted.text):
         return Reason.SHORTENED_TEXT

@@ -54,13 +54,17 @@ class Wanted:
 
 
 class Intake:
-    """Decides about requests before anything is taken for them; changes nothing."""
+    """Decides about requests before anything is taken for them; changes nothing.
+
+    `num_mended_spans` counts what a prompt would have said wrongly and was encoded anew: bugs.
+    """
 
     def __init__(self, loaded: LoadedModel, book: AgentBook, tiers: Tiers) -> None:
         self._loaded = loaded
         self._tokenizer = loaded.tokenizer
         self._book = book
         self._tiers = tiers
+        self.num_mended_spans = 0
 
     def priority(self, agent_id: str | None, priority: int | None) -> int:
         """None is the agent's own."""
@@ -79,7 +83,14 @@ class Intake:
     ) -> Wanted:
         """`namespace` is for requests without an agent; `max_tokens` as it was asked for."""
         if source.append is not None:
-            return self._choose_main(agent_id, validate_messages(source.append), max_tokens)
+            new = validate_messages(source.append)
+            wanted = self._choose_main(agent_id, new, max_tokens)
+        else:
+            wanted = self._choose_line(agent_id, source, namespace)
+        self.num_mended_spans += wanted.prompt.num_mended
+        return wanted
+
+    def _choose_line(self, agent_id: str | None, source: PromptSource, namespace: str) -> Wanted:
         conversation = None if source.messages is None else validate_messages(source.messages)
         continuation = self._continuation(source, conversation)
         choice = self._book.choose(agent_id, namespace, continuation)

@@ -23,22 +23,33 @@ NOTHING = Emitted("", ())
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A reply as it was delivered, and the ids to keep for it.
+    """A reply as it was delivered.
 
-    `is_whole` is false when the end of `text` belongs to a token that was not kept, because a stop
-    string began in the middle of it or the reply was cancelled there.
+    `is_whole`: the ids are those of the text, no more and no less. They are not where the end of
+    `text` belongs to a token that was not kept, because a stop string began in the middle of it or
+    the reply was cancelled there, nor where a token in its middle has no text. The last
+    `num_silent` ids have none: special tokens, the first bytes of a character that never came.
     """
 
     text: str
     token_ids: tuple[int, ...]
     is_whole: bool = True
+    num_silent: int = 0
+
+    @property
+    def spoken(self) -> "Reply":
+        """What the line keeps: without the ids at its end that the next prompt will not have."""
+        num_spoken = len(self.token_ids) - self.num_silent if self.text else 0
+        return Reply(self.text, self.token_ids[:num_spoken], self.is_whole)
 
 
 @dataclass(frozen=True, slots=True)
 class _HeldToken:
+    """`end`: how many characters of the reply must be sent before its text is wholly sent."""
+
     token_id: int
     end: int
-    """How many characters of the reply must be sent before this token's text is wholly sent."""
+    has_text: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +69,8 @@ class ReplyText:
     searched is only what was held back and what is new: no stop string can begin before that.
 
     When the reply ends by length or EOS in the middle of a character, the ids of that character
-    are kept and its text is not: those ids were sampled and fed, so keeping them leaves the line
-    as the model left it, and the next prompt matches the text that was sent.
+    are sent and its text is not; the line does not keep them, since the next prompt has only the
+    text that was sent.
     """
 
     def __init__(self, detokenizer: Detokenizer, stop: Sequence[str] = ()) -> None:
@@ -69,14 +80,13 @@ class ReplyText:
         self._held_tokens: list[_HeldToken] = []
         self._undecoded: list[int] = []
         self._sent_text: list[str] = []
-        self._sent_ids: list[int] = []
+        self._sent: list[_HeldToken] = []
         self._num_sent = 0
-        self._num_carried = 0
         self._stopped_by: str | None = None
 
     def __repr__(self) -> str:
         return (
-            f"ReplyText({self._num_sent} characters of {len(self._sent_ids)} tokens sent, "
+            f"ReplyText({self._num_sent} characters of {len(self._sent)} tokens sent, "
             f"{self._held_text!r} held, stopped_by={self._stopped_by!r})"
         )
 
@@ -88,8 +98,16 @@ class ReplyText:
     @property
     def reply(self) -> Reply:
         """What was sent so far."""
+        num_silent = next(
+            (n for n, token in enumerate(reversed(self._sent)) if token.has_text), len(self._sent)
+        )
+        spoken = self._sent[: len(self._sent) - num_silent]
+        num_carried = spoken[-1].end if spoken else 0
         return Reply(
-            "".join(self._sent_text), tuple(self._sent_ids), self._num_carried == self._num_sent
+            text="".join(self._sent_text),
+            token_ids=tuple(token.token_id for token in self._sent),
+            is_whole=num_carried == self._num_sent and all(t.has_text for t in spoken),
+            num_silent=num_silent,
         )
 
     def push(self, token_id: int) -> Emitted:
@@ -102,7 +120,7 @@ class ReplyText:
 
     def finish(self) -> Emitted:
         """The reply ended by length or EOS: send all that was held back, and every id."""
-        self._settle_undecoded()
+        self._settle_undecoded(is_broken_off=self._detokenizer.pending)
         return self._send(len(self._held_text))
 
     def cancel(self) -> None:
@@ -117,9 +135,12 @@ class ReplyText:
         if not self._detokenizer.pending:
             self._settle_undecoded()
 
-    def _settle_undecoded(self) -> None:
+    def _settle_undecoded(self, *, is_broken_off: bool = False) -> None:
         end = self._num_sent + len(self._held_text)
-        self._held_tokens += [_HeldToken(token_id, end) for token_id in self._undecoded]
+        self._held_tokens += [
+            _HeldToken(token_id, end, not is_broken_off and self._detokenizer.has_text(token_id))
+            for token_id in self._undecoded
+        ]
         self._undecoded.clear()
 
     def _stop_at(self, match: _StopMatch) -> Emitted:
@@ -134,15 +155,14 @@ class ReplyText:
         self._num_sent += num_characters
         covered = self._pop_covered()
         self._sent_text.append(text)
-        self._sent_ids += covered
-        return Emitted(text, tuple(covered))
+        self._sent += covered
+        return Emitted(text, tuple(token.token_id for token in covered))
 
-    def _pop_covered(self) -> list[int]:
+    def _pop_covered(self) -> list[_HeldToken]:
         covered = [held for held in self._held_tokens if held.end <= self._num_sent]
         if covered:
             del self._held_tokens[: len(covered)]
-            self._num_carried = covered[-1].end
-        return [held.token_id for held in covered]
+        return covered
 
 
 def find_stop(text: str, stops: Sequence[str]) -> _StopMatch | None:

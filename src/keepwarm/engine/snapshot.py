@@ -22,6 +22,8 @@ class EngineSnapshot:
     tiers: TierCounters
     batch: BatchCounters
     store: StoreHealth
+    num_mended_spans: int
+    """Parts of prompts that stored ids would have said wrongly, had the last check not been."""
 
 
 def merged(
@@ -44,6 +46,7 @@ def merged(
         tiers=_sum_of(TierCounters(), [snapshot.tiers for snapshot in snapshots]),
         batch=_sum_of(BatchCounters(), [snapshot.batch for snapshot in snapshots]),
         store=store,
+        num_mended_spans=sum(snapshot.num_mended_spans for snapshot in snapshots),
     )
 
 

@@ -1,18 +1,17 @@
 """The requests in the engine: their replies, token by token, and what each leaves to its line."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from keepwarm.core.errors import InvalidRequest, InvariantBroken, RequestBroke
+from keepwarm.core.errors import InvariantBroken, RequestBroke
 from keepwarm.core.events import Event, FinishReason
-from keepwarm.core.ports import Message, Piece, Tokenizer
+from keepwarm.core.ports import Tokenizer
 from keepwarm.engine.active import ActiveRequest
 from keepwarm.engine.agents import AgentBook, history
 from keepwarm.engine.batch import Advanced, Batch, Broken, Opened, Outcome, Sampled
 from keepwarm.engine.chat import with_reply
-from keepwarm.engine.output import Reply
 from keepwarm.engine.store_link import StoreLink
 from keepwarm.engine.tiers import Tiers
 
@@ -140,30 +139,16 @@ class Turns:
         it computed stays with the line's blocks. Returns whether there is a turn to commit.
         """
         line = active.line
-        reply = active.reply.reply
+        reply = active.kept_reply
         self._tiers.truncate(line.blocks, active.num_kept_tokens)
         if active.sequence.first_token_s is None:
             return False
-        if not reply.text:  # tokens that have no text: the same prompt must be the same again
-            reply = Reply("", ())
         conversation = history(active.messages, active.reply_prefix + reply.text)
-        echo = self._echo(conversation) if conversation is not None else ()
-        line.transcript = with_reply(active.prompt.transcript, reply, echo)
+        line.transcript = with_reply(active.prompt.transcript, reply)
         num_kept = active.prompt.num_shared
         receipt = active.receipt(reason)
         self._book.record_turn(active.agent_id, line, num_kept, conversation, receipt)
         return True
-
-    def _echo(self, conversation: Sequence[Message]) -> Sequence[Piece]:
-        """How the next prompt will probably begin; nothing where the template refuses that.
-
-        A client may send the reply otherwise, or never: that it cannot come back like this is no
-        reason to lose it.
-        """
-        try:
-            return self._tokenizer.render(conversation, add_generation_prompt=False)
-        except InvalidRequest:
-            return ()
 
     def _fail(self, active: ActiveRequest, error: Exception) -> None:
         """The conversation stays as it was before the request; what was computed can be found."""

@@ -27,6 +27,9 @@ class ByteLevelDetokenizer:
     def pending(self) -> bool:
         return bool(self._decoder.getstate()[0])
 
+    def has_text(self, token_id: int) -> bool:
+        return has_text(self._tokenizer, self._hidden_ids, token_id)
+
     def push(self, token_id: int) -> str:
         token = self._tokenizer.id_to_token(token_id)
         if token is None or token_id in self._hidden_ids:
@@ -51,6 +54,9 @@ class WindowDetokenizer:
     def pending(self) -> bool:
         return bool(self._waiting)
 
+    def has_text(self, token_id: int) -> bool:
+        return has_text(self._tokenizer, self._hidden_ids, token_id)
+
     def push(self, token_id: int) -> str:
         if token_id in self._hidden_ids:
             return ""
@@ -70,6 +76,11 @@ class WindowDetokenizer:
 
     def _decode(self, token_ids: list[int]) -> str:
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=False))
+
+
+def has_text(tokenizer: Tokenizer, hidden_ids: Collection[int], token_id: int) -> bool:
+    """Whether the id is a token, and none of the hidden ones."""
+    return token_id not in hidden_ids and tokenizer.id_to_token(token_id) is not None
 
 
 def bytes_of_token(token: str) -> bytes:

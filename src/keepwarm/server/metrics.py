@@ -116,12 +116,14 @@ class _OfSnapshot(Collector):
 
     def _counters(self) -> Iterator[Metric]:
         batch, tiers, store = self._snapshot.batch, self._snapshot.tiers, self._snapshot.store
+        mended = self._snapshot.num_mended_spans
         for name, text, value in (
             ("steps", "Steps of the batch", batch.steps),
             ("decoded_tokens", "Tokens decoded", batch.decoded_tokens),
             ("prefilled_tokens", "Tokens prefilled", batch.prefilled_tokens),
             ("preemptions", "Rows that gave way to others", batch.preemptions),
             ("generator_failures", "Steps that raised", batch.generator_failures),
+            ("mended_spans", "Parts of prompts that stored ids did not say", mended),
             ("damaged_records", "Records that failed their check", store.num_damaged),
             ("store_faults", "Times that the disk refused", store.num_faults),
             ("written_bytes", "KV written to disk", store.written_bytes),

@@ -114,7 +114,17 @@ def _add_models(db: sqlite3.Connection) -> None:
     db.execute("ALTER TABLE agents ADD COLUMN model TEXT NOT NULL DEFAULT ''")
 
 
-STEPS: tuple[Step, ...] = (_create_tables, _add_overflow_and_receipts, _add_models)
+def _distrust_texts(db: sqlite3.Connection) -> None:
+    """Earlier versions named a reply's ids by what the template makes of it, or by no text."""
+    db.execute("UPDATE spans SET is_whole = 0 WHERE is_special = 0")
+
+
+STEPS: tuple[Step, ...] = (
+    _create_tables,
+    _add_overflow_and_receipts,
+    _add_models,
+    _distrust_texts,
+)
 """Step n takes version n to n + 1; an empty file has version 0."""
 
 

@@ -34,6 +34,7 @@ class FakeTokenizer:
 
     trim_content: bool = False
     strip_thinking: bool = False
+    has_bos: bool = True
 
     @property
     def vocab_size(self) -> int:
@@ -50,7 +51,7 @@ class FakeTokenizer:
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True
     ) -> tuple[Piece, ...]:
-        pieces = [special_piece(BOS)]
+        pieces = [special_piece(BOS)] if self.has_bos else []
         for index, message in enumerate(messages):
             pieces += self._rendered_message(messages, index, message)
         if add_generation_prompt:
@@ -59,7 +60,7 @@ class FakeTokenizer:
 
     def split(self, text: str) -> tuple[Piece, ...]:
         pieces = tuple(_cut(text))
-        if pieces and pieces[0] == special_piece(BOS):
+        if not self.has_bos or (pieces and pieces[0] == special_piece(BOS)):
             return pieces
         return (special_piece(BOS), *pieces)
 
@@ -73,6 +74,13 @@ class FakeTokenizer:
 
     def detokenizer(self) -> Detokenizer:
         return FakeDetokenizer()
+
+    @staticmethod
+    def bytes_of(token_id: int) -> bytes:
+        """A token's bytes; a special token's are its name's."""
+        if token_id < len(_BYTES_OF_ID):
+            return _BYTES_OF_ID[token_id]
+        return _SPECIALS[token_id - len(_BYTES_OF_ID)].encode()
 
     def _rendered_message(
         self, messages: Sequence[Message], index: int, message: Message
@@ -98,8 +106,11 @@ class FakeDetokenizer:
     def pending(self) -> bool:
         return bool(self._decoder.getstate()[0])
 
+    def has_text(self, token_id: int) -> bool:
+        return token_id < len(_BYTES_OF_ID)
+
     def push(self, token_id: int) -> str:
-        if token_id >= len(_BYTES_OF_ID):
+        if not self.has_text(token_id):
             return ""
         return self._decoder.decode(_BYTES_OF_ID[token_id])
 
