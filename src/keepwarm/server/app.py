@@ -20,6 +20,7 @@ from keepwarm.server.dialects import error_response
 from keepwarm.server.facts import HEADERS
 from keepwarm.server.guard import DOCS_FOLDER, Guard
 from keepwarm.server.openai import routes as openai
+from keepwarm.server.paths import TidyPaths
 from keepwarm.server.problems import problem_of
 from keepwarm.server.serving import VERSION, House
 
@@ -63,7 +64,7 @@ def build_app(house: House) -> ASGIApp:
             allow_headers=["*"],
             expose_headers=[*HEADERS, "X-Request-ID"],
         )
-    return guarded
+    return TidyPaths(guarded)
 
 
 def _lifespan_of(house: House) -> Lifespan:

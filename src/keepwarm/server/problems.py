@@ -125,6 +125,10 @@ _RETRY_AFTER_S = {
     Kind.BUSY: 1,
     Kind.MODEL_UNAVAILABLE: 30,
 }
+_NO_SUCH_PATH = (
+    "nothing is served at this path; OpenAI's clients want /v1 as their base (their chats are at "
+    "/v1/chat/completions), Anthropic's the server itself (/v1/messages); /docs shows every path"
+)
 _KIND_OF_STATUS = {401: Kind.UNAUTHENTICATED, 403: Kind.FORBIDDEN, 404: Kind.NOT_FOUND}
 
 
@@ -163,9 +167,8 @@ def _of_http(error: HTTPException) -> Problem:
         return error.__cause__.problem
     kind = _KIND_OF_STATUS.get(error.status_code, Kind.INVALID)
     param = "body" if error.status_code == 400 else None
-    return Problem(
-        error.status_code, kind, str(error.detail), param, headers=dict(error.headers or {})
-    )
+    message = _NO_SUCH_PATH if error.status_code == 404 else str(error.detail)
+    return Problem(error.status_code, kind, message, param, headers=dict(error.headers or {}))
 
 
 def _of_validation(error: RequestValidationError) -> Problem:
