@@ -95,6 +95,24 @@ def blocks_of_text_and_cache_control_are_understood() -> None:
     assert prompt_tokens(blocks.usage) == prompt_tokens(plain.usage)
 
 
+def a_picture_in_the_history_is_left_out() -> str:
+    source = {"type": "base64", "media_type": "image/png", "data": "AA"}
+    shown = [{"type": "image", "source": source}]
+    call = {"type": "tool_use", "id": "t", "name": "read", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "t", "content": shown}
+    old = [
+        QUESTION,
+        {"role": "assistant", "content": [call]},
+        {"role": "user", "content": [result]},
+        {"role": "assistant", "content": "I see."},
+    ]
+    reply = create(messages=[*old, QUESTION])
+    assert reply.keepwarm["ignored"] == ["messages.2.content.0.content.0"]
+    with raises(anthropic.BadRequestError) as refused:
+        create(messages=old[:3])
+    return str(refused[0])
+
+
 def max_tokens_and_stop_sequences_end_a_reply() -> str:
     whole = create(max_tokens=8)
     assert whole.stop_reason == "max_tokens"
@@ -154,6 +172,7 @@ run(
     tokens_are_counted,
     a_second_turn_finds_all_of_the_first,
     blocks_of_text_and_cache_control_are_understood,
+    a_picture_in_the_history_is_left_out,
     max_tokens_and_stop_sequences_end_a_reply,
     a_tool_is_offered_and_text_comes_back,
     what_was_reused_is_in_every_reply,

@@ -98,6 +98,20 @@ def parts_and_a_developer_message_are_understood() -> None:
     assert without.usage.prompt_tokens != plain.usage.prompt_tokens
 
 
+def a_picture_in_the_history_is_left_out() -> str:
+    url = {"url": "data:image/png;base64,AA"}
+    look = [{"type": "text", "text": "Look: "}, {"type": "image_url", "image_url": url}]
+    said = {"role": "assistant", "content": "I see."}
+    asked = {"model": MODEL, "max_tokens": 4, "temperature": 0}
+    old = [{"role": "user", "content": look}, said]
+    reply = CLIENT.chat.completions.create(messages=[*old, QUESTION], **asked)
+    assert reply.keepwarm["ignored"] == ["messages.0.content.1"]
+    with raises(openai.BadRequestError) as refused:
+        CLIENT.chat.completions.create(messages=old[:1], **asked)
+    assert refused[0].param == "messages.0.content.1"
+    return refused[0].message
+
+
 def max_tokens_and_stop_end_a_reply() -> str:
     asked = {"model": MODEL, "messages": [QUESTION], "temperature": 0}
     long = CLIENT.chat.completions.create(**asked, max_tokens=8).choices[0]
@@ -215,6 +229,7 @@ run(
     the_stream_helper_builds_the_reply,
     a_second_turn_finds_all_of_the_first,
     parts_and_a_developer_message_are_understood,
+    a_picture_in_the_history_is_left_out,
     max_tokens_and_stop_end_a_reply,
     several_choices,
     a_bare_completion,

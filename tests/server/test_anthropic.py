@@ -243,7 +243,8 @@ class TestContent:
     @staticmethod
     def messages_of(*messages: Any, system: Any = None) -> Any:
         return messages_of(
-            Conversation.model_validate({"model": "m", "messages": messages, "system": system})
+            Conversation.model_validate({"model": "m", "messages": messages, "system": system}),
+            left_out=[],
         )
 
     def test_every_kind_of_block(self) -> None:

@@ -64,12 +64,14 @@ def test_a_request_that_carries_it_is_refused(value: Any) -> None:
 
 @pytest.mark.parametrize("value", BAD_VALUES, ids=label)
 def test_every_way_into_the_engine_refuses_it(value: Any) -> None:
+    """In a new message, that is; half characters in old ones are mended."""
     engine = fake_engine()
     engine.create("ada")
+    new = [{**user("Hi"), "more": [value]}]
     ways: list[Any] = [
-        lambda: engine.submit(messages=[user("Hi"), call(value)]),
-        lambda: engine.submit(agent_id="ada", append=[call(value)]),
-        lambda: engine.count_tokens(messages=[user("Hi"), call(value)]),
+        lambda: engine.submit(messages=new),
+        lambda: engine.submit(agent_id="ada", append=new),
+        lambda: engine.count_tokens(messages=new),
     ]
     for way in ways:
         with pytest.raises(InvalidRequest):

@@ -188,7 +188,7 @@ class BlockPoolBatchEngine:
             text=text,
             token_ids=token_ids,
             continue_final_message=continue_final_message,
-        )
+        ).in_repair()
         agent_id = valid_agent_id(agent_id)
         wanted_tokens = valid_max_tokens(max_tokens)
         sampling = valid_sampling(
@@ -225,7 +225,7 @@ class BlockPoolBatchEngine:
         active = ActiveRequest(sequence, line, wanted.prompt, wanted.conversation, reply)
         active.locate = wanted.locate
         active.reply_prefix = wanted.reply_prefix
-        active.adapted = wanted.adapted
+        active.adapted = (*source.mended, *wanted.adapted)
         active.is_new_line = wanted.line is None
         active.num_dropped_turns = wanted.num_dropped_turns
         active.receipt_key = receipt_key
@@ -243,7 +243,7 @@ class BlockPoolBatchEngine:
         """How many tokens such a prompt has. Raises InvalidRequest."""
         source = PromptSource(
             messages=messages, text=text, continue_final_message=continue_final_message
-        )
+        ).in_repair()
         return self._intake.num_tokens(source)
 
     def cancel(self, request_id: str) -> bool:

@@ -4,7 +4,7 @@ import math
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeGuard
 
 from keepwarm.core.block import EXACT
@@ -12,6 +12,7 @@ from keepwarm.core.errors import InvalidRequest
 from keepwarm.core.ports import Message, Sampling
 from keepwarm.core.stored import MAX_QUOTA_BYTES, AgentSettings, Overflow
 from keepwarm.core.transcript import MAX_DIGEST_CHARS, MAX_KEY_CHARS, is_receipt_key
+from keepwarm.engine.history import mend
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._:@+-]{0,127}"
 NAMESPACE = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
@@ -76,7 +77,8 @@ class GenerateRequest:
 class PromptSource:
     """The prompt as given: exactly one of the four.
 
-    `continue_final_message`: the last of `messages` is the beginning of the reply.
+    `continue_final_message`: the last of `messages` is the beginning of the reply. `mended`: what
+    was changed in old messages, a short sentence for each change.
     """
 
     messages: Sequence[Message] | None = None
@@ -84,6 +86,7 @@ class PromptSource:
     text: str | None = None
     token_ids: Sequence[int] | None = None
     continue_final_message: bool = False
+    mended: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         given = [
@@ -98,6 +101,16 @@ class PromptSource:
             )
         if self.continue_final_message and self.messages is None:
             raise InvalidRequest("continue_final_message", "needs messages")
+
+    def in_repair(self) -> "PromptSource":
+        """With old messages that can be read; what a client replays must not end its conversation.
+
+        New ones are left for the checks to refuse.
+        """
+        messages = mend(self.messages, is_begun=self.continue_final_message)
+        new = mend(self.append)
+        notes = (*messages.notes, *new.notes)
+        return replace(self, messages=messages.messages, append=new.messages, mended=notes)
 
 
 def valid_agent_id(agent_id: object) -> str | None:

@@ -42,7 +42,7 @@ async def messages(body: MessagesRequest, serving: ServingOf) -> Response:
 async def count_tokens(body: Conversation, serving: ServingOf) -> Response:
     """How many tokens the prompt has; tools are not in it, as they are not in the prompt."""
     model = serving.model(body.model)
-    conversation = messages_of(body)
+    conversation = messages_of(body, left_out=[])
     num_tokens = await serving.engine.call_on(
         model.name,
         lambda engine: engine.count_tokens(

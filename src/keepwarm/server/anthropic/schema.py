@@ -25,6 +25,16 @@ Blocks = Annotated[
 """Content; bare text is a block of text."""
 
 
+Inner = Annotated[
+    list["ContentBlock"],
+    BeforeValidator(
+        lambda content: [content] if isinstance(content, dict) else _as_blocks(content),
+        json_schema_input_type=str | list["ContentBlock"],
+    ),
+]
+"""Content of a block; some results of the provider's own tools have one block without a list."""
+
+
 class ContentBlock(Lenient):
     """A block of any type; which fields it must have depends on `type`."""
 
@@ -34,7 +44,7 @@ class ContentBlock(Lenient):
     name: str | None = None
     input: dict[str, Any] | None = None
     tool_use_id: str | None = None
-    content: Blocks | None = None
+    content: Inner | None = None
     is_error: bool | None = None
     cache_control: dict[str, Any] | None = None
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from keepwarm.core.errors import InvalidRequest
 from keepwarm.core.ports import Message
+from keepwarm.engine.history import num_of_history, placeholder
 from keepwarm.engine.requests import GenerateRequest
 from keepwarm.server.anthropic.schema import (
     ContentBlock,
@@ -47,7 +48,8 @@ def translate_messages(body: MessagesRequest, caller: Caller, config: ServerConf
     for name in ("output_config", "output_format"):
         if isinstance(extra.get(name), dict) and extra[name].get("format", extra[name].get("type")):
             raise Unsupported(name, "schemas are not supported yet")
-    messages = messages_of(body)
+    left_out: list[str] = []
+    messages = messages_of(body, left_out)
     temperature = config.default_temperature if body.temperature is None else body.temperature
     user_id = body.metadata.user_id if body.metadata is not None else None
     request = GenerateRequest(
@@ -63,17 +65,22 @@ def translate_messages(body: MessagesRequest, caller: Caller, config: ServerConf
         queue_timeout_s=config.queue_timeout_s,
         deadline_s=config.deadline_s or None,
     )
-    return Translated(request, tuple(_ignored(body)), _asks_for_cache(body))
+    return Translated(request, (*_ignored(body), *left_out), _asks_for_cache(body))
 
 
-def messages_of(body: Conversation) -> list[Message]:
-    """As the chat template wants them: the system prompt first, content as one text."""
+def messages_of(body: Conversation, left_out: list[str]) -> list[Message]:
+    """As the chat template wants them: the system prompt first, content as one text.
+
+    What of old messages is no text is replaced by words and noted in `left_out`.
+    """
     messages: list[Message] = []
-    system = _text("system", body.system)
+    system = _text("system", body.system, None)
     if system:
         messages.append({"role": "system", "content": system})
+    num_old = num_of_history([m.role for m in body.messages], is_begun=_is_begun(body.messages[-1]))
     for index, message in enumerate(body.messages):
-        messages += _messages_of(f"messages.{index}.content", message)
+        where = f"messages.{index}.content"
+        messages += _messages_of(where, message, left_out if index < num_old else None)
     return messages
 
 
@@ -82,23 +89,32 @@ def is_begun(messages: Sequence[Message]) -> bool:
     return messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls")
 
 
-def _messages_of(where: str, message: InputMessage) -> Iterator[Message]:
+def _is_begun(message: InputMessage) -> bool:
+    calls = any(block.type == "tool_use" for block in message.content)
+    return message.role == "assistant" and not calls
+
+
+def _messages_of(
+    where: str, message: InputMessage, left_out: list[str] | None
+) -> Iterator[Message]:
     """Results of tools are messages of their own, in their place among the rest."""
     blocks = [(f"{where}.{n}", block) for n, block in enumerate(message.content)]
     for are_results, run in groupby(blocks, key=lambda pair: pair[1].type == "tool_result"):
         if are_results:
-            yield from (_result_of(*pair) for pair in run)
+            yield from (_result_of(*pair, left_out) for pair in run)
         else:
-            yield _spoken(message.role, list(run))
+            yield _spoken(message.role, list(run), left_out)
     if not blocks:
         yield {"role": message.role, "content": ""}
 
 
-def _spoken(role: str, blocks: Sequence[tuple[str, ContentBlock]]) -> Message:
+def _spoken(
+    role: str, blocks: Sequence[tuple[str, ContentBlock]], left_out: list[str] | None
+) -> Message:
     """Text and calls of tools; what an assistant thought is left out, as its own clients do."""
     calls = [_call_of(*pair) for pair in blocks if pair[1].type == "tool_use"]
     texts = [
-        _text_of(where, block)
+        _text_of(where, block, left_out)
         for where, block in blocks
         if block.type not in _THOUGHTS and block.type != "tool_use"
     ]
@@ -106,10 +122,10 @@ def _spoken(role: str, blocks: Sequence[tuple[str, ContentBlock]]) -> Message:
     return {**message, "tool_calls": calls} if calls else message
 
 
-def _result_of(where: str, block: ContentBlock) -> Message:
+def _result_of(where: str, block: ContentBlock, left_out: list[str] | None) -> Message:
     if block.tool_use_id is None:
         raise InvalidRequest(f"{where}.tool_use_id", "is missing")
-    text = _text(f"{where}.content", block.content)
+    text = _text(f"{where}.content", block.content, left_out)
     return {"role": "tool", "content": text, "tool_call_id": block.tool_use_id}
 
 
@@ -124,14 +140,17 @@ def _call_of(where: str, block: ContentBlock) -> dict[str, Any]:
     return {"id": block.id, "type": "function", "function": function}
 
 
-def _text(where: str, content: Sequence[ContentBlock] | None) -> str:
+def _text(where: str, content: Sequence[ContentBlock] | None, left_out: list[str] | None) -> str:
     blocks = enumerate(content or ())
-    return "\n".join(_text_of(f"{where}.{number}", block) for number, block in blocks)
+    return "\n".join(_text_of(f"{where}.{number}", block, left_out) for number, block in blocks)
 
 
-def _text_of(where: str, block: ContentBlock) -> str:
+def _text_of(where: str, block: ContentBlock, left_out: list[str] | None) -> str:
     if block.type != "text":
-        raise Unsupported(where, f"has the type {block.type!r}; this model takes text only")
+        if left_out is None:
+            raise Unsupported(where, f"has the type {block.type!r}; this model takes text only")
+        left_out.append(where)
+        return placeholder(block.type)
     if block.text is None:
         raise InvalidRequest(f"{where}.text", "is missing")
     return block.text

@@ -6,6 +6,7 @@ from typing import Any
 
 from keepwarm.core.errors import InvalidRequest
 from keepwarm.core.ports import Message
+from keepwarm.engine.history import num_of_history, placeholder
 from keepwarm.engine.requests import MAX_SEED, GenerateRequest
 from keepwarm.server.caller import Caller
 from keepwarm.server.fields import limit_of, seed_of, stops_of
@@ -47,17 +48,24 @@ def translate_chat(body: ChatRequest, caller: Caller, config: ServerConfig) -> T
     """Raises InvalidRequest, and Unsupported for what would change the reply and cannot yet."""
     _refuse_sampling(body)
     _refuse_chat(body)
+    roles = [message.role for message in body.messages]
+    num_old = num_of_history(roles, is_begun=bool(body.continue_final_message))
+    left_out: list[str] = []
     request = _request(
         body,
         caller,
         config,
         agent_id=caller.agent_of(body.prompt_cache_key, body.user),
         max_tokens=limit_of(body.max_completion_tokens, body.max_tokens),
-        messages=[message_of(index, message) for index, message in enumerate(body.messages)],
+        messages=[
+            message_of(index, message, left_out if index < num_old else None)
+            for index, message in enumerate(body.messages)
+        ],
         continue_final_message=bool(body.continue_final_message),
     )
     offered = {"tools": body.tools, "functions": body.functions}
-    ignored = (*unknown_fields(body), *(name for name, value in offered.items() if value))
+    unused = (name for name, value in offered.items() if value)
+    ignored = (*unknown_fields(body), *unused, *left_out)
     return Translated(_choices(request, body.n, config), body.n or 1, ignored)
 
 
@@ -85,11 +93,15 @@ def translate_completion(
     return Translated(tuple(requests), body.n or 1, unknown_fields(body))
 
 
-def message_of(index: int, message: ChatMessage) -> Message:
-    """As the chat template wants it: known roles, content as one text."""
+def message_of(index: int, message: ChatMessage, left_out: list[str] | None) -> Message:
+    """As the chat template wants it: known roles, content as one text.
+
+    What of an old message is no text is replaced by words and noted in `left_out`; None: it is a
+    new one, and refused.
+    """
     fields: dict[str, Any] = {
         "role": _ROLES.get(message.role, message.role),
-        "content": _text(index, message.content),
+        "content": _text(f"messages.{index}.content", message.content, left_out),
     }
     for name in ("name", "tool_calls", "tool_call_id"):
         if getattr(message, name) is not None:
@@ -102,20 +114,25 @@ def unknown_fields(body: Sampled) -> tuple[str, ...]:
     return tuple(name for name, value in extra if name not in HARMLESS and value is not None)
 
 
-def _text(index: int, content: str | Sequence[str | ContentPart] | None) -> str:
+def _text(
+    where: str, content: str | Sequence[str | ContentPart] | None, left_out: list[str] | None
+) -> str:
     if content is None or isinstance(content, str):
         return content or ""
-    return "".join(_text_of_part(index, n, part) for n, part in enumerate(content))
+    parts = enumerate(content)
+    return "".join(_text_of_part(f"{where}.{number}", part, left_out) for number, part in parts)
 
 
-def _text_of_part(index: int, number: int, part: str | ContentPart) -> str:
+def _text_of_part(where: str, part: str | ContentPart, left_out: list[str] | None) -> str:
     if isinstance(part, str):
         return part
     text = part.refusal if part.type == "refusal" else part.text
     if part.type in (*_TEXT_PARTS, "refusal") and text is not None:
         return text
-    where = f"messages.{index}.content.{number}"
-    raise Unsupported(where, f"has the type {part.type!r}; this model takes text only")
+    if left_out is None:
+        raise Unsupported(where, f"has the type {part.type!r}; this model takes text only")
+    left_out.append(where)
+    return placeholder(part.type)
 
 
 def _request(body: Sampled, caller: Caller, config: ServerConfig, **fields: Any) -> GenerateRequest:

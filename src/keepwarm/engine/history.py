@@ -1,0 +1,110 @@
+"""Old messages that hold what this model cannot read: a client that replays them must go on.
+
+Clients send the whole conversation again and again. What is refused in its newest part can be taken
+back; in a part that was answered before, perhaps by another model, it would end the conversation.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from keepwarm.core.plain import MAX_DEPTH
+
+_HALF = re.compile("[\ud800-\udfff]")
+_WHOLE = "\ufffd"
+_KINDS = {
+    "image": "image",
+    "image_url": "image",
+    "input_image": "image",
+    "document": "file",
+    "file": "file",
+    "input_file": "file",
+    "audio": "audio",
+    "input_audio": "audio",
+    "video_url": "video",
+}
+_TYPE = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,39}")
+
+
+@dataclass(frozen=True, slots=True)
+class Mended:
+    """Messages that can be read, and a short sentence for each change."""
+
+    messages: Any
+    notes: tuple[str, ...] = ()
+
+
+def mend(messages: Any, *, is_begun: bool = False) -> Mended:
+    """The messages with placeholders in the old ones; what is wrong otherwise is left as it is.
+
+    `is_begun`: the last message is the beginning of the reply, and does not end the history.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
+        return Mended(messages)
+    roles = [m.get("role") if isinstance(m, Mapping) else None for m in messages]
+    num_old = num_of_history(roles, is_begun=is_begun)
+    notes: list[str] = []
+    mended = [_mended(n, message, notes) for n, message in enumerate(islice(messages, num_old))]
+    return Mended([*mended, *messages[num_old:]], tuple(notes)) if notes else Mended(messages)
+
+
+def num_of_history(roles: Sequence[object], *, is_begun: bool = False) -> int:
+    """How many messages have been answered: those up to the last one of the assistant."""
+    said = roles[:-1] if is_begun else roles
+    return next((n for n in range(len(said), 0, -1) if said[n - 1] == "assistant"), 0)
+
+
+def placeholder(part_type: object) -> str:
+    """Text in the place of a part of a message, the same whenever that part comes again."""
+    name = part_type if isinstance(part_type, str) else ""
+    kind = _KINDS.get(name) or (name if _TYPE.fullmatch(name) else "content")
+    return f"[{kind} left out]"
+
+
+def _mended(index: int, message: object, notes: list[str]) -> object:
+    if not isinstance(message, Mapping):
+        return message
+    whole = _with_text_only(index, message, notes)
+    if not _has_half(whole):
+        return whole
+    notes.append(f"message {index}: half a surrogate pair became U+FFFD")
+    return _without_halves(whole)
+
+
+def _with_text_only(index: int, message: Mapping[str, Any], notes: list[str]) -> Mapping[str, Any]:
+    parts = message.get("content")
+    if not isinstance(parts, list | tuple):
+        return message
+    types = [part.get("type") if isinstance(part, Mapping) else "text" for part in parts]
+    strange = [n for n, part_type in enumerate(types) if part_type != "text"]
+    if not strange:
+        return message
+    placed = list(parts)
+    for n in strange:
+        placed[n] = {"type": "text", "text": placeholder(types[n])}
+    notes.append(f"message {index}: {', '.join(placed[n]['text'] for n in strange)}")
+    return {**message, "content": placed}
+
+
+def _has_half(value: object, depth: int = 0) -> bool:
+    """False of what is nested too deep, which is refused for that."""
+    if isinstance(value, str):
+        return not value.isascii() and _HALF.search(value) is not None
+    if depth > MAX_DEPTH:
+        return False
+    if isinstance(value, Mapping):
+        value = (*value.keys(), *value.values())
+    return isinstance(value, list | tuple) and any(_has_half(v, depth + 1) for v in value)
+
+
+def _without_halves(value: Any, depth: int = 0) -> Any:
+    if isinstance(value, str):
+        return _HALF.sub(_WHOLE, value)
+    if depth > MAX_DEPTH or not isinstance(value, Mapping | list | tuple):
+        return value
+    if isinstance(value, Mapping):
+        items = value.items()
+        return {_without_halves(k): _without_halves(item, depth + 1) for k, item in items}
+    return [_without_halves(item, depth + 1) for item in value]
