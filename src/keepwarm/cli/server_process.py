@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 import sys
@@ -22,6 +23,8 @@ from keepwarm.server.settings import ServerConfig
 from keepwarm.server.sockets import uvicorn_config
 from keepwarm.wiring import RunningServer, start_server
 
+FILES_BESIDE_CONNECTIONS = 512
+"""What the store, the model and refused connections may have open."""
 _WATCH_S = 0.5
 
 
@@ -44,6 +47,7 @@ def run_server(settings: Settings) -> bool:
     Raises ConfigError where it cannot listen, and what loading and opening raise.
     """
     configure_logs(settings.server.log_format)
+    _allow_files(settings.server.max_connections + FILES_BESIDE_CONNECTIONS)
     # mlx-lm makes a stream when it is imported; one of a thread that has ended aborts the exit.
     import_module("keepwarm.mlx_backend.loader")
     with _bound(settings.server) as listener, asyncio.Runner(loop_factory=_new_loop) as runner:
@@ -63,6 +67,14 @@ async def _serve(settings: Settings, listener: socket.socket) -> bool:
     if not running.engine.has_ended:
         _leave_at_once()
     return running.has_stopped_well
+
+
+def _allow_files(wanted: int) -> None:
+    """As far as the system lets us; its default may be fewer than the connections allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _leave_at_once() -> NoReturn:

@@ -20,6 +20,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from keepwarm.server.body import BoundedBody, too_large
 from keepwarm.server.dialects import error_response
 from keepwarm.server.problems import Kind, NotAllowed, Problem
 from keepwarm.server.settings import LOOPBACK, ServerConfig
@@ -34,7 +35,8 @@ OPEN_PATHS = HEALTH_PATHS | {"/", "/docs", *DOCS_FILES, "/openapi.json", "/favic
 """Answered without a key: they say nothing about anyone."""
 POLLED_PATHS = HEALTH_PATHS | {"/metrics", "/v1/stats"}
 """Asked for again and again; their lines in the log are for who looks for them."""
-IMPORT_PATH = "/v1/agents/import"
+IMPORT_ROUTE = ("POST", "/v1/agents/import")
+"""The one whose body goes to the disk, and may be larger than memory."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _access = logging.getLogger("keepwarm.access")
@@ -83,8 +85,9 @@ class Guard:
         limit = self._limit_of_body(scope)
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length) > limit:
-            raise NotAllowed(_too_large(limit))
-        await self._app(scope, _bounded(receive, limit), send)
+            raise NotAllowed(too_large(limit))
+        body = BoundedBody(receive, max_bytes=limit, patience_s=self._config.body_timeout_s)
+        await self._app(scope, body, send)
 
     def _check_host(self, headers: Headers) -> None:
         """Against pages whose name was made to point here (DNS rebinding)."""
@@ -140,7 +143,7 @@ class Guard:
         raise NotAllowed(Problem(429, Kind.RATE_LIMITED, message, retry_after_s=wait_s))
 
     def _limit_of_body(self, scope: Scope) -> int:
-        is_import = scope["path"] == IMPORT_PATH
+        is_import = (scope["method"], scope["path"]) == IMPORT_ROUTE
         return self._config.max_import_bytes if is_import else self._config.max_body_bytes
 
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
@@ -168,25 +171,6 @@ class _Watched:
             headers["request-id"] = self._request_id  # by this name Anthropic's clients read it
             headers["X-Content-Type-Options"] = "nosniff"
         await self._send(message)
-
-
-def _bounded(receive: Receive, limit: int) -> Receive:
-    """Raises NotAllowed when more comes than its length had said."""
-    num_bytes = 0
-
-    async def bounded() -> Message:
-        nonlocal num_bytes
-        message = await receive()
-        num_bytes += len(message.get("body", b""))
-        if num_bytes > limit:
-            raise NotAllowed(_too_large(limit))
-        return message
-
-    return bounded
-
-
-def _too_large(limit: int) -> Problem:
-    return Problem(413, Kind.TOO_LARGE, f"the body is larger than {limit:,} bytes", "body")
 
 
 def _host_of(url: str) -> str:

@@ -10,6 +10,22 @@ from keepwarm.engine.requests import valid_namespace
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
+_AT_LEAST = {
+    "max_body_bytes": 1,
+    "max_import_bytes": 1,
+    "max_head_bytes": 1 << 10,  # what browsers send takes about so much
+    "max_connections": 1,
+    "max_choices": 1,
+}
+_DURATIONS = (
+    "head_timeout_s",
+    "body_timeout_s",
+    "keep_alive_s",
+    "heartbeat_s",
+    "queue_timeout_s",
+    "slow_reader_s",
+)
+
 
 class LogFormat(StrEnum):
     """How log lines are written: for people, or for machines."""
@@ -28,6 +44,10 @@ class ServerConfig:
     listens on loopback. allowed_origins: web pages that may call it (CORS); none by default.
     model_aliases: other names of the model that requests may use; `*` at the end stands for
     anything. max_body_bytes: of a request; an import is bounded by max_import_bytes.
+    max_head_bytes: request line and headers together. max_connections: at once; further ones are
+    told so. head_timeout_s: for a whole head. body_timeout_s: how long a client may keep the server
+    waiting for its body, and a second longer for each 16 KiB of it. keep_alive_s: how long a
+    connection may be idle.
     max_choices: the largest `n`. rate_per_minute: requests per key, or per address without keys;
     0 is any number. heartbeat_s: a stream is never silent for longer. queue_timeout_s: how long a
     request may wait for its row. deadline_s: for its last token; 0 is for ever. slow_reader_s: how
@@ -44,6 +64,11 @@ class ServerConfig:
     model_aliases: tuple[str, ...] = ()
     max_body_bytes: int = 32 << 20
     max_import_bytes: int = 64 << 30
+    max_head_bytes: int = 64 << 10
+    max_connections: int = 1024
+    head_timeout_s: float = 20.0
+    body_timeout_s: float = 30.0
+    keep_alive_s: float = 75.0
     max_choices: int = 8
     rate_per_minute: int = 0
     heartbeat_s: float = 10.0
@@ -64,10 +89,10 @@ class ServerConfig:
         self._check_keys()
 
     def _check_numbers(self) -> None:
-        for key in ("max_body_bytes", "max_import_bytes", "max_choices"):
-            if getattr(self, key) < 1:
-                raise ConfigError(key, f"must be at least 1, not {getattr(self, key)}")
-        for key in ("heartbeat_s", "queue_timeout_s", "slow_reader_s"):
+        for key, least in _AT_LEAST.items():
+            if getattr(self, key) < least:
+                raise ConfigError(key, f"must be at least {least}, not {getattr(self, key)}")
+        for key in _DURATIONS:
             if not getattr(self, key) > 0:
                 raise ConfigError(key, f"must be above 0, not {getattr(self, key)}")
         for key in ("rate_per_minute", "deadline_s", "shutdown_grace_s", "default_temperature"):

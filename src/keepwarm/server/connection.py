@@ -1,0 +1,259 @@
+"""One connection: how much a client may send, and how long it may take, before it is trusted."""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from functools import partial
+from http import HTTPStatus
+from typing import Any, NoReturn
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from keepwarm.server.openai.encode import error_body
+from keepwarm.server.problems import Kind, Problem
+from keepwarm.server.reply import ABORT
+from keepwarm.server.serving import CONNECTIONS
+from keepwarm.server.settings import ServerConfig
+
+LINGER_S = 5.0
+"""How long a client may go on sending what is not read any more; a connection that is closed while
+something is unread is reset, and the client would lose its answer."""
+MAX_HEADERS = 256
+"""A short one takes more memory than bytes on the wire."""
+MAX_PIPELINED = 16
+"""Requests that wait on one connection for the reply to an earlier one."""
+MAX_REFUSED = 64
+"""Connections beyond the bound that are told so; further ones are dropped without a word."""
+
+_PIECE_BYTES = 64 << 10
+
+_log = logging.getLogger(__name__)
+
+
+class Connection(HttpToolsProtocol):
+    """uvicorn's, with bounds in bytes and seconds.
+
+    Of what the parser keeps, only what it has not handed on yet can grow: a head, or the trailers
+    of a body. `_num_unread_bytes` counts it. The time for a body is the guard's affair, which knows
+    when it is waited for.
+    """
+
+    def __init__(self, *arguments: Any, bounds: ServerConfig, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._bounds = bounds
+        self._num_unread_bytes = 0
+        self._awaits_head = True
+        self._is_too_many = False
+        self._is_deaf = False
+        self._refusal: Problem | None = None
+        self._deadline: asyncio.TimerHandle | None = None
+        self._stuck: asyncio.TimerHandle | None = None
+
+    # -- what comes
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        facts = {ABORT: transport.abort, CONNECTIONS: self.connections}
+        self.app = partial(_with, facts, self.config.loaded_app)
+        num_beyond = len(self.connections) - self._bounds.max_connections
+        self._is_too_many = num_beyond > 0
+        if num_beyond > MAX_REFUSED:
+            transport.abort()
+        self._expect_within(LINGER_S if self._is_too_many else self._bounds.head_timeout_s)
+
+    def data_received(self, data: bytes) -> None:
+        if self._awaits_head:
+            self._expect_within(self._bounds.head_timeout_s)
+        # Whole bodies come in larger parts than these, and a head that is too long is noticed late.
+        for start in range(0, len(data), _PIECE_BYTES):
+            if self._is_deaf or self.transport.is_closing():
+                return
+            self._read(data[start : start + _PIECE_BYTES])
+
+    def _read(self, piece: bytes) -> None:
+        if self._is_too_many:
+            self._refuse(self._too_many())
+            return
+        self._num_unread_bytes += len(piece)
+        super().data_received(piece)
+        if self._num_unread_bytes > self._bounds.max_head_bytes:
+            self._refuse(self._head_too_large())
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._awaits_head:
+            return  # it stands behind the body: not a header of the request
+        if len(self.headers) >= MAX_HEADERS:
+            message = f"there are more than {MAX_HEADERS} headers"
+            self._stop_parser(Problem(431, Kind.TOO_LARGE, message))
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        fields = sum(len(name) + len(value) + len(": \r\n") for name, value in self.headers)
+        if len(self.url) + fields > self._bounds.max_head_bytes:
+            self._stop_parser(self._head_too_large())
+        if len(self.pipeline) >= MAX_PIPELINED:
+            message = f"more than {MAX_PIPELINED} requests wait on this connection"
+            self._stop_parser(Problem(400, Kind.INVALID, message))
+        self._met()
+        self._awaits_head = False
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._num_unread_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._num_unread_bytes = 0
+        self._awaits_head = True
+        if self.cycle.response_complete:
+            self._met()
+            self._expect_within(self._bounds.head_timeout_s)
+
+    # -- what goes
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._expect_reading()
+        elif self.cycle.response_complete and self.cycle.more_body:
+            self._expect_within(LINGER_S)
+
+    def timeout_keep_alive_handler(self) -> None:
+        """uvicorn's closes it, which waits for a client that has not read all."""
+        self.transport.abort()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._expect_reading()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._has_read()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._met()
+        self._has_read()
+        super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """uvicorn's, for what its parser refuses and for what the callbacks above do."""
+        self._refuse(self._refusal or Problem(400, Kind.INVALID, msg))
+
+    # -- inside
+
+    def _expect_within(self, seconds: float) -> None:
+        if self._deadline is None:
+            self._deadline = self.loop.call_later(seconds, self._give_up)
+
+    def _met(self) -> None:
+        self._num_unread_bytes = 0
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _expect_reading(self) -> None:
+        """The client reads what it was sent, or loses its connection."""
+        if self._stuck is None:
+            self._stuck = self.loop.call_later(self._bounds.slow_reader_s, self.transport.abort)
+
+    def _has_read(self) -> None:
+        if self._stuck is not None:
+            self._stuck.cancel()
+            self._stuck = None
+
+    def _give_up(self) -> None:
+        self._deadline = None
+        if self._is_deaf:
+            self.transport.abort()
+        elif self._is_too_many:
+            self._refuse(self._too_many())
+        elif self._is_answering:
+            self._expect_within(self._bounds.head_timeout_s)
+        elif self._num_unread_bytes and self._awaits_head:
+            seconds = self._bounds.head_timeout_s
+            self._refuse(Problem(408, Kind.INVALID, f"no whole head came in {seconds:g} seconds"))
+        else:
+            self.transport.abort()
+
+    @property
+    def _is_answering(self) -> bool:
+        cycle: RequestResponseCycle | None = self.cycle
+        return cycle is not None and not cycle.response_complete
+
+    def _refuse(self, problem: Problem) -> None:
+        """Say so, unless a reply is under way, and read nothing more."""
+        self._is_deaf = True
+        _log.info("refused a connection: %s", problem.message)
+        if self._is_answering:
+            self.transport.abort()
+            return
+        self.transport.write(_document(problem))
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._met()
+        self._expect_within(LINGER_S)
+
+    def _stop_parser(self, problem: Problem) -> NoReturn:
+        """Out of one of its callbacks: it raises, and uvicorn calls `send_400_response`."""
+        self._refusal = problem
+        raise _Refused
+
+    def _head_too_large(self) -> Problem:
+        limit = self._bounds.max_head_bytes
+        message = f"request line and headers are larger than {limit:,} bytes"
+        return Problem(431, Kind.TOO_LARGE, message)
+
+    def _too_many(self) -> Problem:
+        message = f"there are {self._bounds.max_connections:,} connections; see max_connections"
+        return Problem(503, Kind.OVERLOADED, message, retry_after_s=5)
+
+
+class _Refused(Exception):
+    """Stops the parser in the middle of what it was given."""
+
+
+def _document(problem: Problem) -> bytes:
+    """A whole response; nobody knows yet which dialect the client speaks."""
+    body = error_body(problem)
+    head = [
+        f"HTTP/1.1 {problem.status} {HTTPStatus(problem.status).phrase}",
+        "content-type: application/json",
+        f"content-length: {len(body)}",
+        "connection: close",
+    ]
+    if problem.retry_after_s is not None:
+        head.append(f"retry-after: {problem.retry_after_s}")
+    return "\r\n".join([*head, "", ""]).encode() + body
+
+
+async def _with(
+    facts: Mapping[str, object], app: ASGIApp, scope: Scope, receive: Receive, send: Send
+) -> None:
+    scope.update(facts)
+    if scope["type"] == "http" and scope["http_version"] == "1.0":
+        send = _UntilClosed(send)
+    await app(scope, receive, send)
+
+
+class _UntilClosed:
+    """To a client of HTTP/1.0, which knows no chunks: a stream without a length ends by closing.
+
+    uvicorn sends chunks to everybody. nginx asks like this unless told otherwise.
+    """
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._cycle: Any = send.__self__  # type: ignore[attr-defined]
+        self._has_length = True
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._has_length = "content-length" in Headers(raw=message.get("headers", []))
+            if not self._has_length:
+                self._cycle.chunked_encoding = False
+        elif not self._has_length:
+            self._cycle.expected_content_length = len(message.get("body", b""))
+        await self._send(message)
