@@ -68,13 +68,13 @@ class RawClient:
     def read_document(self) -> tuple[int, dict[str, str], bytes]:
         """One response that has a length."""
         self.read_until(lambda data: b"\r\n\r\n" in data)
-        head, _, rest = self.received.partition(b"\r\n\r\n")
+        head = self.received.partition(b"\r\n\r\n")[0]
         first, *lines = head.decode("latin-1").split("\r\n")
         headers = {k.lower(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
         length = int(headers.get("content-length", 0))
         self.read_until(lambda data: len(data) >= len(head) + 4 + length)
         body = self.received[len(head) + 4 :][:length]
-        self.received = rest[length:]
+        self.received = self.received[len(head) + 4 + length :]
         return int(first.split()[1]), headers, body
 
     def reset(self) -> None:
