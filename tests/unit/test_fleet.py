@@ -11,7 +11,14 @@ from engines import BLOCK_BYTES, fresh_reply, ids
 from fleets import NAMES, Setup, create, opened
 from keepwarm import AgentCacheStore
 from keepwarm.core.agent import Tier
-from keepwarm.core.errors import AgentBusy, InvalidRequest, OtherWeights, UnknownAgent, UnknownModel
+from keepwarm.core.errors import (
+    AgentBusy,
+    AgentLeaving,
+    InvalidRequest,
+    OtherWeights,
+    UnknownAgent,
+    UnknownModel,
+)
 from keepwarm.core.events import Failed
 from keepwarm.core.stored import Committed, StoreEvent
 
@@ -221,7 +228,12 @@ class TestTwoModels:
         create(setup, "ada")
         setup.say("ada", "Hello")
         setup.say("ada", "Hello", "other")
-        setup.fleet.delete("ada")
+        gone = setup.fleet.delete("ada")
+        assert gone.durable is None
+        with pytest.raises(AgentLeaving):
+            setup.start("", agent_id="ada", append=[{"role": "user", "content": "And now?"}])
+        setup.settle()
+        assert gone.durable
         assert "ada" not in [view.agent_id for view in setup.fleet.agents()]
         with pytest.raises(UnknownAgent):
             setup.say("ada", "Hello")

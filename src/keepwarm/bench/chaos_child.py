@@ -305,7 +305,7 @@ class Player:
     def _prefetch(self) -> None:
         self._with_somebody(self._engine.prefetch)
 
-    def _with_somebody(self, call: Callable[[str], None]) -> None:
+    def _with_somebody(self, call: Callable[[str], object]) -> None:
         names = [name for name in self._idle() if self._is_known(name)]
         if names:
             call(self._random.choice(names))
@@ -355,7 +355,7 @@ class Player:
         self.settle()
 
     def _change(
-        self, name: str, expected: State | None, call: Callable[[], None], **facts: str
+        self, name: str, expected: State | None, call: Callable[[], object], **facts: str
     ) -> None:
         self._tell({"doing": "change", "agent": name, "state": expected, **facts})
         call()

@@ -7,7 +7,7 @@ import asyncio
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from subprocess import PIPE, Popen
@@ -16,7 +16,7 @@ from typing import Any
 import uvicorn
 from uvicorn.loops.auto import auto_loop_factory
 
-from keepwarm.bench.lab import require
+from keepwarm.bench.requiring import require
 from keepwarm.config import Settings, load_settings
 from keepwarm.core.ports import BatchGenerator, LoadedModel, RowInput
 from keepwarm.engine.swapper import ModelSource
@@ -80,28 +80,51 @@ def server_of(model: str, home: Path, *, max_rows: int, **more: object) -> Itera
         process.communicate(timeout=STOP_S)
 
 
-async def _serve(settings: Settings, home: Path, listener: socket.socket) -> None:
+def serve(settings: Settings, home: Path, *, announce: Callable[[int], object]) -> None:
+    """Serve in this process until it is told to stop; `announce` gets its port."""
+    with _listening() as (listener, runner):
+        runner.run(_serve(settings, home, listener, announce))
+
+
+async def _serve(
+    settings: Settings,
+    home: Path,
+    listener: socket.socket,
+    announce: Callable[[int], object],
+    wait_for_end: Callable[[], object] | None = None,
+) -> None:
     running = await start_server(settings, home, source=source_of(settings.model.name))
     server = uvicorn.Server(uvicorn_config(running.app, settings.server))
-    print(listener.getsockname()[1], flush=True)  # noqa: T201 - for the process that asked
+    announce(listener.getsockname()[1])
 
-    async def stop_at_end_of_input() -> None:
-        await asyncio.to_thread(sys.stdin.read)
-        server.should_exit = True
+    async def stop_at_end() -> None:
+        if wait_for_end is not None:
+            await asyncio.to_thread(wait_for_end)
+            server.should_exit = True
 
-    watching = asyncio.create_task(stop_at_end_of_input())
+    watching = asyncio.create_task(stop_at_end())
     await server.serve(sockets=[listener])
     await watching
+
+
+@contextmanager
+def _listening() -> Iterator[tuple[socket.socket, asyncio.Runner]]:
+    with (
+        socket.create_server(("127.0.0.1", 0), backlog=2048) as listener,
+        asyncio.Runner(loop_factory=auto_loop_factory()) as runner,
+    ):
+        yield listener, runner
+
+
+def _print(port: int) -> None:
+    print(port, flush=True)  # noqa: T201 - for the process that asked
 
 
 def _main(model: str, home: str, max_rows: str, *more: str) -> None:
     pairs: dict[str, Any] = dict(item.split("=", 1) for item in more)
     settings = bench_settings(model, max_rows=int(max_rows), more=pairs)
-    with (
-        socket.create_server(("127.0.0.1", 0), backlog=2048) as listener,
-        asyncio.Runner(loop_factory=auto_loop_factory()) as runner,
-    ):
-        runner.run(_serve(settings, Path(home), listener))
+    with _listening() as (listener, runner):
+        runner.run(_serve(settings, Path(home), listener, _print, sys.stdin.read))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import cast
 from mlx import nn
 
 from keepwarm.bench.recording import Recorder, Recording, RecordingGenerator
+from keepwarm.bench.requiring import PathNotTaken, require
 from keepwarm.core.agent import Tier
 from keepwarm.core.agent_store import AgentStore
 from keepwarm.core.events import Completed, Event, Failed
@@ -16,17 +17,10 @@ from keepwarm.core.pool import BlockPool
 from keepwarm.core.ports import BatchGenerator, LoadedModel
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
 
+__all__ = ["ROOMY_BYTES", "Case", "Lab", "PathNotTaken", "Setting", "Turn", "require"]
+
 ROOMY_BYTES = 4 << 30
 SETTLE_TIMEOUT_S = 60.0
-
-
-class PathNotTaken(Exception):
-    """The engine did not do what the path is there to show, so the result would mean nothing."""
-
-
-def require(condition: bool, problem: str) -> None:
-    if not condition:
-        raise PathNotTaken(problem)
 
 
 @dataclass(frozen=True, slots=True)

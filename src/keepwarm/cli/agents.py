@@ -261,6 +261,7 @@ def import_agent(
         _say("its memory is of another model and is computed anew with its next turn")
     elif result["num_left_out"]:
         _say("a part of its memory did not fit on the disk and is computed anew")
+    _warn_unless(result["is_durable"])
 
 
 @agents.command()
@@ -428,6 +429,13 @@ def _tell(agent: dict[str, Any], *, as_json: bool) -> None:
         return
     flags = "".join(f", {flag}" for flag in ("pinned", "private") if agent[flag])
     _say(f"{agent['id']}: {agent['tier']}, {_length(agent)}{flags}")
+    _warn_unless(agent["durable"])
+
+
+def _warn_unless(durable: bool) -> None:
+    if not durable:
+        text = "durable: false: the disk refused, so this is in memory only and is tried again"
+        Console(stderr=True).print(text, style="yellow", markup=False, soft_wrap=True)
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

@@ -79,7 +79,15 @@ class AgentStore(Protocol):
         ...
 
     def delete_agent(self, agent_id: str) -> int:
-        """The agent, and the records that only it used, go for good; a ticket as for `commit`."""
+        """The agent, and the records that only it used, go for good; a ticket as for `commit`.
+
+        Where the disk refuses, the agent and its records stay as they are, and it is not tried
+        again.
+        """
+        ...
+
+    def is_durable(self, agent_id: str) -> bool:
+        """Whether the disk has everything that was committed of the agent."""
         ...
 
     def load_agent(self, agent_id: str) -> AgentState | None:
@@ -171,9 +179,13 @@ class NoStore:
         return ticket
 
     def delete_agent(self, agent_id: str) -> int:
+        """What was never kept cannot come back."""
         ticket = self._next_ticket()
-        self._events.append(Committed(ticket, durable=False))
+        self._events.append(Committed(ticket, durable=True))
         return ticket
+
+    def is_durable(self, agent_id: str) -> bool:
+        return False
 
     def load_agent(self, agent_id: str) -> AgentState | None:
         return None

@@ -94,6 +94,27 @@ class AgentBusy(KeepwarmError):
         self.agent_id = agent_id
 
 
+class AgentLeaving(AgentBusy):
+    """The agent is being deleted, and the disk has not answered yet."""
+
+    def __init__(self, agent_id: str) -> None:
+        KeepwarmError.__init__(self, f"agent {agent_id!r} is being deleted; try again in a moment")
+        self.agent_id = agent_id
+
+
+class DeletionRefused(KeepwarmError):
+    """The disk did not take the deletion of an agent, which is as it was."""
+
+    def __init__(self, agent_id: str, fault: str | None) -> None:
+        cause = f": {fault}" if fault else ""
+        super().__init__(
+            f"agent {agent_id!r} was not deleted and is as it was, because the disk refuses"
+            f"{cause}; make room on it and delete the agent again"
+        )
+        self.agent_id = agent_id
+        self.fault = fault
+
+
 class QueueFull(KeepwarmError):
     """As many requests wait as may wait. Trying again later helps."""
 

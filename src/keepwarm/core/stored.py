@@ -222,7 +222,10 @@ class Fetched:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """An agent's state was written, or the disk refused and it will be tried again."""
+    """An agent's state was written or its deletion done, or the disk refused.
+
+    A state that was refused is tried again; of a deletion nothing is left.
+    """
 
     ticket: int
     durable: bool

@@ -6,7 +6,13 @@ from operator import itemgetter
 
 from keepwarm.core.agent import AgentBlocks, Tier
 from keepwarm.core.block import common_prefix
-from keepwarm.core.errors import AgentBusy, AgentExists, InvalidRequest, UnknownAgent
+from keepwarm.core.errors import (
+    AgentBusy,
+    AgentExists,
+    AgentLeaving,
+    InvalidRequest,
+    UnknownAgent,
+)
 from keepwarm.core.ports import Message
 from keepwarm.core.stored import DEFAULT_SETTINGS, AgentSettings, AgentSummary, LineState
 from keepwarm.core.transcript import EMPTY, Receipt, Transcript, Turn
@@ -45,7 +51,7 @@ class Agent:
     `foreign` are its lines in the ids of other tokenizers, kept as they were committed. `has_left`:
     another engine has the agent as it is now, or has deleted it. `model`: the name of the one that
     it talked to last; empty for the server's default one. `has_answered`: this engine has, since it
-    was opened.
+    was opened. `is_leaving`: its deletion is on its way to the disk, and nothing may change it.
     """
 
     agent_id: str
@@ -57,6 +63,7 @@ class Agent:
     has_left: bool = False
     model: str = ""
     has_answered: bool = False
+    is_leaving: bool = False
 
     @property
     def lines(self) -> list[Line]:
@@ -64,7 +71,7 @@ class Agent:
 
     @property
     def in_use(self) -> bool:
-        return any(line.in_use for line in self.lines)
+        return self.is_leaving or any(line.in_use for line in self.lines)
 
     def after_turn(self, turn: int | None) -> tuple[int, tuple[Message, ...] | None]:
         """Tokens and messages after so many turns; None: all. Raises InvalidRequest."""
@@ -149,9 +156,20 @@ class AgentBook:
             raise UnknownAgent(agent_id)
         return agent
 
+    def get_staying(self, agent_id: str) -> Agent:
+        """Raises UnknownAgent, and AgentLeaving while it is being deleted."""
+        self.check_stays(agent_id)
+        return self.get(agent_id)
+
+    def check_stays(self, agent_id: str | None) -> None:
+        """Raises AgentLeaving while the agent is being deleted."""
+        agent = self._agents.get(agent_id) if agent_id is not None else None
+        if agent is not None and agent.is_leaving:
+            raise AgentLeaving(agent.agent_id)
+
     def get_idle(self, agent_id: str, action: str) -> Agent:
-        """Raises UnknownAgent, and AgentBusy while one of its lines runs."""
-        agent = self.get(agent_id)
+        """Raises UnknownAgent, and AgentBusy while one of its lines runs or it is deleted."""
+        agent = self.get_staying(agent_id)
         if agent.in_use:
             raise AgentBusy(agent_id, action)
         return agent

@@ -4,6 +4,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from keepwarm.core.agent_store import AgentStore, NoStore
@@ -43,7 +44,7 @@ from keepwarm.engine.requests import (
     valid_settings,
 )
 from keepwarm.engine.snapshot import EngineSnapshot
-from keepwarm.engine.store_link import StoreLink
+from keepwarm.engine.store_link import Commit, StoreLink
 from keepwarm.engine.tiers import Tiers
 from keepwarm.engine.turns import Turns
 from keepwarm.engine.verifying import VerifyReport
@@ -56,11 +57,12 @@ class BlockPoolBatchEngine:
     """Continuous batching over agents that keep their KV in blocks.
 
     Everything happens in the caller's thread, and in `step`; the engine has no lock and must be
-    used from one thread. `batch_gen_factory` replaces the model's
-    generator. `deterministic=True` computes in canonical shapes: the same bits whatever the chunks,
-    the batch and the history (on the CPU). `request_ids` is for engines that share a thread.
-    `recorded_as` is the model's name in what is committed of agents that talked to it last; empty
-    for a server's default one.
+    used from one thread. A change of an agent returns its `Commit`, whose `durable` is known when a
+    later step, or `flush`, has heard the disk. `batch_gen_factory` replaces the model's generator.
+    `deterministic=True` computes in canonical shapes: the same bits whatever the chunks, the batch
+    and the history (on the CPU). `request_ids` is for engines that share a thread. `recorded_as` is
+    the model's name in what is committed of agents that talked to it last; empty for a server's
+    default one.
 
     `suspend` gives the weights back and `resume` takes the same ones again: in between everything
     works that computes nothing, and whatever ran waits.
@@ -190,6 +192,7 @@ class BlockPoolBatchEngine:
             continue_final_message=continue_final_message,
         ).in_repair()
         agent_id = valid_agent_id(agent_id)
+        self._book.check_stays(agent_id)
         wanted_tokens = valid_max_tokens(max_tokens)
         sampling = valid_sampling(
             temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed
@@ -347,6 +350,10 @@ class BlockPoolBatchEngine:
         """Whether one of its lines runs, or waits to."""
         return self.holds(agent_id) and self._book.get(agent_id).in_use
 
+    def is_leaving(self, agent_id: str) -> bool:
+        """Whether the agent's deletion is on its way to the disk."""
+        return self.holds(agent_id) and self._book.get(agent_id).is_leaving
+
     def state_of(self, agent_id: str) -> AgentState:
         """What another engine needs to go on with the agent. Raises UnknownAgent, AgentBusy."""
         return self._keeper.state_of(self._book.get_idle(agent_id, "move it to another model"))
@@ -449,7 +456,7 @@ class BlockPoolBatchEngine:
         *,
         system: str | None = None,
         settings: AgentSettings = DEFAULT_SETTINGS,
-    ) -> None:
+    ) -> Commit:
         """A new agent that has said nothing yet. Raises InvalidRequest and AgentExists."""
         if valid_agent_id(agent_id) is None:
             raise InvalidRequest("agent_id", "an agent needs a name")
@@ -461,9 +468,9 @@ class BlockPoolBatchEngine:
         line = Line(self.tiers.new_line(agent_id), messages=messages)
         line.blocks.pinned = settings.pinned
         agent = Agent(agent_id, line, settings=settings, model=self._recorded_as)
-        self._link.commit(self._book.add(agent))
+        return self._link.commit(self._book.add(agent))
 
-    def fork(self, agent_id: str, new_id: str, *, at_turn: int | None = None) -> None:
+    def fork(self, agent_id: str, new_id: str, *, at_turn: int | None = None) -> Commit:
         """A new agent that knows what this one knew after `at_turn` turns (None: all of them).
 
         It has the parent's settings but for the pin, and none of its receipts: a key is of one
@@ -484,9 +491,9 @@ class BlockPoolBatchEngine:
         turns = [turn.without_receipt() for turn in parent.turns[:at_turn]]
         settings = parent.settings.of_fork()
         fork = Agent(new_id, child, turns=turns, settings=settings, model=parent.model)
-        self._link.commit(self._book.add(fork))
+        return self._link.commit(self._book.add(fork))
 
-    def rollback(self, agent_id: str, *, turn: int) -> None:
+    def rollback(self, agent_id: str, *, turn: int) -> Commit:
         """Forget everything after `turn` turns. Raises UnknownAgent, AgentBusy, InvalidRequest."""
         agent = self._book.get_idle(agent_id, "roll it back")
         num_tokens, messages = agent.after_turn(turn)
@@ -495,7 +502,7 @@ class BlockPoolBatchEngine:
         main.messages = messages
         del agent.turns[turn:]
         self.tiers.truncate(main.blocks, main.num_held(num_tokens))
-        self._link.commit(agent)
+        return self._link.commit(agent)
 
     def demote(self, agent_id: str) -> None:
         """Turn the agent's slab into blocks now, as memory pressure would. Raises AgentBusy."""
@@ -503,21 +510,23 @@ class BlockPoolBatchEngine:
         if blocks.slab is not None:
             self.tiers.demote(blocks)
 
-    def park(self, agent_id: str) -> None:
+    def park(self, agent_id: str) -> Commit:
         """Save the agent and free its memory when the disk has it. Raises AgentBusy.
 
-        What the disk does not take stays in memory.
+        What the disk does not take stays in memory. The commit is of what was said; KV is saved in
+        the background.
         """
         agent = self._book.get_idle(agent_id, "park it")
         for line in agent.lines:
             self.tiers.saver.put_away(line.blocks)
+        return self._link.settle(agent)
 
     def prefetch(self, agent_id: str) -> None:
         """Bring the agent's KV into a slab, so that its next turn resumes hot; in the background.
 
         Raises UnknownAgent, and AgentBusy while its main line runs.
         """
-        line = self._book.get(agent_id).main
+        line = self._book.get_staying(agent_id).main
         if line.in_use:
             raise AgentBusy(agent_id, "prefetch it")
         self._prefetches.begin(next(self._ids), line, line.transcript.token_ids)
@@ -573,9 +582,9 @@ class BlockPoolBatchEngine:
         """
         self.tiers.truncate(self._book.get_idle(agent_id, "empty its cache").main.blocks, 0)
 
-    def pin(self, agent_id: str, *, pinned: bool = True) -> None:
+    def pin(self, agent_id: str, *, pinned: bool = True) -> Commit:
         """Never evict the agent's blocks (its slab may still become blocks)."""
-        self.configure(agent_id, pinned=pinned)
+        return self.configure(agent_id, pinned=pinned)
 
     def configure(
         self,
@@ -585,14 +594,14 @@ class BlockPoolBatchEngine:
         priority: int | None = None,
         quota_bytes: int | None = None,
         overflow: Overflow | None = None,
-    ) -> None:
+    ) -> Commit:
         """Change the agent's settings; None leaves one as it is.
 
-        Raises UnknownAgent and InvalidRequest.
+        Raises UnknownAgent, AgentLeaving and InvalidRequest.
         """
-        agent = self._book.get(agent_id)
+        agent = self._book.get_staying(agent_id)
         old = agent.settings
-        agent.settings = valid_settings(
+        settings = valid_settings(
             replace(
                 old,
                 pinned=old.pinned if pinned is None else pinned,
@@ -601,23 +610,43 @@ class BlockPoolBatchEngine:
                 overflow=old.overflow if overflow is None else overflow,
             )
         )
-        agent.main.blocks.pinned = agent.settings.pinned
-        self._link.commit(agent)
+        return self._decide(agent, settings)
 
-    def lift_quota(self, agent_id: str) -> None:
-        """Let the agent's own blocks take what they need on disk. Raises UnknownAgent."""
-        agent = self._book.get(agent_id)
-        agent.settings = replace(agent.settings, quota_bytes=None)
-        self._link.commit(agent)
+    def lift_quota(self, agent_id: str) -> Commit:
+        """Let the agent's own blocks take what they need on disk.
 
-    def delete(self, agent_id: str) -> None:
-        """The agent and what only it owned are gone, from the disk as well.
-
-        Raises UnknownAgent, AgentBusy.
+        Raises UnknownAgent and AgentLeaving.
         """
-        self._book.get_idle(agent_id, "delete it")
-        self._book.remove(agent_id)
-        self._link.delete(agent_id)
+        agent = self._book.get_staying(agent_id)
+        return self._decide(agent, replace(agent.settings, quota_bytes=None))
+
+    def _decide(self, agent: Agent, settings: AgentSettings) -> Commit:
+        if settings == agent.settings:
+            return self._link.settle(agent)
+        agent.settings = settings
+        agent.main.blocks.pinned = settings.pinned
+        return self._link.commit(agent)
+
+    def is_durable(self, agent_id: str) -> bool:
+        """Whether the disk has everything that was said to the agent and decided about it."""
+        return self._store.is_durable(agent_id)
+
+    def delete(self, agent_id: str) -> Commit:
+        """The agent and what only it owned go for good: from memory when the disk has let it go.
+
+        Until then it is busy. Where the disk refuses, it is as it was, in memory as well. Raises
+        UnknownAgent, AgentBusy.
+        """
+        agent = self._book.get_idle(agent_id, "delete it")
+        agent.is_leaving = True
+        commit = self._link.delete(agent_id)
+        commit.then(partial(self._end_deletion, agent))
+        return commit
+
+    def _end_deletion(self, agent: Agent, is_done: bool) -> None:
+        agent.is_leaving = False
+        if is_done:
+            self._book.remove(agent.agent_id)
 
     # -- agents as data --------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -31,6 +32,7 @@ from keepwarm.engine.fleet import Fleet
 from keepwarm.engine.loop import EngineLoop
 from keepwarm.engine.mailbox import Call
 from keepwarm.engine.requests import GenerateRequest, ReceiptKey
+from keepwarm.engine.store_link import Commit
 from keepwarm.engine.stream import EventStream, replayed
 from keepwarm.engine.swapper import ModelSwapper
 from keepwarm.engine.turnstile import Turnstile
@@ -74,6 +76,7 @@ class Engine:
         self.has_stopped_well = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._streams: dict[str, EventStream] = {}
+        self._changes: set[Future[bool]] = set()
 
     def __repr__(self) -> str:
         return f"Engine({len(self._running)} requests, {self._thread!r})"
@@ -120,6 +123,24 @@ class Engine:
     async def call(self, call: Call[T]) -> T:
         """Call it on the engine's thread between two steps."""
         return await asyncio.wrap_future(self._thread.ask(call))
+
+    async def change(self, change: Call[tuple[Commit, T]]) -> tuple[bool, T]:
+        """Make a change on the engine's thread, and wait for the disk's answer.
+
+        Returns whether the change is durable, and what else the call returned. The change goes on
+        when the caller is cancelled.
+        """
+        answer: Future[bool] = Future()
+        answer.set_running_or_notify_cancel()
+
+        def command(fleet: Fleet) -> T:
+            commit, result = change(fleet)
+            self._changes.add(answer)
+            commit.then(partial(self._answer_change, answer))
+            return result
+
+        result = await self.call(command)
+        return await asyncio.wrap_future(answer), result
 
     async def call_at(self, agent_id: str, call: Callable[[BlockPoolBatchEngine], T]) -> T:
         """Call it on the engine that the agent is at, whose model need not be in memory."""
@@ -274,9 +295,10 @@ class Engine:
     async def _find_or_submit(self, request: GenerateRequest, key: ReceiptKey) -> EventStream:
         agent_id = request.agent_id
         if agent_id is not None:
-            turn = await self.call(lambda fleet: fleet.of(agent_id).receipt(agent_id, key.key))
-            if turn is not None:
-                return _answer_of(turn, key)
+            found = await self.call_at(agent_id, lambda engine: _receipt(engine, agent_id, key))
+            if found is not None:
+                turn, durable = found
+                return _answer_of(turn, key, durable=durable)
         return await self.submit(replace(request, receipt_key=key))
 
     def _forget_at_end(self, name: tuple[str | None, str], begun: Beginning) -> None:
@@ -327,8 +349,15 @@ class Engine:
         self._post(pairs)
 
     def _lose(self, error: Exception) -> None:
+        changes, self._changes = self._changes, set()
+        for answer in changes:
+            answer.set_exception(error)
         streams, self._streams = self._streams, {}
         self._post([(s, Failed(i, None, error, "")) for i, s in streams.items()])
+
+    def _answer_change(self, answer: "Future[bool]", durable: bool) -> None:
+        self._changes.discard(answer)
+        answer.set_result(durable)
 
     def _post(self, pairs: Sequence[tuple[EventStream, Event]]) -> None:
         if pairs and self._loop is not None:
@@ -347,7 +376,15 @@ def _repeat(end: Completed | Failed) -> EventStream:
     return replayed(end.text, end)
 
 
-def _answer_of(turn: Turn, key: ReceiptKey) -> EventStream:
+def _receipt(
+    engine: BlockPoolBatchEngine, agent_id: str, key: ReceiptKey
+) -> tuple[Turn, bool] | None:
+    """The turn that a request with this key ended with, and whether it is on the disk."""
+    turn = engine.receipt(agent_id, key.key)
+    return None if turn is None else (turn, engine.is_durable(agent_id))
+
+
+def _answer_of(turn: Turn, key: ReceiptKey, *, durable: bool) -> EventStream:
     """The reply that the turn ended with, as it was reported then."""
     receipt = turn.receipt
     if receipt is None or receipt.digest != key.digest:
@@ -366,6 +403,6 @@ def _answer_of(turn: Turn, key: ReceiptKey) -> EventStream:
         usage=usage,
         cache=cache,
         timing=Timing(queued_s=0.0, first_token_s=0.0, total_s=0.0, num_preemptions=0),
-        durable=True,
+        durable=durable,
     )
     return replayed(text, completed)

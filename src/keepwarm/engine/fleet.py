@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from keepwarm.core.agent import home_namespace
@@ -27,7 +28,7 @@ from keepwarm.engine.bundles import ImportSummary
 from keepwarm.engine.requests import GenerateRequest
 from keepwarm.engine.sharing import SharedStore
 from keepwarm.engine.snapshot import EngineSnapshot, merged
-from keepwarm.engine.store_link import STORE_WAIT_S
+from keepwarm.engine.store_link import STORE_WAIT_S, Commit
 
 NewEngine = Callable[[LoadedModel, BlockPool, AgentStore, Iterator[int]], BlockPoolBatchEngine]
 """Makes an engine of a model, its pool, its share of the store and the requests' numbers."""
@@ -226,13 +227,14 @@ class Fleet:
         summaries = (s for s in self.store.summaries() if s.agent_id not in here)
         return (*here.values(), *map(view_of_summary, summaries))
 
-    def fork(self, agent_id: str, new_id: str, *, at_turn: int | None = None) -> None:
+    def fork(self, agent_id: str, new_id: str, *, at_turn: int | None = None) -> Commit:
         """As the engine's own; a name that any engine knows is taken."""
         if any(engine.holds(new_id) for engine in self._engines.values()):
             raise AgentExists(new_id)
         name = self._whereabouts(agent_id)
-        self.engine(name).fork(agent_id, new_id, at_turn=at_turn)
+        commit = self.engine(name).fork(agent_id, new_id, at_turn=at_turn)
         self._at[new_id] = name
+        return commit
 
     def import_agent(
         self, path: Path, agent_id: str | None, *, namespace: str = ""
@@ -255,17 +257,22 @@ class Fleet:
         if name in self._engines:
             self._events += self._engines[name].abandon(error)
 
-    def delete(self, agent_id: str) -> None:
-        """The agent is gone from everywhere. Raises UnknownAgent, AgentBusy."""
+    def delete(self, agent_id: str) -> Commit:
+        """As the engine's own, from all engines. Raises UnknownAgent, AgentBusy."""
         self._builder.stop()
         for engine in self._engines.values():
             if engine.is_in_use(agent_id):
                 raise AgentBusy(agent_id, "delete it")
-        self.of(agent_id).delete(agent_id)
-        for engine in self._engines.values():
-            engine.let_go(agent_id)
-        self._at.pop(agent_id, None)
-        self._builder.forget(agent_id)
+        commit = self.of(agent_id).delete(agent_id)
+        commit.then(partial(self._end_deletion, agent_id))
+        return commit
+
+    def _end_deletion(self, agent_id: str, is_done: bool) -> None:
+        if is_done:
+            for engine in self._engines.values():
+                engine.let_go(agent_id)
+            self._at.pop(agent_id, None)
+            self._builder.forget(agent_id)
 
     # -- the whole -------------------------------------------------------------------------------
 
@@ -276,6 +283,11 @@ class Fleet:
             self.store.health(),
             budget_bytes=self._budget_bytes,
         )
+
+    @property
+    def fault(self) -> str | None:
+        """What the disk refuses now."""
+        return self.store.health().fault
 
     def close(self, timeout_s: float = 60.0) -> bool:
         """Save every line's KV to its last token; the store stays open. As the engine's own."""
@@ -336,7 +348,7 @@ class Fleet:
     def _replace(self, name: str, old: BlockPoolBatchEngine, new: BlockPoolBatchEngine) -> None:
         self._events += old.abandon(OtherWeights(name))
         for view in old.agents_here():
-            if self._whereabouts(view.agent_id) == name:
+            if self._whereabouts(view.agent_id) == name and not old.is_leaving(view.agent_id):
                 new.adopt(old.state_of(view.agent_id))
 
 

@@ -88,6 +88,9 @@ class StoreShare:
     def delete_agent(self, agent_id: str) -> int:
         return self._expected(self._store.delete_agent(agent_id))
 
+    def is_durable(self, agent_id: str) -> bool:
+        return self._store.is_durable(agent_id)
+
     def load_agent(self, agent_id: str) -> AgentState | None:
         return self._store.load_agent(agent_id)
 

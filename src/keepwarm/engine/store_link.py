@@ -26,11 +26,40 @@ STORE_WAIT_S = 0.05
 Answer = TypeVar("Answer", BundleWritten, BundleRead, BundleStored)
 
 
+class Commit:
+    """A change of an agent on its way to the disk.
+
+    `durable` is None until a step or `flush` has heard the disk's answer. Where that is False, a
+    deletion was not done; any other change is kept in memory and tried again by itself.
+    """
+
+    def __init__(self, agent_id: str, *, durable: bool | None = None) -> None:
+        self.agent_id = agent_id
+        self.durable = durable
+        self._listeners: list[Callable[[bool], object]] = []
+
+    def __repr__(self) -> str:
+        return f"Commit({self.agent_id!r}, durable={self.durable})"
+
+    def then(self, listener: Callable[[bool], object]) -> None:
+        """Call it with the disk's answer, at once where that is known."""
+        if self.durable is None:
+            self._listeners.append(listener)
+        else:
+            listener(self.durable)
+
+    def answer(self, *, durable: bool) -> None:
+        self.durable = durable
+        listeners, self._listeners = self._listeners, []
+        for listener in listeners:
+            listener(durable)
+
+
 @dataclass(frozen=True, slots=True)
-class _Commit:
+class _Sent:
     """What was sent to the store; `agent` None: a deletion."""
 
-    agent_id: str
+    commit: Commit
     agent: Agent | None = None
     completed: Completed | None = None
 
@@ -53,8 +82,8 @@ class StoreLink:
         self._tiers = tiers
         self._keeper = keeper
         self._emit = emit
-        self._uncommitted: dict[int, _Commit] = {}
-        self._refused: dict[str, _Commit] = {}
+        self._uncommitted: dict[int, _Sent] = {}
+        self._refused: dict[str, Agent] = {}
         self._answers: dict[int, BundleEvent] = {}
 
     def __repr__(self) -> str:
@@ -65,19 +94,27 @@ class StoreLink:
         """Whether the disk has changes of agents that it has not answered for."""
         return bool(self._uncommitted)
 
-    def commit(self, agent: Agent, completed: Completed | None = None) -> None:
+    def commit(self, agent: Agent, completed: Completed | None = None) -> Commit:
         """Write the agent; the turn's final event is sent when the disk has answered."""
-        self._send(_Commit(agent.agent_id, agent, completed))
+        commit = Commit(agent.agent_id)
+        self._uncommitted[self._keeper.commit(agent)] = _Sent(commit, agent, completed)
+        return commit
 
-    def delete(self, agent_id: str) -> None:
-        self._send(_Commit(agent_id))
+    def settle(self, agent: Agent) -> Commit:
+        """Write the agent only where the disk has not taken all of it."""
+        if self._store.is_durable(agent.agent_id):
+            return Commit(agent.agent_id, durable=True)
+        return self.commit(agent)
 
-    def _send(self, commit: _Commit) -> None:
-        if commit.agent is None:
-            ticket = self._store.delete_agent(commit.agent_id)
-        else:
-            ticket = self._keeper.commit(commit.agent)
-        self._uncommitted[ticket] = commit
+    def delete(self, agent_id: str) -> Commit:
+        """Remove the agent from the disk; where that refuses, nothing has changed there.
+
+        A store that is in memory has answered already, and is heard.
+        """
+        commit = Commit(agent_id)
+        self._uncommitted[self._store.delete_agent(agent_id)] = _Sent(commit)
+        self.take_events()
+        return commit
 
     def take_events(self) -> None:
         """Pass on what the store has to say now."""
@@ -117,9 +154,9 @@ class StoreLink:
         What it has refused until now is sent once more.
         """
         refused, self._refused = self._refused, {}
-        for commit in refused.values():
-            if commit.agent is None or not commit.agent.has_left:
-                self._send(replace(commit, completed=None))
+        for agent in refused.values():
+            if not agent.has_left:
+                self.commit(agent)
         until = time.monotonic() + timeout_s
         while self._uncommitted and time.monotonic() < until:
             self.hear()
@@ -132,10 +169,11 @@ class StoreLink:
             self.hear()
 
     def _take_committed(self, event: Committed) -> None:
-        commit = self._uncommitted.pop(event.ticket)
+        sent = self._uncommitted.pop(event.ticket)
         if event.durable:
-            self._refused.pop(commit.agent_id, None)
-        else:
-            self._refused[commit.agent_id] = commit
-        if commit.completed is not None:
-            self._emit(replace(commit.completed, durable=event.durable))
+            self._refused.pop(sent.commit.agent_id, None)
+        elif sent.agent is not None:
+            self._refused[sent.commit.agent_id] = sent.agent
+        if sent.completed is not None:
+            self._emit(replace(sent.completed, durable=event.durable))
+        sent.commit.answer(durable=event.durable)

@@ -15,6 +15,7 @@ from keepwarm.core.errors import (
     BadBundle,
     ContextTooLong,
     DeadlineExceeded,
+    DeletionRefused,
     EngineBroke,
     EngineStopped,
     GeneratorFailed,
@@ -57,6 +58,7 @@ class Kind(StrEnum):
     OVERLOADED = "overloaded"
     MODEL_UNAVAILABLE = "model_unavailable"
     TIMEOUT = "timeout"
+    STORAGE = "storage_refused"
     INTERNAL = "internal_error"
 
 
@@ -116,6 +118,7 @@ _STATUS: tuple[tuple[type[Exception], int, Kind], ...] = (
     (BadBundle, 400, Kind.INVALID),
     (NoAgentStore, 400, Kind.UNSUPPORTED),
     (TransferFailed, 507, Kind.INTERNAL),
+    (DeletionRefused, 507, Kind.STORAGE),
     (GeneratorFailed, 500, Kind.INTERNAL),
     (RequestBroke, 500, Kind.INTERNAL),
 )

@@ -37,16 +37,18 @@ from keepwarm.store.disk_room import DiskRoom
 from keepwarm.store.disk_store import (
     CATALOG_NAME,
     CommitDone,
+    Erased,
     ExportDone,
     FetchDone,
     ImportDone,
     Limits,
     Opened,
     Outcome,
+    Probed,
     Reconciled,
     SaveDone,
 )
-from keepwarm.store.health import DiskHealth
+from keepwarm.store.health import DiskHealth, Work
 from keepwarm.store.io_thread import IOThread, Priority
 from keepwarm.store.opening import open_disk
 from keepwarm.store.record import max_file_bytes
@@ -89,6 +91,8 @@ class StoreConfig:
 
 
 MIN_BUDGET_BYTES = 8 << 20
+PROBE_BYTES = 64 << 10
+MAX_PROBE_BYTES = 16 << 20
 
 
 class AgentCacheStore:
@@ -116,6 +120,9 @@ class AgentCacheStore:
         self._refused = self._commits.refused
         self._events: list[StoreEvent] = []
         self._health = DiskHealth()
+        self._erasing: dict[int, str] = {}
+        self._refused_bytes = PROBE_BYTES
+        self._is_probing = False
         self._thread: IOThread[Outcome] = IOThread("keepwarm-store")
         self._thread.start()
         self._disk, opened = open_disk(self._thread, self.path, self.config.limits())
@@ -136,6 +143,7 @@ class AgentCacheStore:
             next_ticket=lambda: next(self._tickets),
         )
         self._clock_ticks = opened.clock
+        self._is_erasure_due = opened.needs_erasing
         self._load(opened)
         self._reader = CatalogReader.open(self.path / CATALOG_NAME)
         self._look_on()
@@ -236,14 +244,12 @@ class AgentCacheStore:
 
     def delete_agent(self, agent_id: str) -> int:
         ticket = next(self._tickets)
-        self.load_agent(agent_id)
-        own = [entry.record.hash for entry in self._index.disuse(agent_id)]
-        self._room.remove(own, Priority.COMMIT)  # before the answer, which says that they are gone
-        self._room.make(
-            self._room.other_bytes, None, Priority.COMMIT
-        )  # the catalogue is written anew
+        self.load_agent(agent_id)  # whose records are counted then
         self._post_commit(Change(ticket, agent_id, None))
         return ticket
+
+    def is_durable(self, agent_id: str) -> bool:
+        return self._commits.last_of(agent_id) is None
 
     def load_agent(self, agent_id: str) -> AgentState | None:
         change = self._commits.last_of(agent_id)
@@ -276,8 +282,8 @@ class AgentCacheStore:
             self._take(outcome)
         if self._thread.failure is not None:
             self._answer_for_the_dead()
-        elif self._refused and not self._health.is_suspended(self._clock()):
-            self._retry_commits()
+        elif not self._health.is_suspended(self._clock()):
+            self._try_again()
         events, self._events = self._events, []
         return events
 
@@ -336,29 +342,35 @@ class AgentCacheStore:
             self._take_commit(outcome)
         elif isinstance(outcome, Reconciled):
             self._take_reconciled(outcome)
+        elif isinstance(outcome, Erased):
+            self._take_erased(outcome)
         else:
-            self._take_bundle(outcome)
+            self._take_other(outcome)
 
-    def _take_bundle(self, outcome: Outcome) -> None:
-        if isinstance(outcome, BundleRead):
+    def _take_other(self, outcome: Outcome) -> None:
+        if isinstance(outcome, Probed):
+            self._is_probing = False
+            self._health.note_probe(outcome.fault, self._clock())
+        elif isinstance(outcome, BundleRead):
             self._events.append(self._bundles.note_read(outcome))
         elif isinstance(outcome, ExportDone):
             self._events.append(self._bundles.note_written(outcome))
         elif isinstance(outcome, ImportDone):
             self._room.other_bytes = outcome.other_bytes
-            self._note_fault(outcome.fault)
+            self._note_fault(outcome.fault, Work.RECORDS)
             self._events.append(self._bundles.note_stored(outcome))
 
     def _take_save(self, done: SaveDone) -> None:
         self._room.other_bytes = done.other_bytes
-        del self._queued[done.record_hash]
+        queued_bytes = self._queued.pop(done.record_hash)
         entry = self._index.get(done.record_hash)
         if done.file_bytes is None:
             self._index.forget(done.record_hash)
-            self._note_fault(done.fault)
+            self._refused_bytes = min(queued_bytes, MAX_PROBE_BYTES)
+            self._note_fault(done.fault, Work.RECORDS)
             self._events.append(Saved(done.record_hash, retry=entry is not None))
             return
-        self._health.note_success(done.file_bytes)
+        self._health.note_success(Work.RECORDS, written_bytes=done.file_bytes)
         if entry is None:
             self._room.remove([done.record_hash])
         else:
@@ -375,26 +387,49 @@ class AgentCacheStore:
             self._index.forget(done.record_hash)
             self._health.num_damaged += 1
             log.warning("record %s was not used: %s", done.record_hash.hex(), done.damage)
-        self._note_fault(done.fault, is_write=False)
+        if done.fault is not None:
+            self._health.note_read_fault(done.fault)
         self._events.append(Fetched(done.ticket, done.data))
 
     def _take_commit(self, done: CommitDone) -> None:
         self._room.other_bytes = done.other_bytes
-        last = self._commits.arrived(done.ticket)
-        if done.fault is not None:
-            self._refused.add(last.agent_id)
-            self._note_fault(done.fault, is_commit=True)
+        change = self._commits.arrived(done.ticket)
+        if done.fault is None and done.refusal is None:
+            self._health.note_success(Work.COMMITS)
+            self._commits.note_taken(change)
+            if change.state is None:
+                self._erase(change)
+                return
+        elif done.fault is not None:
+            self._commits.note_refused(change)
+            self._note_fault(done.fault, Work.COMMITS)
             if done.is_over_budget:
-                self._room.make(
-                    MIN_BUDGET_BYTES // 8 if last.state else self._room.other_bytes, None
-                )
-        elif done.refusal is not None:
-            log.error("agent %r cannot be stored: %s", last.agent_id, done.refusal)
+                self._room.make(MIN_BUDGET_BYTES // 8, None)
         else:
-            self._health.note_success(0, is_commit=True)
-            self._commits.note_taken(done.ticket, last)
+            log.error("agent %r cannot be stored: %s", change.agent_id, done.refusal)
         durable = done.fault is None and done.refusal is None
         self._answer_commit(done.ticket, durable=durable)
+
+    def _erase(self, change: Change) -> None:
+        """The agent's rows are gone; what else there was of it goes before that is answered."""
+        own = [entry.record.hash for entry in self._index.disuse(change.agent_id)]
+        self._room.remove(own, Priority.COMMIT)
+        self._room.make(self._room.other_bytes, None, Priority.COMMIT)  # to write the rest anew
+        self._erasing[change.ticket] = change.agent_id
+        self._thread.post(Priority.COMMIT, partial(self._disk.erase, change.ticket))
+
+    def _take_erased(self, done: Erased) -> None:
+        """The agent is gone for good, whatever traces of it could not be erased yet."""
+        self._room.other_bytes = done.other_bytes
+        self._is_erasure_due = done.fault is not None
+        if done.fault is None:
+            self._health.note_success(Work.ERASING)
+        else:
+            log.error("traces of deleted agents are left until the disk permits: %s", done.fault)
+            self._note_fault(done.fault, Work.ERASING)
+        if done.ticket is not None:
+            del self._erasing[done.ticket]
+            self._answer_commit(done.ticket, durable=True)
 
     def _take_reconciled(self, outcome: Reconciled) -> None:
         for row in outcome.found:
@@ -411,13 +446,9 @@ class AgentCacheStore:
         if not outcome.is_last:
             self._look_on()
 
-    def _note_fault(
-        self, fault: str | None, *, is_write: bool = True, is_commit: bool = False
-    ) -> None:
-        if fault is not None and not is_write:
-            self._health.note_read_fault(fault)
-        elif fault is not None:
-            self._health.note_fault(fault, self._clock(), is_commit=is_commit)
+    def _note_fault(self, fault: str | None, work: Work) -> None:
+        if fault is not None:
+            self._health.note_fault(fault, self._clock(), work)
 
     # -- commits ---------------------------------------------------------------------------------
 
@@ -434,8 +465,19 @@ class AgentCacheStore:
             command = partial(self._disk.commit, change.ticket, change.state)
         self._thread.post(Priority.COMMIT, command)
 
+    def _try_again(self) -> None:
+        """What the disk refused; and where nothing is left of that, whether it still refuses."""
+        if self._refused:
+            self._retry_commits()
+        if self._is_erasure_due:
+            self._is_erasure_due = False
+            self._thread.post(Priority.COMMIT, partial(self._disk.erase, None))
+        if self._health.is_probe_due(self._clock()) and not self._is_probing:
+            self._is_probing = True
+            self._thread.post(Priority.SAVE, partial(self._disk.probe, self._refused_bytes))
+
     def _retry_commits(self) -> None:
-        """What the disk refused, whole; the tickets were answered with `durable=False` long ago."""
+        """States, whole; their tickets were answered with `durable=False` long ago."""
         for change in self._commits.take_refused():
             self._post_commit(replace(change, ticket=next(self._tickets)), is_retry=True)
 
@@ -450,5 +492,9 @@ class AgentCacheStore:
             del self._reading[ticket]
             self._events.append(Fetched(ticket, None))
         self._events += self._bundles.fail("the store's thread has died")
-        for ticket in self._commits.abandon():
-            self._answer_commit(ticket, durable=False)
+        for change in self._commits.abandon():
+            self._commits.note_refused(change)
+            self._answer_commit(change.ticket, durable=False)
+        for ticket in list(self._erasing):
+            del self._erasing[ticket]
+            self._answer_commit(ticket, durable=True)

@@ -36,6 +36,7 @@ MAX_RECENT_TOKENS = 2_000_000
 _RECORD_COLUMNS = "hash, before, parent, depth, start, stop, family, file_bytes, maker"
 _PUT_RECORD = f"INSERT OR REPLACE INTO records ({_RECORD_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?)"
 _SCRUB = "scrub"
+_PROBE = "probe"
 _ADD_FAMILY = """
     INSERT INTO families (family, fingerprint, layout, lineage, namespace) VALUES (?, ?, ?, ?, ?)
 """
@@ -195,6 +196,15 @@ class Catalog(_Connection):
         self._empty_log("scrub")
         with self._transaction("scrub", "FULL"):
             self._db.execute("DELETE FROM chores WHERE chore = ?", (_SCRUB,))
+
+    def probe(self) -> None:
+        """Whether the disk would take a commit. Raises CatalogUnavailable where it does not."""
+        for query in (
+            "INSERT OR IGNORE INTO chores (chore) VALUES (?)",
+            "DELETE FROM chores WHERE chore = ?",
+        ):
+            with self._transaction("probe", "FULL"):
+                self._db.execute(query, (_PROBE,))
 
     # -- records ---------------------------------------------------------------------------------
 

@@ -17,14 +17,15 @@ class Change:
 class Commits:
     """Owns the changes that are not durable yet, the last one of each agent, and their tickets.
 
-    Whoever commits is answered once: what was refused is tried again in silence. `refused` are the
-    agents of whom something was.
+    Each ticket is answered once: a refused state is tried again in silence. `refused` are the
+    agents with such a state. A refused deletion is withdrawn: the agent is what it was before.
     """
 
     def __init__(self) -> None:
         self.refused: set[str] = set()
-        self._on_way: dict[int, str] = {}
+        self._on_way: dict[int, Change] = {}
         self._last: dict[str, Change] = {}
+        self._before: dict[int, Change] = {}
         self._silent: set[int] = set()
 
     def __repr__(self) -> str:
@@ -32,7 +33,10 @@ class Commits:
 
     def begin(self, change: Change, *, is_retry: bool = False) -> None:
         """The change is on its way."""
-        self._on_way[change.ticket] = change.agent_id
+        former = self._last.get(change.agent_id)
+        if change.state is None and former is not None:
+            self._before[change.ticket] = former
+        self._on_way[change.ticket] = change
         self._last[change.agent_id] = change
         if is_retry:
             self._silent.add(change.ticket)
@@ -46,13 +50,28 @@ class Commits:
         return {agent_id for agent_id, change in self._last.items() if change.state is None}
 
     def arrived(self, ticket: int) -> Change:
-        """The catalogue has answered. Returns the last change of the agent that it was about."""
-        return self._last[self._on_way.pop(ticket)]
+        """The catalogue has answered: the change that it was asked for."""
+        return self._on_way.pop(ticket)
 
-    def note_taken(self, ticket: int, last: Change) -> None:
-        """That ticket's change is durable: the last one of the agent, or one before it."""
-        if ticket == last.ticket:
-            del self._last[last.agent_id]
+    def note_taken(self, change: Change) -> None:
+        """The change is durable: the last one of its agent, or one before it."""
+        self._before.pop(change.ticket, None)
+        self._before = {ticket: c for ticket, c in self._before.items() if c is not change}
+        if self._last.get(change.agent_id) is change:
+            del self._last[change.agent_id]
+
+    def note_refused(self, change: Change) -> None:
+        """The disk refused it: a state is tried again, a deletion is as if it had not been."""
+        if change.state is not None:
+            self.refused.add(change.agent_id)
+            return
+        former = self._before.pop(change.ticket, None)
+        if self._last.get(change.agent_id) is not change:
+            return
+        del self._last[change.agent_id]
+        if former is not None:
+            self._last[change.agent_id] = former
+            self.refused.add(change.agent_id)
 
     def take_refused(self) -> list[Change]:
         """What is to be tried again, as far as it is not on its way already."""
@@ -67,8 +86,8 @@ class Commits:
         self._silent.discard(ticket)
         return not is_silent
 
-    def abandon(self) -> list[int]:
-        """No answer comes any more: the tickets that were on their way."""
-        tickets = list(self._on_way)
+    def abandon(self) -> list[Change]:
+        """No answer comes any more: what was on its way."""
+        changes = list(self._on_way.values())
         self._on_way.clear()
-        return tickets
+        return changes

@@ -98,6 +98,18 @@ class RecordFiles:
         self._budget.records_bytes += nbytes - replaced_bytes
         return nbytes
 
+    def probe(self, nbytes: int) -> None:
+        """Whether the disk would take a record of that size. Raises what `publish` raises."""
+        temporary, moved = self._tmp / "probe", self._tmp / "probe.moved"
+        self._budget.require(nbytes)
+        self._budget.temporary_bytes += nbytes
+        try:
+            _write_file(temporary, [bytes(nbytes)])
+            _move_into_place(temporary, moved)
+        finally:
+            self._discard(moved)
+            self._discard(temporary)
+
     def read_into(
         self, record_hash: BlockHash, buffer: bytearray | memoryview
     ) -> memoryview | None:

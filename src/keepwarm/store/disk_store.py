@@ -4,6 +4,7 @@ Every command returns what came of it. A disk that refuses is an answer (`fault`
 """
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -59,6 +60,7 @@ class Opened:
     pinned: list[AgentState]
     clock: int
     other_bytes: int
+    needs_erasing: bool = False
 
 
 _NOTHING = Opened([], BlockUsage(Counter(), {}), [], 0, 0)
@@ -105,6 +107,25 @@ class CommitDone:
 
 
 @dataclass(frozen=True, slots=True)
+class Erased:
+    """Nothing of a deleted agent is left in the files; or `fault` says what the disk refused.
+
+    `ticket`: of its deletion, None where that was answered before.
+    """
+
+    ticket: int | None
+    other_bytes: int
+    fault: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """Whether the disk takes writes, when there was nothing else to try it with."""
+
+    fault: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Reconciled:
     """What a look at a part of the files has changed: records that were found, and lost ones."""
 
@@ -144,6 +165,8 @@ Outcome = (
     | SaveDone
     | FetchDone
     | CommitDone
+    | Erased
+    | Probed
     | Reconciled
     | ExportDone
     | BundleRead
@@ -164,6 +187,7 @@ class DiskStore:
         Raises HomeInUse, CatalogTooNew, CatalogUnavailable and OSError.
         """
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._root = root
         self._between = between
         self._lock = HomeLock(root)
         try:
@@ -217,7 +241,7 @@ class DiskStore:
             self._catalog.add_records([row])
         except FAULTS as error:
             self._remove_unnamed(record.hash)
-            return SaveDone(record.hash, None, self._other_bytes(), _describe(error))
+            return SaveDone(record.hash, None, self._other_bytes(), self._describe(error))
         self._known[record.hash] = file_bytes
         self._unseen.discard(record.hash)
         return SaveDone(record.hash, file_bytes, self._other_bytes())
@@ -249,7 +273,7 @@ class DiskStore:
         except BadRecord as error:
             damage = str(error)
         except OSError as error:
-            return FetchDone(ticket, record.hash, None, fault=_describe(error))
+            return FetchDone(ticket, record.hash, None, fault=self._describe(error))
         self._give_up(record.hash, damage)
         return FetchDone(ticket, record.hash, None, is_lost=True, damage=damage)
 
@@ -320,7 +344,7 @@ class DiskStore:
         except BadBundle as bad:
             error = bad
         except FAULTS as refused:
-            fault = _describe(refused)
+            fault = self._describe(refused)
         if error is not None:
             self.remove([row.hash for row in rows])
             rows = []
@@ -343,14 +367,29 @@ class DiskStore:
         return self._committing(ticket, lambda: self._catalog.commit(state))
 
     def delete_agent(self, ticket: int, agent_id: str) -> CommitDone:
-        return self._committing(ticket, lambda: self._delete(agent_id))
+        """Its rows are gone for good; what they leave in the file is for `erase`."""
+        return self._committing(ticket, lambda: self._catalog.delete_agent(agent_id, scrub=False))
 
-    def _delete(self, agent_id: str) -> None:
-        """A scrub writes the whole catalogue into its log before it makes it smaller."""
-        self._catalog.delete_agent(agent_id, scrub=False)
-        if self._catalog.needs_scrub:
-            self._budget.require(self._catalog.size_bytes())
-            self._catalog.scrub()
+    def erase(self, ticket: int | None) -> Erased:
+        """Write the catalogue anew, without what was deleted from it."""
+        try:
+            if self._catalog.needs_scrub:
+                # A scrub writes the whole catalogue into its log before it makes it smaller.
+                self._budget.require(self._catalog.size_bytes())
+                self._catalog.scrub()
+        except FAULTS as error:
+            return Erased(ticket, self._other_bytes(), self._describe(error))
+        return Erased(ticket, self._other_bytes())
+
+    def probe(self, record_bytes: int) -> Probed:
+        """Write something like a record and something like a commit, and take them back."""
+        try:
+            self._files.probe(record_bytes)
+            self._budget.require(COMMIT_BYTES)
+            self._catalog.probe()
+        except FAULTS as error:
+            return Probed(self._describe(error))
+        return Probed()
 
     def _committing(self, ticket: int, write: Callable[[], None]) -> CommitDone:
         try:
@@ -360,7 +399,7 @@ class DiskStore:
             return CommitDone(ticket, self._other_bytes(), refusal=str(error))
         except FAULTS as error:
             is_over = isinstance(error, OverBudget)
-            fault = _describe(error)
+            fault = self._describe(error)
             return CommitDone(ticket, self._other_bytes(), fault, is_over_budget=is_over)
         return CommitDone(ticket, self._other_bytes())
 
@@ -411,6 +450,10 @@ class DiskStore:
     def _other_bytes(self) -> int:
         return self._budget.used_bytes - self._budget.records_bytes
 
+    def _describe(self, error: BaseException) -> str:
+        """Without where the home is: clients may read it."""
+        return f"{type(error).__name__}: {error}".replace(f"{self._root}{os.sep}", "")
+
 
 def _open_catalog(path: Path) -> tuple[Catalog, Opened]:
     """The catalogue and what it knows; a damaged one shows in what it was opened for."""
@@ -431,11 +474,14 @@ def _read_catalog(path: Path) -> tuple[Catalog, Opened]:
     catalog = Catalog.open(path)
     try:
         rows, usage = catalog.load_records(), catalog.load_usage()
-        return catalog, Opened(rows, usage, catalog.load_pinned(), catalog.clock(), other_bytes=0)
+        return catalog, Opened(
+            rows,
+            usage,
+            catalog.load_pinned(),
+            catalog.clock(),
+            other_bytes=0,
+            needs_erasing=catalog.needs_scrub,
+        )
     except BaseException:
         catalog.close()
         raise
-
-
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"

@@ -62,6 +62,7 @@ class MemoryAgentStore:
         self.num_written_bytes = 0
         self._kept: dict[BlockHash, _Kept] = {}
         self._agents: dict[str, AgentState] = {}
+        self._refused: set[str] = set()
         self._events: list[StoreEvent] = []
         self._num_tickets = 0
 
@@ -122,20 +123,30 @@ class MemoryAgentStore:
 
     def commit(self, state: AgentState) -> int:
         ticket = self._next_ticket()
-        if not self.refuses:
+        if self.refuses:
+            self._refused.add(state.agent_id)
+        else:
             self._agents[state.agent_id] = state
+            self._refused.discard(state.agent_id)
         self._events.append(Committed(ticket, durable=not self.refuses))
         return ticket
 
     def delete_agent(self, agent_id: str) -> int:
         ticket = self._next_ticket()
+        if self.refuses:
+            self._events.append(Committed(ticket, durable=False))
+            return ticket
         self._agents.pop(agent_id, None)
+        self._refused.discard(agent_id)
         used = self._used()
         self._kept = {
             h: kept for h, kept in self._kept.items() if h in used or kept.maker != agent_id
         }
         self._events.append(Committed(ticket, durable=True))
         return ticket
+
+    def is_durable(self, agent_id: str) -> bool:
+        return agent_id not in self._refused
 
     def load_agent(self, agent_id: str) -> AgentState | None:
         return self._agents.get(agent_id)

@@ -38,8 +38,13 @@ class AgentCard:
 
 @dataclass(frozen=True, slots=True)
 class AgentDetails(AgentCard):
-    """An agent with its settings and its system prompt."""
+    """An agent with its settings and its system prompt.
 
+    `durable`: the disk has all of it, or, in the answer to a change, that change. What it refused
+    is kept in memory and tried again.
+    """
+
+    durable: bool
     system: str | None
     priority: int
     overflow: Overflow
@@ -57,7 +62,7 @@ class AgentPage:
 
 @dataclass(frozen=True, slots=True)
 class AgentDeleted:
-    """The agent is gone."""
+    """The agent is gone, from the disk as well."""
 
     id: str
     deleted: bool = True
@@ -203,10 +208,13 @@ def card_of(view: AgentView, shown: str, *, default_model: str) -> AgentCard:
     )
 
 
-def details_of(card: AgentCard, settings: AgentSettings, system: str | None) -> AgentDetails:
+def details_of(
+    card: AgentCard, settings: AgentSettings, system: str | None, *, durable: bool
+) -> AgentDetails:
     """The same where one asks for one agent."""
     return AgentDetails(
         **{field.name: getattr(card, field.name) for field in fields(card)},
+        durable=durable,
         system=system,
         priority=settings.priority,
         overflow=settings.overflow,

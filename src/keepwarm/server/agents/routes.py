@@ -12,11 +12,19 @@ from fastapi import APIRouter, Depends, Header, Query, Request
 from starlette.background import BackgroundTask
 from starlette.responses import FileResponse, Response
 
-from keepwarm.core.errors import AgentExists, BadBundle, BundleFailed, InvalidRequest
+from keepwarm.core.errors import (
+    AgentExists,
+    BadBundle,
+    BundleFailed,
+    DeletionRefused,
+    InvalidRequest,
+)
 from keepwarm.core.stored import DEFAULT_SETTINGS, AgentSettings
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
 from keepwarm.engine.bundles import ImportSummary
+from keepwarm.engine.fleet import Fleet
 from keepwarm.engine.requests import GenerateRequest, ReceiptKey
+from keepwarm.engine.store_link import Commit
 from keepwarm.server.agents.answers import (
     AgentDeleted,
     AgentDetails,
@@ -74,8 +82,14 @@ async def put_agent(name: str, body: AgentBody, serving: ServingOf) -> Response:
     if body.kv_policy not in (None, "exact"):
         raise Unsupported("kv_policy", f"{body.kv_policy!r} does not exist yet; only exact does")
     agent_id = serving.caller.agent(name)
-    created = await serving.engine.call_at(agent_id, lambda engine: _put(engine, agent_id, body))
-    return await _shown(serving, agent_id, 201 if created else 200)
+
+    def put(fleet: Fleet) -> tuple[Commit, tuple[AgentDetails, bool]]:
+        engine = fleet.of(agent_id)
+        commit, is_new = _put(engine, agent_id, body)
+        return commit, (_details(engine, serving, agent_id), is_new)
+
+    durable, (details, is_new) = await serving.engine.change(put)
+    return json_answer(replace(details, durable=durable), 201 if is_new else 200)
 
 
 @router.get("/{name}", response_model=AgentDetails)
@@ -86,9 +100,14 @@ async def get_agent(name: str, serving: ServingOf) -> Response:
 
 @router.delete("/{name}", response_model=AgentDeleted)
 async def delete_agent(name: str, serving: ServingOf) -> Response:
-    """The agent and what only it owned are gone, from the disk as well."""
+    """The agent and what only it owned are gone, from the disk as well.
+
+    Where the disk refuses, the answer is 507, and the agent is as it was.
+    """
     agent_id = serving.caller.agent(name)
-    await serving.engine.call(lambda fleet: fleet.delete(agent_id))
+    is_gone, _ = await serving.engine.change(lambda fleet: (fleet.delete(agent_id), None))
+    if not is_gone:
+        raise DeletionRefused(name, await serving.engine.call(lambda fleet: fleet.fault))
     return json_answer(AgentDeleted(name))
 
 
@@ -133,8 +152,13 @@ async def send(
 async def fork(name: str, body: ForkBody, serving: ServingOf) -> Response:
     """A new agent that knows what this one knew after `at_turn` turns; nothing is copied."""
     agent_id, new_id = serving.caller.agent(name), serving.caller.agent(body.new_id)
-    await serving.engine.call(lambda fleet: fleet.fork(agent_id, new_id, at_turn=body.at_turn))
-    return await _shown(serving, new_id, 201)
+
+    def apply(fleet: Fleet) -> tuple[Commit, AgentDetails]:
+        commit = fleet.fork(agent_id, new_id, at_turn=body.at_turn)
+        return commit, _details(fleet.of(new_id), serving, new_id)
+
+    durable, details = await serving.engine.change(apply)
+    return json_answer(replace(details, durable=durable), 201)
 
 
 @router.post("/{name}/rollback", response_model=AgentDetails)
@@ -234,14 +258,13 @@ async def import_agent(
 # -- inside ----------------------------------------------------------------------------------------
 
 
-def _put(engine: BlockPoolBatchEngine, agent_id: str, body: AgentBody) -> bool:
+def _put(engine: BlockPoolBatchEngine, agent_id: str, body: AgentBody) -> tuple[Commit, bool]:
     """Returns whether the agent is new. Raises AgentExists for one with another system prompt."""
     if not engine.knows(agent_id):
-        engine.create(agent_id, system=body.system, settings=_settings(body))
-        return True
+        return engine.create(agent_id, system=body.system, settings=_settings(body)), True
     if body.system is not None and body.system != engine.system(agent_id):
         raise AgentExists(agent_id)
-    engine.configure(
+    commit = engine.configure(
         agent_id,
         pinned=body.pinned,
         priority=body.priority,
@@ -249,8 +272,8 @@ def _put(engine: BlockPoolBatchEngine, agent_id: str, body: AgentBody) -> bool:
         overflow=body.overflow,
     )
     if "quota_bytes" in body.model_fields_set and body.quota_bytes is None:
-        engine.lift_quota(agent_id)
-    return False
+        commit = engine.lift_quota(agent_id)
+    return commit, False
 
 
 def _settings(body: AgentBody) -> AgentSettings:
@@ -264,21 +287,35 @@ def _settings(body: AgentBody) -> AgentSettings:
 
 
 async def _changed(
-    serving: Serving, name: str, change: Callable[[BlockPoolBatchEngine, str], None]
+    serving: Serving, name: str, change: Callable[[BlockPoolBatchEngine, str], Commit]
 ) -> Response:
+    """The agent as the change has left it, when the disk has answered."""
     agent_id = serving.caller.agent(name)
-    await serving.engine.call_at(agent_id, lambda engine: change(engine, agent_id))
-    return await _shown(serving, agent_id)
+
+    def apply(fleet: Fleet) -> tuple[Commit, AgentDetails]:
+        engine = fleet.of(agent_id)
+        return change(engine, agent_id), _details(engine, serving, agent_id)
+
+    durable, details = await serving.engine.change(apply)
+    return json_answer(replace(details, durable=durable))
 
 
-async def _shown(serving: Serving, agent_id: str, status: int = 200) -> Response:
+async def _shown(serving: Serving, agent_id: str) -> Response:
+    details = await serving.engine.call_at(
+        agent_id, lambda engine: _details(engine, serving, agent_id)
+    )
+    return json_answer(details)
+
+
+def _details(engine: BlockPoolBatchEngine, serving: Serving, agent_id: str) -> AgentDetails:
     shown = serving.caller.shown(agent_id)
-
-    def look(engine: BlockPoolBatchEngine) -> AgentDetails:
-        card = card_of(engine.agent(agent_id), shown, default_model=serving.default_model)
-        return details_of(card, engine.settings(agent_id), engine.system(agent_id))
-
-    return json_answer(await serving.engine.call_at(agent_id, look), status)
+    card = card_of(engine.agent(agent_id), shown, default_model=serving.default_model)
+    return details_of(
+        card,
+        engine.settings(agent_id),
+        engine.system(agent_id),
+        durable=engine.is_durable(agent_id),
+    )
 
 
 def _receipt_key(key: str | None, body: MessagesBody) -> ReceiptKey | None:

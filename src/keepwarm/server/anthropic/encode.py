@@ -21,6 +21,7 @@ _TYPES = {
     Kind.MODEL_UNAVAILABLE: "overloaded_error",
     Kind.TIMEOUT: "timeout_error",
     Kind.INTERNAL: "api_error",
+    Kind.STORAGE: "api_error",
 }
 
 _encode = msgspec.json.Encoder().encode

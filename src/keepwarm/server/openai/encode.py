@@ -21,6 +21,7 @@ _TYPES = {
     Kind.MODEL_UNAVAILABLE: "server_error",
     Kind.TIMEOUT: "server_error",
     Kind.INTERNAL: "server_error",
+    Kind.STORAGE: "server_error",
 }
 _CODES = {Kind.TOO_LONG: "context_length_exceeded", Kind.UNAUTHENTICATED: "invalid_api_key"}
 
