@@ -19,9 +19,10 @@ LONG = 80_000
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeServer]:
-    """Every reply is EVIL, over and over."""
-    factory = FakeFactory(script=list(EVIL.encode()), pause_s=0.001)
-    with fake_server(tmp_path_factory.mktemp("home"), factory=factory) as opened:
+    """Every reply is EVIL, over and over, with heartbeats between its tokens."""
+    factory = FakeFactory(script=list(EVIL.encode()), pause_s=0.002)
+    options = {"factory": factory, "server__heartbeat_s": 0.001}
+    with fake_server(tmp_path_factory.mktemp("home"), **options) as opened:
         yield opened
 
 

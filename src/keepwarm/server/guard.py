@@ -21,6 +21,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from keepwarm.server.body import BoundedBody, too_large
+from keepwarm.server.decoding import readable
 from keepwarm.server.dialects import error_response
 from keepwarm.server.problems import Kind, NotAllowed, Problem
 from keepwarm.server.settings import LOOPBACK, ServerConfig
@@ -87,7 +88,7 @@ class Guard:
         if length.isdecimal() and int(length) > limit:
             raise NotAllowed(too_large(limit))
         body = BoundedBody(receive, max_bytes=limit, patience_s=self._config.body_timeout_s)
-        await self._app(scope, body, send)
+        await self._app(scope, readable(scope, body, max_bytes=limit), send)
 
     def _check_host(self, headers: Headers) -> None:
         """Against pages whose name was made to point here (DNS rebinding)."""
