@@ -1,5 +1,8 @@
 """Over HTTP: an answer waits for the disk, or says that the disk refused."""
 
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -145,3 +148,66 @@ def test_a_refused_deletion_names_the_callers_agent_not_the_servers(
     assert "'ada' was not deleted" in error["message"]
     assert "team" not in error["message"]
     assert str(tmp_path) not in error["message"]
+
+
+class TestHealth:
+    def test_degraded_with_the_cause_while_the_disk_refuses(
+        self, server: FakeServer, client: httpx.Client, disk: Disk
+    ) -> None:
+        assert health(client) == {"status": "ok", "model": "fake", "causes": []}
+        disk.fill()
+        assert not client.put("/v1/agents/ada", json={"priority": 2}).json()["durable"]
+        wait_for(lambda: health(client)["status"] == "degraded")
+        (cause,) = health(client)["causes"]
+        assert REFUSAL in cause
+        assert client.get("/health/ready").status_code == 200
+        disk.free()
+        wait_for(lambda: health(client)["status"] == "ok")
+        assert client.get("/v1/agents/ada").json()["durable"]
+
+    def test_well_again_where_nothing_waits_to_be_written(
+        self, server: FakeServer, client: httpx.Client, disk: Disk
+    ) -> None:
+        disk.fill()
+        assert client.delete("/v1/agents/ada").status_code == 507
+        wait_for(lambda: health(client)["status"] == "degraded")
+        disk.free()
+        wait_for(lambda: health(client)["status"] == "ok")
+
+
+def health(client: httpx.Client) -> dict[str, Any]:
+    document: dict[str, Any] = client.get("/health").json()
+    return document
+
+
+SERVE = """
+import sys
+from pathlib import Path
+from keepwarm.bench.http_server import FAKE, bench_settings, serve
+settings = bench_settings(FAKE, max_rows=8, more={"disk.free_floor_bytes": 1 << 60})
+serve(settings, Path(sys.argv[1]), announce=lambda port: print(port, flush=True))
+"""
+
+
+def test_told_to_stop_while_the_disk_refuses_it_ends_and_says_what_is_lost(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", SERVE, str(tmp_path / "home")]
+    with (
+        log.open("wb") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors) as process,
+    ):
+        assert process.stdout is not None
+        url = f"http://127.0.0.1:{int(process.stdout.readline())}"
+        with httpx.Client(base_url=url, timeout=60.0, trust_env=False) as client:
+            client.put("/v1/agents/ada", json={}).raise_for_status()
+            client.put("/v1/agents/idle", json={}).raise_for_status()
+            usage = [say(client, "a long story " * 40)["usage"] for _ in range(2)][-1]
+            assert health(client)["status"] == "degraded"
+        process.send_signal(signal.SIGTERM)
+        process.wait(WAIT_S)  # it waited for twice as long before it gave up
+    said = log.read_text()
+    num_tokens = usage["prompt_tokens"] + usage["completion_tokens"]
+    assert f"agent 'ada': all of it, 2 turns and {num_tokens:,} tokens" in said
+    assert "agent 'idle': all of it, 0 turns and 0 tokens" in said
+    assert "must stay free" in said
+    assert f"KV of {num_tokens - 1:,} tokens of agent 'ada'" in said

@@ -127,6 +127,10 @@ class AgentStore(Protocol):
         """Wait until `poll` would return something, at most so long."""
         ...
 
+    def ask_again(self) -> None:
+        """Try a disk that has refused again now, and not only after a while."""
+        ...
+
     def health(self) -> StoreHealth: ...
 
     def check(self) -> None: ...
@@ -207,6 +211,9 @@ class NoStore:
         return events
 
     def wait(self, timeout_s: float) -> None:
+        return
+
+    def ask_again(self) -> None:
         return
 
     def health(self) -> StoreHealth:

@@ -267,7 +267,8 @@ StoreEvent = Saved | Fetched | Committed | BundleEvent
 class StoreHealth:
     """The store at one moment, for people and metrics.
 
-    `fault` is what the disk last refused, until a write succeeds again.
+    `fault` is what the disk last refused, until a write succeeds again. `notices` are what was lost
+    or damaged, as long as that matters.
     """
 
     fault: str | None = None
@@ -281,3 +282,4 @@ class StoreHealth:
     num_queued: int = 0
     written_bytes: int = 0
     evicted_bytes: int = 0
+    notices: tuple[str, ...] = ()

@@ -56,9 +56,8 @@ class AgentPorter:
         state = self._keeper.state_of(replace(agent, foreign=foreign))
         ticket = self._store.write_bundle(self._family, self._tokenizer.fingerprint, state, path)
         written = self._link.answer(ticket, BundleWritten)
-        held = [line.num_held() for line in agent.lines]
         stored = [self._num_stored(line) for line in agent.lines]
-        missing = (max(a - b, 0) for a, b in zip(held, stored, strict=True))
+        missing = map(self.num_unsaved, agent.lines)
         return ExportSummary(
             agent.agent_id, path, written.file_bytes, written.num_records, sum(stored), sum(missing)
         )
@@ -94,6 +93,10 @@ class AgentPorter:
             saver.offer_line(blocks)
         self._link.save_while(lambda: any(map(saver.is_unsaved, lines)), until)
         self._link.flush(max(until - time.monotonic(), 0.0))
+
+    def num_unsaved(self, line: Line) -> int:
+        """Of how many of the line's tokens the KV is in memory only."""
+        return max(line.num_held() - self._num_stored(line), 0)
 
     def _num_stored(self, line: Line) -> int:
         return self._tiers.saver.stored_tokens(line.transcript.token_ids, line.blocks.namespace)

@@ -1,6 +1,7 @@
 """BlockPoolBatchEngine: requests in, events out, and every agent's memory kept between them."""
 
 import itertools
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -51,6 +52,8 @@ from keepwarm.engine.verifying import VerifyReport
 
 CANONICAL_LINEAGE = "exact-canonical"
 """Blocks computed in canonical shapes differ in their last bits: they have other hashes."""
+
+_log = logging.getLogger(__name__)
 
 
 class BlockPoolBatchEngine:
@@ -696,7 +699,21 @@ class BlockPoolBatchEngine:
         self.tiers.saver.offer_tails()
         until = time.monotonic() + timeout_s
         self._link.save_while(lambda: bool(len(self.tiers.saves)), until)
-        return self.flush(max(until - time.monotonic(), 1.0)) and not len(self.tiers.saves)
+        is_saved = not len(self.tiers.saves)
+        if not is_saved:
+            self._log_unsaved()
+        return self.flush(max(until - time.monotonic(), 1.0)) and is_saved
+
+    def _log_unsaved(self) -> None:
+        """KV is lost with this process, and what was said is not."""
+        for agent in self._book:
+            num_unsaved = sum(map(self._porter.num_unsaved, agent.lines))
+            if num_unsaved:
+                _log.warning(
+                    "the disk has not taken the KV of %s tokens of agent %r: it is computed again",
+                    f"{num_unsaved:,}",
+                    agent.agent_id,
+                )
 
     def snapshot(self) -> EngineSnapshot:
         return EngineSnapshot(

@@ -91,6 +91,11 @@ class Engine:
         return self._thread.has_ended
 
     @property
+    def troubles(self) -> tuple[str, ...]:
+        """What is wrong while it serves, like a disk that refuses; for people."""
+        return self._thread.troubles
+
+    @property
     def num_requests(self) -> int:
         return len(self._running)
 

@@ -28,7 +28,7 @@ from keepwarm.engine.bundles import ImportSummary
 from keepwarm.engine.requests import GenerateRequest
 from keepwarm.engine.sharing import SharedStore
 from keepwarm.engine.snapshot import EngineSnapshot, merged
-from keepwarm.engine.store_link import STORE_WAIT_S, Commit
+from keepwarm.engine.store_link import REFUSED_S, STORE_WAIT_S, Commit
 
 NewEngine = Callable[[LoadedModel, BlockPool, AgentStore, Iterator[int]], BlockPoolBatchEngine]
 """Makes an engine of a model, its pool, its share of the store and the requests' numbers."""
@@ -289,12 +289,21 @@ class Fleet:
         """What the disk refuses now."""
         return self.store.health().fault
 
+    @property
+    def troubles(self) -> tuple[str, ...]:
+        """What is wrong now, for people; empty when all is well."""
+        health = self.store.health()
+        faults = () if health.fault is None else (f"the disk refuses: {health.fault}",)
+        return (*faults, *health.notices)
+
     def close(self, timeout_s: float = 60.0) -> bool:
         """Save every line's KV to its last token; the store stays open. As the engine's own."""
         self._builder.stop()
         is_saved = True
         for engine in self._engines.values():
-            is_saved &= engine.close(timeout_s)
+            # A disk that has refused one engine's KV to the end is not waited for again.
+            is_refused = not is_saved and self.fault is not None
+            is_saved &= engine.close(REFUSED_S / 10 if is_refused else timeout_s)
         return is_saved
 
     def release(self) -> None:

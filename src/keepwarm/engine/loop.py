@@ -49,6 +49,8 @@ class EngineLoop:
         self._stopping = threading.Event()
         self._ended = threading.Event()
         self._has_saved = False
+        self.troubles: tuple[str, ...] = ()
+        """What was wrong after the last step: replaced by the thread, read by any."""
         self._opened: Future[None] = Future()
         self._broken_at: list[float] = []
         self._thread = threading.Thread(target=self._run, name="keepwarm-engine", daemon=True)
@@ -123,6 +125,7 @@ class EngineLoop:
     def _turn(self, fleet: Fleet) -> None:
         self._run_commands(fleet, wait_s=_wait_s(fleet))
         events = fleet.step()
+        self.troubles = fleet.troubles
         if events:
             self._deliver(events)
 

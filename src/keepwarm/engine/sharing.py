@@ -116,6 +116,9 @@ class StoreShare:
         if not self.events:
             self._store.wait(timeout_s)
 
+    def ask_again(self) -> None:
+        self._store.ask_again()
+
     def health(self) -> StoreHealth:
         return self._store.health()
 

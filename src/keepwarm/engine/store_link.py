@@ -22,6 +22,8 @@ from keepwarm.engine.keeper import AgentKeeper
 from keepwarm.engine.tiers import Tiers
 
 STORE_WAIT_S = 0.05
+REFUSED_S = 3.0
+"""For how long a disk that refuses KV is asked again, where something waits for it."""
 
 Answer = TypeVar("Answer", BundleWritten, BundleRead, BundleStored)
 
@@ -163,10 +165,19 @@ class StoreLink:
         return not self._uncommitted and not self._refused
 
     def save_while(self, is_unsaved: Callable[[], bool], until_s: float) -> None:
-        """Hand KV to the store, as fast as it takes it, while there is something of interest."""
-        while is_unsaved() and time.monotonic() < until_s:
+        """Hand KV to the store, as fast as it takes it, while there is something of interest.
+
+        A disk that refuses is asked again a few times, and not until then.
+        """
+        self._store.ask_again()
+        gives_up_s = until_s
+        while is_unsaved() and time.monotonic() < min(until_s, gives_up_s):
             self._tiers.save_some()
             self.hear()
+            if self._store.health().fault is None:
+                gives_up_s = until_s
+            else:
+                gives_up_s = min(gives_up_s, time.monotonic() + REFUSED_S)
 
     def _take_committed(self, event: Committed) -> None:
         sent = self._uncommitted.pop(event.ticket)

@@ -40,10 +40,15 @@ class Alive:
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """`ok` or `stopping`, and the default model."""
+    """`ok`, `degraded` or `stopping`, and the default model.
+
+    Degraded, it answers as ever, and `causes` say what is wrong: a disk that refuses, or data that
+    was damaged.
+    """
 
     status: str
     model: str
+    causes: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +69,10 @@ _NOT_READY: dict[int | str, dict[str, Any]] = {503: {"model": Readiness, "descri
 @router.get("/health/ready", responses=_NOT_READY, response_model=Readiness)
 async def ready(serving: ServingOf) -> Response:
     """Whether requests are answered: 503 while the server stops, or when the engine has ended."""
-    is_serving = serving.engine.is_serving
-    status = "ok" if is_serving else "stopping"
-    return json_answer(Readiness(status, serving.default_model), 200 if is_serving else 503)
+    is_serving, causes = serving.engine.is_serving, serving.engine.troubles
+    status = ("degraded" if causes else "ok") if is_serving else "stopping"
+    answer = Readiness(status, serving.default_model, causes)
+    return json_answer(answer, 200 if is_serving else 503)
 
 
 @router.get("/health/live", response_model=Alive)

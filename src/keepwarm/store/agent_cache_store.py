@@ -32,6 +32,7 @@ from keepwarm.core.stored import (
 )
 from keepwarm.store.bundle_jobs import BundleJobs
 from keepwarm.store.catalog import CatalogReader
+from keepwarm.store.catalog_errors import CatalogCorrupt, CatalogUnavailable
 from keepwarm.store.commits import Change, Commits
 from keepwarm.store.disk_room import DiskRoom
 from keepwarm.store.disk_store import (
@@ -50,6 +51,7 @@ from keepwarm.store.disk_store import (
 )
 from keepwarm.store.health import DiskHealth, Work
 from keepwarm.store.io_thread import IOThread, Priority
+from keepwarm.store.losses import loss_of
 from keepwarm.store.opening import open_disk
 from keepwarm.store.record import max_file_bytes
 from keepwarm.store.record_index import Entry, RecordIndex
@@ -123,6 +125,7 @@ class AgentCacheStore:
         self._erasing: dict[int, str] = {}
         self._refused_bytes = PROBE_BYTES
         self._is_probing = False
+        self._is_closed = False
         self._thread: IOThread[Outcome] = IOThread("keepwarm-store")
         self._thread.start()
         self._disk, opened = open_disk(self._thread, self.path, self.config.limits())
@@ -163,12 +166,33 @@ class AgentCacheStore:
         self.close()
 
     def close(self, timeout_s: float | None = 60.0) -> None:
-        """Do what is queued, try once more what the disk refused, and give the home back."""
+        """Do what is queued, try once more what the disk refused, and give the home back.
+
+        What it refuses to the end is lost, and the log says what that is.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
         self._retry_commits()
+        losses = [
+            loss_of(change, self._committed(change)) for change in self._commits.not_durable()
+        ]
         self._reader.close()
         self._thread.post(Priority.STOP, self._disk.close)
         if not self._thread.stop(timeout_s):
             log.error("%s did not close within %s s", self.path, timeout_s)
+        self.poll()
+        for loss in losses:
+            if not self.is_durable(loss.agent_id):
+                fault = self._health.fault
+                log.error("lost, because the disk did not take it (%s): %s", fault, loss)
+
+    def _committed(self, change: Change) -> AgentState | None:
+        """The agent as the catalogue has it, as far as it can be read."""
+        try:
+            return self._reader.load_agent(change.agent_id)
+        except (CatalogCorrupt, CatalogUnavailable):
+            return None
 
     # -- KV --------------------------------------------------------------------------------------
 
@@ -290,6 +314,9 @@ class AgentCacheStore:
     def wait(self, timeout_s: float) -> None:
         if not self._events:
             self._thread.wait(timeout_s)
+
+    def ask_again(self) -> None:
+        self._health.ask_again(self._clock())
 
     def health(self) -> StoreHealth:
         return StoreHealth(

@@ -80,6 +80,10 @@ class Commits:
         changes = [self._last[agent_id] for agent_id in refused]
         return [change for change in changes if change.ticket not in self._on_way]
 
+    def not_durable(self) -> list[Change]:
+        """The agents that the catalogue does not have as they are."""
+        return [change for change in self._last.values() if change.state is not None]
+
     def is_awaited(self, ticket: int) -> bool:
         """Whether somebody waits for this answer; asked once."""
         is_silent = ticket in self._silent

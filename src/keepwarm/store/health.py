@@ -74,5 +74,10 @@ class DiskHealth:
             self.fault = f"the store's thread has died: {failure!r}"
             log.critical("%s; nothing is saved any more", self.fault, exc_info=failure)
 
+    def ask_again(self, now_s: float) -> None:
+        """The pause is over."""
+        if self._suspended_until_s is not None:
+            self._suspended_until_s, self._pause_s = now_s, FIRST_RETRY_S
+
     def is_suspended(self, now_s: float) -> bool:
         return self._suspended_until_s is not None and now_s < self._suspended_until_s

@@ -239,8 +239,15 @@ class MemoryAgentStore:
     def wait(self, timeout_s: float) -> None:
         """There is never anything to wait for."""
 
+    def ask_again(self) -> None:
+        """It never pauses."""
+
     def health(self) -> StoreHealth:
-        return StoreHealth(num_records=len(self._kept), written_bytes=self.num_written_bytes)
+        return StoreHealth(
+            fault="it refuses" if self.refuses else None,
+            num_records=len(self._kept),
+            written_bytes=self.num_written_bytes,
+        )
 
     def check(self) -> None:
         """A dictionary contradicts itself in no way."""
