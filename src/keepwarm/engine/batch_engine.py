@@ -33,7 +33,7 @@ from keepwarm.engine.chat import opening, truncate, validate_messages
 from keepwarm.engine.intake import Intake
 from keepwarm.engine.keeper import AgentKeeper
 from keepwarm.engine.model_seat import ModelSeat
-from keepwarm.engine.output import ReplyText, validate_stop
+from keepwarm.engine.output import ReplyText
 from keepwarm.engine.prefetching import Prefetcher
 from keepwarm.engine.requests import (
     PromptSource,
@@ -45,6 +45,7 @@ from keepwarm.engine.requests import (
     valid_settings,
 )
 from keepwarm.engine.snapshot import EngineSnapshot
+from keepwarm.engine.stops import validate_stop
 from keepwarm.engine.store_link import Commit, StoreLink
 from keepwarm.engine.tiers import Tiers
 from keepwarm.engine.turns import Turns

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from keepwarm.core.errors import InvalidRequest
 from keepwarm.core.ports import Detokenizer
+from keepwarm.engine.stops import StopMatch, StopSearch
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,21 +52,10 @@ class _HeldToken:
     has_text: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _StopMatch:
-    start: int
-    stop: str
-
-    @property
-    def end(self) -> int:
-        return self.start + len(self.stop)
-
-
 class ReplyText:
     """The text of one reply as it grows. Belongs to its sequence and survives preemption.
 
-    Held back are half characters and text that may be the beginning of a stop string. What is
-    searched is only what was held back and what is new: no stop string can begin before that.
+    Held back are half characters and text that may be the beginning of a stop string.
 
     When the reply ends by length or EOS in the middle of a character, the ids of that character
     are sent and its text is not; the line does not keep them, since the next prompt has only the
@@ -75,7 +64,7 @@ class ReplyText:
 
     def __init__(self, detokenizer: Detokenizer, stop: Sequence[str] = ()) -> None:
         self._detokenizer = detokenizer
-        self._stop = tuple(stop)
+        self._stops = StopSearch(stop)
         self._held_text = ""
         self._held_tokens: list[_HeldToken] = []
         self._undecoded: list[int] = []
@@ -112,11 +101,10 @@ class ReplyText:
 
     def push(self, token_id: int) -> Emitted:
         """Take the next token; not the one that ends the reply, and none after a stop string."""
-        self._take(token_id)
-        match = find_stop(self._held_text, self._stop)
+        match = self._stops.push(self._take(token_id))
         if match is not None:
             return self._stop_at(match)
-        return self._send(len(self._held_text) - len_of_possible_stop(self._held_text, self._stop))
+        return self._send(len(self._held_text) - self._stops.num_possible)
 
     def finish(self) -> Emitted:
         """The reply ended by length or EOS: send all that was held back, and every id."""
@@ -129,11 +117,14 @@ class ReplyText:
         self._held_tokens.clear()
         self._undecoded.clear()
 
-    def _take(self, token_id: int) -> None:
-        self._held_text += self._detokenizer.push(token_id)
+    def _take(self, token_id: int) -> str:
+        """Returns the text that the token completes."""
+        text = self._detokenizer.push(token_id)
+        self._held_text += text
         self._undecoded.append(token_id)
         if not self._detokenizer.pending:
             self._settle_undecoded()
+        return text
 
     def _settle_undecoded(self, *, is_broken_off: bool = False) -> None:
         end = self._num_sent + len(self._held_text)
@@ -143,7 +134,7 @@ class ReplyText:
         ]
         self._undecoded.clear()
 
-    def _stop_at(self, match: _StopMatch) -> Emitted:
+    def _stop_at(self, match: StopMatch) -> Emitted:
         self._stopped_by = match.stop
         emitted = self._send(match.start)
         self.cancel()
@@ -163,46 +154,3 @@ class ReplyText:
         if covered:
             del self._held_tokens[: len(covered)]
         return covered
-
-
-def find_stop(text: str, stops: Sequence[str]) -> _StopMatch | None:
-    """The stop string that is complete first; of those complete at once, the longest.
-
-    So the answer does not depend on how the text was cut into tokens.
-    """
-    starts = ((text.find(stop), stop) for stop in stops)
-    found = [_StopMatch(start, stop) for start, stop in starts if start >= 0]
-    return min(found, key=lambda match: (match.end, match.start), default=None)
-
-
-def len_of_possible_stop(text: str, stops: Sequence[str]) -> int:
-    """The length of the longest end of `text` that some stop string begins with."""
-    return max((_len_of_overlap(text, stop) for stop in stops), default=0)
-
-
-def _len_of_overlap(text: str, stop: str) -> int:
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
-
-
-def validate_stop(stop: object) -> tuple[str, ...]:
-    """The stop strings of a request: none, one, or a list of them."""
-    if stop is None:
-        return ()
-    if isinstance(stop, str):
-        return (_valid_stop(stop),)
-    if isinstance(stop, Sequence) and not isinstance(stop, bytes):
-        return tuple(_valid_stop(item) for item in stop)
-    raise InvalidRequest("stop", f"must be a string or a list of strings, not {_kind(stop)}")
-
-
-def _valid_stop(item: object) -> str:
-    if not isinstance(item, str):
-        raise InvalidRequest("stop", f"must hold strings only, not {_kind(item)}")
-    if not item:
-        raise InvalidRequest("stop", "an empty string would stop every reply at once")
-    return item
-
-
-def _kind(value: object) -> str:
-    return type(value).__name__
