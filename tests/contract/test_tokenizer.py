@@ -179,3 +179,14 @@ def test_a_template_may_refuse() -> None:
 def test_half_of_a_surrogate_pair_is_refused(tokenizer: Tokenizer, text: str) -> None:
     with pytest.raises(InvalidRequest, match="half of a surrogate pair"):
         tokenizer.encode(text)
+
+
+@modest
+@given(text=st.one_of(TEXTS, st.text(st.characters(exclude_categories=["Cs"]), max_size=40)))
+def test_no_text_has_fewer_tokens_than_is_said_of_it(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.least_tokens(text) <= len(tokenizer.encode(text))
+
+
+def test_a_long_text_is_known_to_be_long(tokenizer: Tokenizer) -> None:
+    text = "The quick brown fox. " * 1000
+    assert len(text) / 100 <= tokenizer.least_tokens(text) <= len(tokenizer.encode(text))

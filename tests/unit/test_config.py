@@ -202,6 +202,7 @@ WRONG: list[tuple[str, object]] = [
     ("server.port", -1),
     ("server.port", 65536),
     ("server.max_choices", 0),
+    ("server.max_messages", 0),
     ("server.max_choices", 1 << 80),
     ("server.heartbeat_s", True),
     ("server.heartbeat_s", "nan"),

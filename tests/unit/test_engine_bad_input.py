@@ -105,6 +105,10 @@ def test_a_prompt_that_leaves_no_room_in_the_context_is_refused(num_tokens: int)
     before = state(engine)
     with pytest.raises(ContextTooLong) as caught:
         engine.submit(agent_id="ada", token_ids=ids(num_tokens))
+    assert str(caught.value) == (
+        f"prompt is too long: {num_tokens} tokens > 499 maximum; this model's maximum context "
+        "length is 500 tokens with the reply; shorten the conversation"
+    )
     assert caught.value.num_prompt_tokens == num_tokens
     assert caught.value.max_context_tokens == 500
     assert state(engine) == before
@@ -121,6 +125,7 @@ def test_a_prompt_that_never_fits_is_refused_with_the_bytes() -> None:
     before = state(engine)
     with pytest.raises(NeverFits) as caught:
         engine.submit(agent_id="ada", token_ids=ids(512))
+    assert str(caught.value).startswith("prompt is too long: 512 tokens > 511 maximum; ")
     assert caught.value.needed_bytes == 3 * BLOCK_BYTES
     assert caught.value.budget_bytes == 2 * BLOCK_BYTES
     assert state(engine) == before

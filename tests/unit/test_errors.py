@@ -24,14 +24,27 @@ from keepwarm.core.errors import (
     QueueFull,
     RequestBroke,
     TemplateRefused,
+    TooManyMessages,
     UnknownAgent,
 )
 
 CAUSE = RuntimeError("out of memory")
 EXAMPLES = [
     (InvalidRequest("seed", "is negative"), ["seed", "is negative"]),
-    (ContextTooLong(num_prompt_tokens=901, max_context_tokens=900), ["901", "900"]),
-    (NeverFits(needed_bytes=4001, budget_bytes=4000), ["4,001", "4,000"]),
+    (
+        ContextTooLong(num_prompt_tokens=901, max_context_tokens=900),
+        ["prompt is too long: 901 tokens > 899 maximum", "maximum context length is 900 tokens"],
+    ),
+    (
+        NeverFits(
+            num_prompt_tokens=600, max_prompt_tokens=511, needed_bytes=4001, budget_bytes=4000
+        ),
+        ["prompt is too long: 600 tokens > 511 maximum", "4,001", "4,000"],
+    ),
+    (
+        TooManyMessages(num_messages=9001, max_messages=8192),
+        ["prompt is too long: 9001 messages > 8192 maximum"],
+    ),
     (UnknownAgent("ada"), ["'ada'"]),
     (AgentExists("ada"), ["'ada'"]),
     (AgentBusy("ada", "fork it"), ["'ada'", "fork it"]),

@@ -44,28 +44,71 @@ class TemplateRefused(InvalidRequest):
         self.reason = reason
 
 
-class ContextTooLong(InvalidRequest):
-    """Prompt and reply together exceed what the model was trained on."""
+class PromptTooLong(InvalidRequest):
+    """The prompt is longer than any prompt may be here.
+
+    Clients that shorten their conversations know it by its first words, which are Anthropic's.
+    """
+
+    def __init__(
+        self, num_tokens: int, max_tokens: int, facts: str, *, unit: str = "tokens"
+    ) -> None:
+        problem = f"prompt is too long: {num_tokens} {unit} > {max_tokens} maximum; {facts}"
+        super().__init__("prompt", problem)
+
+    def __str__(self) -> str:
+        return self.problem
+
+
+class TooManyMessages(PromptTooLong):
+    """More messages, or parts of messages, than a request may have."""
+
+    def __init__(self, *, num_messages: int, max_messages: int) -> None:
+        facts = "the parts of a message's content count as well"
+        super().__init__(num_messages, max_messages, facts, unit="messages")
+        self.num_messages = num_messages
+        self.max_messages = max_messages
+
+
+class ContextTooLong(PromptTooLong):
+    """Prompt and reply together exceed what the model was trained on.
+
+    `num_prompt_tokens` is the least that the prompt can have, where it was not counted.
+    """
 
     def __init__(self, *, num_prompt_tokens: int, max_context_tokens: int) -> None:
         super().__init__(
-            "prompt",
-            f"{num_prompt_tokens} tokens leave no room for a reply in the model's context of "
-            f"{max_context_tokens} tokens; shorten the conversation",
+            num_prompt_tokens,
+            max_context_tokens - 1,
+            f"this model's maximum context length is {max_context_tokens} tokens with the reply; "
+            "shorten the conversation",
         )
         self.num_prompt_tokens = num_prompt_tokens
         self.max_context_tokens = max_context_tokens
 
 
-class NeverFits(InvalidRequest):
-    """The request needs more memory than the whole budget, whoever else leaves."""
+class NeverFits(PromptTooLong):
+    """The request needs more memory than the whole budget, whoever else leaves.
 
-    def __init__(self, *, needed_bytes: int, budget_bytes: int) -> None:
+    `num_prompt_tokens` as above; `max_prompt_tokens` is what the budget holds.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_prompt_tokens: int,
+        max_prompt_tokens: int,
+        needed_bytes: int,
+        budget_bytes: int,
+    ) -> None:
         super().__init__(
-            "prompt",
+            num_prompt_tokens,
+            max_prompt_tokens,
             f"its KV cache needs {needed_bytes:,} bytes and the budget is {budget_bytes:,}; "
             "raise the memory budget or shorten the conversation",
         )
+        self.num_prompt_tokens = num_prompt_tokens
+        self.max_prompt_tokens = max_prompt_tokens
         self.needed_bytes = needed_bytes
         self.budget_bytes = budget_bytes
 

@@ -232,6 +232,13 @@ class Tokenizer(Protocol):
         """
         ...
 
+    def least_tokens(self, text: str) -> int:
+        """As ordinary text it has so many tokens at least, found without encoding it.
+
+        0 where nothing can be promised.
+        """
+        ...
+
     def detokenizer(self) -> Detokenizer:
         """A fresh one for a reply. Special tokens give no text."""
         ...

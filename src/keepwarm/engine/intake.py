@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 
-from keepwarm.core.errors import AgentBusy, ContextTooLong, InvalidRequest, NeverFits
-from keepwarm.core.layout import BLOCK_TOKENS, capacity_for
+from keepwarm.core.errors import AgentBusy, InvalidRequest
+from keepwarm.core.layout import capacity_for
 from keepwarm.core.policies import reply_room, shortened_limit
 from keepwarm.core.ports import LoadedModel, Message, Piece
 from keepwarm.core.stored import Overflow
@@ -20,6 +20,7 @@ from keepwarm.engine.chat import (
     opening,
     validate_messages,
 )
+from keepwarm.engine.limits import PromptLimits, least_tokens, least_tokens_of
 from keepwarm.engine.locating import message_at
 from keepwarm.engine.requests import PromptSource, valid_priority, valid_text, valid_token_ids
 from keepwarm.engine.tiers import Tiers
@@ -65,6 +66,12 @@ class Intake:
         self._book = book
         self._tiers = tiers
         self.num_mended_spans = 0
+        self._limits = PromptLimits.of(
+            context_tokens=loaded.max_context_tokens,
+            budget_bytes=tiers.pool.budget_bytes,
+            block_bytes=loaded.layout.block_bytes,
+            slab_bytes=tiers.generator.slab_bytes,
+        )
 
     def priority(self, agent_id: str | None, priority: int | None) -> int:
         """None is the agent's own."""
@@ -81,7 +88,11 @@ class Intake:
         namespace: str = "",
         max_tokens: int | None = None,
     ) -> Wanted:
-        """`namespace` is for requests without an agent; `max_tokens` as it was asked for."""
+        """`namespace` is for requests without an agent; `max_tokens` as it was asked for.
+
+        What is too long by its size alone is refused before anything is done for it.
+        """
+        self._limits.check(least_tokens(source, self._tokenizer))
         if source.append is not None:
             new = validate_messages(source.append)
             wanted = self._choose_main(agent_id, new, max_tokens)
@@ -103,7 +114,8 @@ class Intake:
         return Wanted(choice.line, choice.prompt, tuple(said), locate, reply_prefix=prefix)
 
     def num_tokens(self, source: PromptSource) -> int:
-        """Of the prompt, for an agent that knows nothing yet."""
+        """Of the prompt, for an agent that knows nothing yet; too long a one is not counted."""
+        self._limits.check(least_tokens(source, self._tokenizer))
         conversation = None if source.messages is None else validate_messages(source.messages)
         return len(self._continuation(source, conversation).of(EMPTY).token_ids)
 
@@ -121,23 +133,13 @@ class Intake:
 
     def reply_tokens(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
         """How long the reply may be: as asked for, within the context and the memory budget."""
-        context = self._loaded.max_context_tokens
-        if num_prompt_tokens >= context:
-            raise ContextTooLong(num_prompt_tokens=num_prompt_tokens, max_context_tokens=context)
-        budget = self._tiers.pool.budget_bytes
-        needed = self.slab_bytes(num_prompt_tokens + 1)
-        if needed > budget:
-            raise NeverFits(needed_bytes=needed, budget_bytes=budget)
+        self._limits.check(num_prompt_tokens)
         room = self.max_tokens() - num_prompt_tokens
         return room if max_tokens is None else min(max_tokens, room)
 
     def max_tokens(self) -> int:
         """The longest that a line can become: the context, or what the memory budget holds."""
-        budget = self._tiers.pool.budget_bytes
-        num_blocks = budget // self._loaded.layout.block_bytes
-        while num_blocks and self.slab_bytes(num_blocks * BLOCK_TOKENS) > budget:
-            num_blocks -= 1
-        return min(self._loaded.max_context_tokens, num_blocks * BLOCK_TOKENS)
+        return self._limits.max_tokens
 
     def slab_bytes(self, num_tokens: int) -> int:
         """What a line of so many tokens takes in memory."""
@@ -175,7 +177,11 @@ class Intake:
     def _appended(self, agent: Agent, new: Conversation, num_dropped: int) -> Wanted:
         history = _without_turns(agent, num_dropped)
         conversation = (*history, *new)
-        continuation = self._continuation(PromptSource(messages=conversation), conversation)
+        continuation = self._continuation(
+            PromptSource(messages=conversation),
+            conversation,
+            may_be_cut=agent.settings.overflow is Overflow.DROP_OLDEST,
+        )
         prompt = continuation.of(agent.main.transcript)
         locate = self._locator(prompt, conversation, agent.main.messages)
         return Wanted(agent.main, prompt, conversation, locate, num_dropped)
@@ -183,8 +189,13 @@ class Intake:
     # -- prompts ---------------------------------------------------------------------------------
 
     def _continuation(
-        self, source: PromptSource, conversation: Conversation | None
+        self,
+        source: PromptSource,
+        conversation: Conversation | None,
+        *,
+        may_be_cut: bool = False,
     ) -> Continuation:
+        """Unless it `may_be_cut`, a prompt that is too long by its pieces alone is refused."""
         if source.token_ids is not None:
             ids = valid_token_ids(source.token_ids, self._loaded.vocab_size)
             return IdsContinuation(ids)
@@ -194,6 +205,8 @@ class Intake:
             pieces = self._tokenizer.render(conversation)
         else:
             pieces = self._tokenizer.split(valid_text(source.text or ""))
+        if not may_be_cut:
+            self._limits.check(least_tokens_of(pieces, self._tokenizer))
         ends_amid = cache(self._ends_amid)
         return TextContinuation(
             pieces,

@@ -16,6 +16,7 @@ from keepwarm.core.errors import InvalidRequest, check_unicode
 from keepwarm.core.ports import Detokenizer, Message, Piece
 from keepwarm.mlx_backend.detokenizer import ByteLevelDetokenizer, WindowDetokenizer
 from keepwarm.mlx_backend.template import ChatTemplate, unwrapped
+from keepwarm.mlx_backend.token_bytes import TokenBytes
 
 
 class HFTokenizer:
@@ -32,6 +33,7 @@ class HFTokenizer:
         self._starts_with_space = _stop_prepending_at_start(spec["pre_tokenizer"])
         self._is_byte_level = "ByteLevel" in _kinds(spec["decoder"])
         self._fast = _ordinary_text_encoder(spec)
+        self._token_bytes = TokenBytes.of(spec)
         self._eos_token_ids = frozenset(eos_token_ids)
         self._specials = SpecialTokens.of(self._fast)
         self._bos_ids = _ids_added_in_front(self._fast)
@@ -77,6 +79,9 @@ class HFTokenizer:
             if not _is_panic(error):
                 raise
             raise InvalidRequest("prompt", f"the tokenizer fails on it: {error}") from error
+
+    def least_tokens(self, text: str) -> int:
+        return 0 if self._token_bytes is None else self._token_bytes.least_tokens(text)
 
     def detokenizer(self) -> Detokenizer:
         if self._is_byte_level:

@@ -13,7 +13,6 @@ from keepwarm.core.errors import (
     AgentBusy,
     AgentExists,
     BadBundle,
-    ContextTooLong,
     DeadlineExceeded,
     DeletionRefused,
     EngineBroke,
@@ -26,11 +25,11 @@ from keepwarm.core.errors import (
     ModelNotLoaded,
     ModelTooLarge,
     ModelUnavailable,
-    NeverFits,
     NoAgentStore,
     NoRoomForModel,
     OtherWeights,
     PoolExhausted,
+    PromptTooLong,
     QueueFull,
     QueueTimeout,
     RequestBroke,
@@ -95,8 +94,7 @@ class NotAllowed(KeepwarmError):
 
 _STATUS: tuple[tuple[type[Exception], int, Kind], ...] = (
     (Unsupported, 400, Kind.UNSUPPORTED),
-    (ContextTooLong, 400, Kind.TOO_LONG),
-    (NeverFits, 400, Kind.NEVER_FITS),
+    (PromptTooLong, 400, Kind.TOO_LONG),
     (InvalidRequest, 400, Kind.INVALID),
     (UnknownAgent, 404, Kind.NOT_FOUND),
     (UnknownModel, 404, Kind.NOT_FOUND),
@@ -166,8 +164,8 @@ def _problem_of(error: Exception) -> Problem:
 
 def _of_http(error: HTTPException) -> Problem:
     """Of the framework's own: an unknown path, a wrong method, a body that cannot be read."""
-    if isinstance(error.__cause__, NotAllowed):
-        return error.__cause__.problem
+    if isinstance(error.__cause__, KeepwarmError):  # it was raised while the body was read
+        return _problem_of(error.__cause__)
     kind = _KIND_OF_STATUS.get(error.status_code, Kind.INVALID)
     param = "body" if error.status_code == 400 else None
     message = _NO_SUCH_PATH if error.status_code == 404 else str(error.detail)

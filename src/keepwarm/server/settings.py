@@ -15,6 +15,7 @@ _AT_LEAST = {
     "max_import_bytes": 1,
     "max_head_bytes": 1 << 10,  # what browsers send takes about so much
     "max_connections": 1,
+    "max_messages": 1,
     "max_choices": 1,
 }
 _DURATIONS = (
@@ -48,6 +49,7 @@ class ServerConfig:
     told so. head_timeout_s: for a whole head. body_timeout_s: how long a client may keep the server
     waiting for its body, and a second longer for each 16 KiB of it. keep_alive_s: how long a
     connection may be idle.
+    max_messages: of a request, counting the parts of their contents.
     max_choices: the largest `n`. rate_per_minute: requests per key, or per address without keys;
     0 is any number. heartbeat_s: a stream is never silent for longer. queue_timeout_s: how long a
     request may wait for its row. deadline_s: for its last token; 0 is for ever. slow_reader_s: how
@@ -69,6 +71,7 @@ class ServerConfig:
     head_timeout_s: float = 20.0
     body_timeout_s: float = 30.0
     keep_alive_s: float = 75.0
+    max_messages: int = 8192
     max_choices: int = 8
     rate_per_minute: int = 0
     heartbeat_s: float = 10.0

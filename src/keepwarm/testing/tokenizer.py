@@ -19,6 +19,7 @@ _BYTES_OF_ID = [bytes([byte]) for byte in range(256)] + [word.encode() for word 
 _ID_OF_WORD = {word: 256 + position for position, word in enumerate(_WORDS)}
 _ID_OF_SPECIAL = {text: len(_BYTES_OF_ID) + position for position, text in enumerate(_SPECIALS)}
 
+_LONGEST_BYTES = max(map(len, _BYTES_OF_ID))
 _LONGEST_FIRST = "|".join(re.escape(word) for word in sorted(_WORDS, key=len, reverse=True))
 _WORD_OR_CHARACTER = re.compile(f"({_LONGEST_FIRST})|.", re.DOTALL)
 _SPECIAL = re.compile("|".join(re.escape(text) for text in _SPECIALS))
@@ -71,6 +72,9 @@ class FakeTokenizer:
             for match in _WORD_OR_CHARACTER.finditer(text)
             for token_id in _ids_of_match(match)
         ]
+
+    def least_tokens(self, text: str) -> int:
+        return -(-len(text.encode("utf-8", "surrogatepass")) // _LONGEST_BYTES)
 
     def detokenizer(self) -> Detokenizer:
         return FakeDetokenizer()

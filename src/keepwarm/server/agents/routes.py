@@ -41,10 +41,16 @@ from keepwarm.server.agents.encode import AgentEncoder
 from keepwarm.server.agents.schema import AgentBody, ForkBody, MessagesBody, RollbackBody
 from keepwarm.server.answers import STREAMS, errors, json_answer
 from keepwarm.server.fields import limit_of, seed_of, stops_of
+from keepwarm.server.json_body import BodyRoute
 from keepwarm.server.problems import TransferFailed, Unsupported
 from keepwarm.server.serving import Serving, serving_of
 
-router = APIRouter(prefix="/v1/agents", tags=["agents"], responses=errors(AgentErrorBody))
+router = APIRouter(
+    prefix="/v1/agents",
+    route_class=BodyRoute,
+    tags=["agents"],
+    responses=errors(AgentErrorBody),
+)
 
 ServingOf = Annotated[Serving, Depends(serving_of)]
 

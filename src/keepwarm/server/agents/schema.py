@@ -51,7 +51,9 @@ class MessagesBody(Strict):
 
     model: str | None = None
     content: str | None = None
-    messages: list[NewMessage] | None = Field(default=None, min_length=1)
+    messages: Annotated[list[NewMessage], Field(fail_fast=True)] | None = Field(
+        default=None, min_length=1
+    )
     stream: bool | None = None
     max_tokens: Limit | None = None
     temperature: float | None = Field(default=None, ge=0.0, le=100.0)

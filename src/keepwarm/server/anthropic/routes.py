@@ -14,9 +14,10 @@ from keepwarm.server.anthropic.encode import (
 )
 from keepwarm.server.anthropic.schema import Conversation, MessagesRequest
 from keepwarm.server.anthropic.translate import is_begun, messages_of, translate_messages
+from keepwarm.server.json_body import BodyRoute
 from keepwarm.server.serving import Serving, serving_of
 
-router = APIRouter(tags=["Anthropic"], responses=errors(AnthropicErrorBody))
+router = APIRouter(route_class=BodyRoute, tags=["Anthropic"], responses=errors(AnthropicErrorBody))
 
 ServingOf = Annotated[Serving, Depends(serving_of)]
 

@@ -20,6 +20,7 @@ def _as_blocks(content: object) -> object:
 # One type and not a union, so that an error names the field as the client knows it.
 Blocks = Annotated[
     list["ContentBlock"],
+    Field(fail_fast=True),
     BeforeValidator(_as_blocks, json_schema_input_type=str | list["ContentBlock"]),
 ]
 """Content; bare text is a block of text."""
@@ -66,7 +67,7 @@ class Conversation(Lenient):
     """What is sent to count tokens, and what is sent to be answered."""
 
     model: str
-    messages: list[InputMessage] = Field(min_length=1)
+    messages: list[InputMessage] = Field(min_length=1, fail_fast=True)
     system: Blocks | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: dict[str, Any] | None = None

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
 from keepwarm.server.answers import STREAMS, errors
+from keepwarm.server.json_body import BodyRoute
 from keepwarm.server.openai.encode import (
     ChatCompletion,
     ChatEncoder,
@@ -18,7 +19,7 @@ from keepwarm.server.openai.translate import translate_chat, translate_completio
 from keepwarm.server.problems import Unsupported
 from keepwarm.server.serving import Serving, serving_of
 
-router = APIRouter(tags=["OpenAI"], responses=errors(OpenAIErrorBody))
+router = APIRouter(route_class=BodyRoute, tags=["OpenAI"], responses=errors(OpenAIErrorBody))
 
 ServingOf = Annotated[Serving, Depends(serving_of)]
 

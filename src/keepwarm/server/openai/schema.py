@@ -2,11 +2,29 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from keepwarm.server.fields import Limit, Stop
 
 Text = Annotated[str, Field(min_length=1)]
+Ids = Annotated[list[int], Field(fail_fast=True)]
+
+
+def _kind_of_prompt(prompt: object) -> str:
+    """By its first item, so that a long list is not tried as each kind in turn."""
+    if not isinstance(prompt, list):
+        return "text"
+    first = prompt[0] if prompt else ""
+    return "many_ids" if isinstance(first, list) else "texts" if isinstance(first, str) else "ids"
+
+
+PromptField = Annotated[
+    Annotated[Text, Tag("text")]
+    | Annotated[list[Text], Field(fail_fast=True), Tag("texts")]
+    | Annotated[Ids, Tag("ids")]
+    | Annotated[list[Ids], Field(fail_fast=True), Tag("many_ids")],
+    Discriminator(_kind_of_prompt),
+]
 
 
 class Lenient(BaseModel):
@@ -27,7 +45,7 @@ class ChatMessage(Lenient):
     """A message of any role; `content` may be text, parts, or nothing."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[str | ContentPart] | None = None
+    content: str | Annotated[list[str | ContentPart], Field(fail_fast=True)] | None = None
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
@@ -62,7 +80,7 @@ class Sampled(Lenient):
 class ChatRequest(Sampled):
     """The body of `POST /v1/chat/completions`."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
     max_completion_tokens: Limit | None = None
@@ -80,7 +98,7 @@ class ChatRequest(Sampled):
 class CompletionRequest(Sampled):
     """The body of `POST /v1/completions`."""
 
-    prompt: Text | list[Text] | list[int] | list[list[int]]
+    prompt: PromptField
     echo: bool | None = None
     suffix: str | None = None
     best_of: int | None = None

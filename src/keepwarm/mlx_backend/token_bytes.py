@@ -1,0 +1,102 @@
+"""How few tokens a text can have: a property of tokenizer.json."""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from keepwarm.mlx_backend.detokenizer import byte_alphabet
+
+Component = Mapping[str, Any]
+
+SHRINKAGE = {"NFC": 4, "NFD": 4, "NFKC": 4, "NFKD": 4}
+"""At most so many times fewer bytes does Unicode's normalisation leave of a text.
+
+Measured over all characters: 3.5, 3, 4 and 4.
+"""
+_KEEPS_TEXT = frozenset({"ByteLevel", "Metaspace", "Digits", "Split", "Punctuation", "Sequence"})
+_FALLBACK = frozenset(f"<0x{byte:02X}>" for byte in range(256))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBytes:
+    """A token stands for `most` bytes at most, not counting those that the vocabulary lacks.
+
+    A tokenizer drops what it lacks, or makes one unknown token of any amount of it.
+    """
+
+    most: int
+    lacking: bytes = b""
+
+    @classmethod
+    def of(cls, spec: Component) -> "TokenBytes | None":
+        """None where text can vanish, so that there is no such number.
+
+        By a normaliser that strips, a pre-tokenizer that drops white space, a vocabulary that is
+        not made of bytes, or a token that takes the white space beside it.
+        """
+        pre_tokenizers = list(_parts(spec["pre_tokenizer"]))
+        is_byte_level = any(part["type"] == "ByteLevel" for part in pre_tokenizers)
+        shrinkage = _shrinkage(_parts(spec["normalizer"]))
+        vocabulary = _vocabulary(spec["model"])
+        added = [token for token in spec.get("added_tokens") or () if not token["special"]]
+        if (
+            shrinkage is None
+            or not all(map(_keeps_text, pre_tokenizers))
+            or not (is_byte_level or _falls_back(spec["model"], vocabulary))
+            or any(token["lstrip"] or token["rstrip"] for token in added)
+        ):
+            return None
+        # In a byte-level vocabulary each character is a byte.
+        own = max(len(token) if is_byte_level else len(token.encode()) for token in vocabulary)
+        most = max([own, *(len(token["content"].encode()) for token in added)])
+        return cls(shrinkage * most, _lacking(vocabulary) if is_byte_level else b"")
+
+    def least_tokens(self, text: str) -> int:
+        """No text has fewer."""
+        if not self.lacking and text.isascii():
+            return -(-len(text) // self.most)
+        written = text.encode("utf-8", "surrogatepass").translate(None, self.lacking)
+        return -(-len(written) // self.most)
+
+
+def _shrinkage(normalizers: Iterable[Component]) -> int | None:
+    factor = 1
+    for part in normalizers:
+        if part["type"] in SHRINKAGE:
+            factor *= SHRINKAGE[part["type"]]
+        elif part["type"] not in ("Sequence", "Prepend") and not _only_grows(part):
+            return None
+    return factor
+
+
+def _only_grows(part: Component) -> bool:
+    """Whether it replaces a text by one with as many bytes, or more."""
+    pattern = part.get("pattern", {}).get("String") if part["type"] == "Replace" else None
+    return pattern is not None and len(part["content"].encode()) >= len(pattern.encode())
+
+
+def _keeps_text(part: Component) -> bool:
+    return part["type"] in _KEEPS_TEXT and part.get("behavior") != "Removed"
+
+
+def _falls_back(model: Component, vocabulary: Collection[str]) -> bool:
+    return bool(model.get("byte_fallback")) and _FALLBACK.issubset(vocabulary)
+
+
+def _lacking(vocabulary: Collection[str]) -> bytes:
+    known = set(vocabulary)
+    return bytes(byte for character, byte in byte_alphabet().items() if character not in known)
+
+
+def _vocabulary(model: Component) -> list[str]:
+    """Of BPE, which maps tokens to ids, or of Unigram, which lists them with their scores."""
+    tokens = model.get("vocab") or ()
+    return list(tokens) if isinstance(tokens, Mapping) else [token for token, _ in tokens]
+
+
+def _parts(component: Component | None) -> Iterator[Component]:
+    """A component, and what it is a sequence of."""
+    if component is not None:
+        yield component
+        for part in component.get("pretokenizers", component.get("normalizers", ())):
+            yield from _parts(part)
