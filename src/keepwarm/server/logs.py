@@ -8,34 +8,66 @@ import structlog
 from keepwarm.server.guard import request_id_of_context
 from keepwarm.server.settings import LogFormat
 
+TRACEBACKS = ("exception", "stack")
+"""Parts of a record that have several lines."""
+
 
 def configure_logs(log_format: LogFormat, level: int = logging.INFO) -> None:
     """For the whole process, standard loggers included."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(log_formatter(log_format))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    for noisy in ("httpx", "uvicorn.access"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def log_formatter(log_format: LogFormat) -> logging.Formatter:
+    """How a record becomes text, whoever made it."""
     shared: list[structlog.types.Processor] = [
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=log_format is LogFormat.JSON),
         _add_request_id,
     ]
-    renderer: structlog.types.Processor = (
-        structlog.processors.JSONRenderer()
-        if log_format is LogFormat.JSON
-        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    return structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=shared,
+        processors=[
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            structlog.processors.format_exc_info,
+            *_renderers(log_format),
+        ],
     )
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared,
-            processors=[
-                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                structlog.processors.format_exc_info,
-                renderer,
-            ],
-        )
+
+
+def _renderers(log_format: LogFormat) -> list[structlog.types.Processor]:
+    if log_format is LogFormat.JSON:
+        return [structlog.processors.JSONRenderer()]  # which escapes everything but ASCII
+    return [_escape, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+
+
+def _escape(_: object, __: str, event: structlog.types.EventDict) -> structlog.types.EventDict:
+    """One record is one line, and only a traceback has more, which are indented.
+
+    What clients send may be in any text: a path, a name, an error that quotes them. A line break
+    would begin a line of theirs, and an escape sequence would speak to the terminal.
+    """
+    for key, value in event.items():
+        if not isinstance(value, str):
+            continue
+        if key in TRACEBACKS:
+            event[key] = "\n".join(f"  {printable(line)}" for line in value.split("\n"))
+        else:
+            event[key] = printable(value)
+    return event
+
+
+def printable(text: str) -> str:
+    """Without control characters, line separators and marks that turn the direction of text."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
     )
-    logging.basicConfig(level=level, handlers=[handler], force=True)
-    for noisy in ("httpx", "uvicorn.access"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 def _add_request_id(
