@@ -9,6 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
+from keepwarm.server.logs import log_formatter
+from keepwarm.server.settings import LogFormat
 from servers import FakeServer, fake_server
 from sockets import RawClient
 
@@ -148,33 +150,182 @@ class TestKeys:
             assert kept.status_code == 200
 
 
+class TestRoles:
+    """The key of the namespace `default` is an admin's, the others are users'."""
+
+    ADMIN, USER = bearer("key-of-default"), bearer("key-of-blue")
+
+    @pytest.mark.parametrize(
+        ("method", "path"),
+        [
+            ("POST", "/v1/models/fake/load"),
+            ("POST", "/v1/models/fake/unload"),
+            ("GET", "/metrics"),
+        ],
+    )
+    def test_the_house_is_the_admins(self, keyed: FakeServer, method: str, path: str) -> None:
+        with keyed.client() as client:
+            for key in ("key-of-blue", "key-red"):
+                response = client.request(method, path, headers=bearer(key))
+                assert response.status_code == 403
+                assert "server.admins" in response.text
+            assert client.request(method, path, headers=self.ADMIN).status_code == 200
+            assert client.post("/v1/models/fake/load", headers=self.ADMIN).status_code == 200
+
+    def test_a_user_sees_no_figures_of_others(self, keyed: FakeServer) -> None:
+        with keyed.client() as client:
+            for key in (self.ADMIN, self.USER):
+                client.put("/v1/agents/roles", json={}, headers=key)
+                client.post(CHAT, json={**BODY, "user": "roles"}, headers=key)
+            (model,) = client.get("/v1/models", headers=self.USER).json()["data"]
+            assert model["requests"] is model["loads"] is None
+            own = client.get("/v1/agents", headers=self.USER).json()["agents"]
+            assert model["agents"] == len(own) > 0
+            assert client.get("/v1/models/fake", headers=self.USER).json() == model
+            stats = client.get("/v1/stats", headers=self.USER).json()
+            assert set(stats) == {"version", "models", "num_agents", "agents"}
+            assert stats["models"][0]["requests"] is None
+            assert stats["num_agents"] == len(own)
+
+    def test_an_admin_sees_those_of_all(self, keyed: FakeServer) -> None:
+        with keyed.client() as client:
+            client.post(CHAT, json=BODY, headers=self.USER)
+            (model,) = client.get("/v1/models", headers=self.ADMIN).json()["data"]
+            assert model["requests"] is not None
+            stats = client.get("/v1/stats", headers=self.ADMIN).json()
+            assert stats["models"][0]["loads"] > 0
+            assert stats["batch"]["steps"] > 0
+
+    @pytest.mark.parametrize(
+        ("settings", "is_admin"),
+        [
+            ({"api_keys": {"team": "k"}}, True),
+            ({"api_keys": {"team": "k", "other": "l"}}, False),
+            ({"api_keys": {"team": "k", "other": "l"}, "admins": ["team"]}, True),
+            ({"api_keys": {"team": "k", "default": "l"}, "admins": ["default"]}, False),
+            ({"api_keys": "team=k,other=l", "admins": "team,other"}, True),
+            ({}, True),
+        ],
+    )
+    def test_whose_key_is_an_admins(
+        self, tmp_path: Path, settings: dict[str, Any], is_admin: bool
+    ) -> None:
+        flags = {f"server__{name}": value for name, value in settings.items()}
+        with fake_server(tmp_path, **flags) as server, server.client(headers=bearer("k")) as client:
+            assert client.get("/metrics").status_code == (200 if is_admin else 403)
+            assert ("pool" in client.get("/v1/stats").json()) == is_admin
+
+
 class TestHosts:
     @pytest.mark.parametrize(
         "host",
-        ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "", "[", "localhost.:1"],
+        [
+            "evil.example",
+            "evil.example:80",
+            "127.0.0.1.evil.example",
+            "localhost.evil.example",
+            "internal",
+            "evilinternal",
+            "host.docker.internal.evil.example",
+            "127.0.0.2",
+        ],
     )
     def test_a_name_that_points_here_is_refused(self, client: httpx.Client, host: str) -> None:
         response = client.get("/v1/models", headers={"Host": host})
         assert response.status_code == 403
         assert response.json()["error"]["type"] == "permission_error"
 
-    @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1:8642", "[::1]:8642"])
+    @pytest.mark.parametrize("path", ["/health", "/health/live", "/health/ready"])
+    def test_but_health_is_told_to_all(self, client: httpx.Client, path: str) -> None:
+        for host in ("evil.example", "", "["):
+            assert client.get(path, headers={"Host": host}).status_code == 200
+
+    @pytest.mark.parametrize("host", ["", "[", ":80", "a]b:1"])
+    def test_no_name_at_all_is_a_mistake(self, client: httpx.Client, host: str) -> None:
+        assert client.get("/v1/models", headers={"Host": host}).status_code == 400
+
+    @pytest.mark.parametrize("version", ["1.0", "1.1"])
+    @pytest.mark.parametrize("hosts", ["", "Host: localhost\r\nHost: evil.example\r\n"])
+    def test_one_is_needed(self, server: FakeServer, version: str, hosts: str) -> None:
+        with RawClient(server.url) as raw:
+            raw.socket.sendall(f"GET /v1/models HTTP/{version}\r\n{hosts}\r\n".encode())
+            status, _, body = raw.read_document()
+        assert status == 400
+        assert "Host" in json.loads(body)["error"]["message"]
+
+    def test_also_where_every_name_is_answered(self, tmp_path: Path) -> None:
+        with fake_server(tmp_path, server__host="::") as server:
+            with RawClient(server.url) as raw:
+                raw.socket.sendall(b"GET /v1/models HTTP/1.1\r\n\r\n")
+                assert raw.read_document()[0] == 400
+            with server.client() as client:
+                assert client.get("/v1/models", headers={"Host": "any.example"}).is_success
+
+    @pytest.mark.parametrize(
+        "host",
+        [
+            "localhost",
+            "LOCALHOST:1",
+            "127.0.0.1:8642",
+            "[::1]:8642",
+            "localhost.",
+            "localhost.:1",
+            "keepwarm.localhost:8642",
+            "host.docker.internal:8642",
+            "gateway.docker.internal",
+            "Host.Containers.Internal.",
+        ],
+    )
     def test_loopback_has_several(self, client: httpx.Client, host: str) -> None:
         assert client.get("/v1/models", headers={"Host": host}).status_code == 200
 
     def test_others_may_be_allowed(self, tmp_path: Path) -> None:
         with (
-            fake_server(tmp_path, server__allowed_hosts=["box.local"]) as server,
+            fake_server(tmp_path, server__allowed_hosts=["Box.local", "other:80"]) as server,
             server.client() as client,
         ):
-            assert client.get("/health", headers={"Host": "box.local:80"}).status_code == 200
-            assert client.get("/health", headers={"Host": "box.example"}).status_code == 403
+            for host in ("box.local:80", "box.local.", "other", "OTHER:1"):
+                assert client.get("/v1/models", headers={"Host": host}).status_code == 200
+            assert client.get("/v1/models", headers={"Host": "box.example"}).status_code == 403
 
     @pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://[", "x", ""])
     def test_other_pages_may_not_send(self, client: httpx.Client, origin: str) -> None:
         response = client.post(CHAT, json=BODY, headers={"Origin": origin})
         assert response.status_code == 403
         assert "access-control-allow-origin" not in response.headers
+
+    @pytest.mark.parametrize("site", ["cross-site", "same-site", "anything"])
+    @pytest.mark.parametrize(
+        ("method", "path"),
+        [
+            ("POST", CHAT),
+            ("PUT", "/v1/agents/bob"),
+            ("DELETE", "/v1/agents/ada"),
+            ("POST", "/v1/agents/ada/park"),
+            ("POST", "/v1/models/fake/unload"),
+            ("GET", "/v1/agents/ada/export"),
+            ("HEAD", "/v1/agents/ada/export"),
+            ("GET", "/v1/agents/ada//export/"),
+        ],
+    )
+    def test_nor_those_that_do_not_say_who_they_are(
+        self, client: httpx.Client, method: str, path: str, site: str
+    ) -> None:
+        """Images and scripts have no Origin. Another port of this machine is the same site."""
+        answer = client.request(method, path, headers={"Sec-Fetch-Site": site})
+        assert answer.status_code == 403
+        assert client.get("/v1/agents/ada").status_code == 200
+
+    @pytest.mark.parametrize("site", ["same-origin", "none"])
+    def test_our_own_page_and_what_was_typed_may(self, client: httpx.Client, site: str) -> None:
+        headers = {"Sec-Fetch-Site": site}
+        assert client.get("/v1/agents/ada/export", headers=headers).status_code == 200
+        assert client.post(CHAT, json=BODY, headers=headers).status_code == 200
+
+    @pytest.mark.parametrize("path", ["/", "/docs", "/v1/models", "/v1/agents/ada/turns"])
+    def test_a_link_on_another_page_may_be_followed(self, client: httpx.Client, path: str) -> None:
+        answer = client.get(path, headers={"Sec-Fetch-Site": "cross-site"})
+        assert answer.status_code == 200
 
     def test_our_own_page_may(self, client: httpx.Client, server: FakeServer) -> None:
         response = client.post(CHAT, json=BODY, headers={"Origin": server.url})
@@ -194,13 +345,35 @@ class TestHosts:
         ):
             asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
             assert client.options(CHAT, headers=asked).status_code == 200
-            sent = {"Origin": origin, **bearer("key-red")}
+            sent = {"Origin": origin, **bearer("key-red"), "Sec-Fetch-Site": "cross-site"}
             response = client.post(CHAT, json=BODY, headers=sent)
             assert response.status_code == 200
             assert response.headers["access-control-allow-origin"] == origin
             assert "X-Keepwarm-Cache" in response.headers["access-control-expose-headers"]
             other = {**sent, "Origin": "http://evil.example"}
             assert client.post(CHAT, json=BODY, headers=other).status_code == 403
+
+    def test_it_may_come_from_the_internet(self, tmp_path: Path) -> None:
+        """Chrome asks before it lets a public page call a private network."""
+        name = "Access-Control-Allow-Private-Network"
+        origin = "https://ui.example"
+        with (
+            fake_server(tmp_path, server__allowed_origins=[origin]) as server,
+            server.client() as client,
+        ):
+            asked = {
+                "Origin": origin,
+                "Access-Control-Request-Method": "POST",
+                "Access-Control-Request-Headers": "authorization,content-type",
+            }
+            private = {**asked, "Access-Control-Request-Private-Network": "true"}
+            assert name not in client.options(CHAT, headers=asked).headers
+            answer = client.options(CHAT, headers=private)
+            assert answer.status_code == 200
+            assert answer.headers[name] == "true"
+            other = client.options(CHAT, headers={**private, "Origin": "https://evil.example"})
+            assert other.status_code == 400
+            assert "access-control-allow-origin" not in other.headers
 
 
 class TestBodies:
@@ -407,3 +580,19 @@ def test_logs_hold_no_prompt_and_no_key(
     assert "a bug" in said
     for secret in (PROMPT, *KEYS["server__api_keys"].values()):
         assert secret not in said
+
+
+def test_no_path_forges_a_line_of_the_log(
+    server: FakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    with server.client() as client:
+        client.get(
+            "/v1/x%0D%0A2026-01-01%20[error]%20all%20agents%20deleted%1B[2J%E2%80%A8%E2%80%AE"
+        )
+        client.put("/v1/agents/a%0Ab", json={})
+        client.post(CHAT, json={**BODY, "un\nknown\x1b[2J": 1}, headers={"X-Agent-ID": b"a\x85b"})
+    records = [r for r in caplog.records if r.name.startswith("keepwarm")]
+    lines = [log_formatter(LogFormat.CONSOLE).format(record) for record in records]
+    assert sum("all agents deleted" in line for line in lines) == 1
+    assert all(line.isprintable() for line in lines)

@@ -113,6 +113,6 @@ def test_stats_are_the_callers_own(tmp_path: Path) -> None:
             assert stats["pool"]["used_bytes"] > 0
         with server.client(headers={"x-api-key": "other-key"}) as client:
             assert client.get("/v1/stats").json()["agents"] == []
-            assert client.get("/metrics").status_code == 200
+            assert client.get("/metrics").status_code == 403
         with server.client() as client:
             assert client.get("/metrics").status_code == 401

@@ -86,6 +86,22 @@ def test_what_it_shows(page: Page, tmp_path: Path) -> None:
         assert page.complaints == []
 
 
+def test_a_user_sees_its_own_agents(page: Page, tmp_path: Path) -> None:
+    with fake_server(tmp_path, server__api_keys={"default": "admin", "team": KEY}) as server:
+        for key in ("admin", KEY):
+            with server.client(headers={"x-api-key": key}) as client:
+                client.put(f"/v1/agents/of-{key}", json={})
+        page.open(server.url)
+        page.wait_for("!document.getElementById('door').hidden")
+        page.value(f"sessionStorage.setItem('keepwarm.key', '{KEY}')")
+        page.open(server.url)
+        page.wait_for(VISIBLE)
+        page.wait_for_text("#rows", f"of-{KEY}")
+        assert "of-admin" not in page.text("#rows")
+        assert page.value("document.getElementById('house').hidden") is True
+        assert page.text("#state") == "serving"
+
+
 def test_rates_come_from_two_looks(page: Page) -> None:
     stats = _stats()
     with liar(stats) as url:

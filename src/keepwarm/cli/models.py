@@ -111,7 +111,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             f"{memory // MIB:,} MiB" if memory is not None else "",
             f"{context:,}" if context else "",
             f"{row['agents']:,}",
-            f"{row['requests']:,}",
+            f"{row['requests']:,}" if row["requests"] is not None else "",
             for_terminal(row["problem"] or ""),
         )
     return table

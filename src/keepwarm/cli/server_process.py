@@ -98,6 +98,8 @@ def _announce(
     console.print(f"[bold]keepwarm[/bold] serves [bold]{running.model}[/bold] at {url}/v1")
     if not settings.is_loopback and not settings.api_keys:
         console.print("  [yellow]anyone who reaches this address may use it: see server.api_keys")
+    if settings.api_keys and not any(map(settings.is_admin, settings.api_keys)):
+        console.print("  [yellow]no key may load models or see /metrics: see server.admins")
     console.print(f"  page {url}/   API {url}/docs   agents kept: {running.num_agents}")
 
 

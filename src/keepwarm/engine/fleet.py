@@ -245,12 +245,13 @@ class Fleet:
             raise AgentExists(agent_id)
         return engine.import_agent(path, agent_id, namespace=namespace)
 
-    def num_agents_at(self, name: str) -> int:
-        """How many agents are in memory and talked to this model last."""
+    def num_agents_at(self, name: str, counts: Callable[[str], bool]) -> int:
+        """How many agents, of those that count, are in memory and talked to this model last."""
         if name not in self._engines:
             return 0
         views = self._engines[name].agents_here()
-        return sum(self._whereabouts(view.agent_id) == name for view in views)
+        ids = [view.agent_id for view in views if counts(view.agent_id)]
+        return sum(self._whereabouts(agent_id) == name for agent_id in ids)
 
     def abandon(self, name: str, error: Exception) -> None:
         """What waits for the model fails: it does not come back."""

@@ -17,11 +17,12 @@ from keepwarm.server.answers import errors, json_answer
 from keepwarm.server.guard import DOCS_FILES
 from keepwarm.server.model_cards import ModelCard
 from keepwarm.server.openai.encode import OpenAIErrorBody
-from keepwarm.server.serving import CONNECTIONS, VERSION, Serving, serving_of
+from keepwarm.server.serving import CONNECTIONS, VERSION, Serving, admin_serving_of, serving_of
 
 router = APIRouter(tags=["operations"], responses=errors(OpenAIErrorBody))
 
 ServingOf = Annotated[Serving, Depends(serving_of)]
+AdminServingOf = Annotated[Serving, Depends(admin_serving_of)]
 
 MAX_SHOWN_AGENTS = 100
 PAGE_POLICY = (
@@ -62,6 +63,16 @@ class Stats(EngineSnapshot):
     agents: Sequence[AgentCard]
 
 
+@dataclass(frozen=True, slots=True)
+class UserStats:
+    """What a user's key shows: no figures of others, nor of all together."""
+
+    version: str
+    models: Sequence[ModelCard]
+    num_agents: int
+    agents: Sequence[AgentCard]
+
+
 _NOT_READY: dict[int | str, dict[str, Any]] = {503: {"model": Readiness, "description": "Not now"}}
 
 
@@ -86,8 +97,8 @@ async def live() -> Response:
     response_class=Response,
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
-async def metrics(request: Request, serving: ServingOf) -> Response:
-    """For Prometheus."""
+async def metrics(request: Request, serving: AdminServingOf) -> Response:
+    """For Prometheus, with an admin's key where there are keys."""
     snapshot = None
     if serving.engine.is_serving:
         snapshot = await serving.engine.call(lambda fleet: fleet.snapshot())
@@ -95,23 +106,24 @@ async def metrics(request: Request, serving: ServingOf) -> Response:
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-@router.get("/v1/stats", response_model=Stats)
+@router.get("/v1/stats", response_model=Stats | UserStats)
 async def stats(
     serving: ServingOf, agents: Annotated[int, Query(ge=0, le=MAX_SHOWN_AGENTS)] = 50
 ) -> Response:
     """Everything at one moment; of the caller's agents those that were used last."""
     snapshot, views = await serving.engine.call(lambda fleet: _look(fleet, agents))
-    mine = [view for view in views if serving.caller.owns(view.agent_id)]
-    return json_answer(
-        Stats(
-            **{field.name: getattr(snapshot, field.name) for field in fields(snapshot)},
-            version=VERSION,
-            models=[ModelCard.of(model) for model in serving.house.models.registry],
-            requests=serving.engine.num_requests,
-            num_agents=len(mine),
-            agents=[_card(view, serving) for view in mine[:agents]],
-        )
+    caller = serving.caller
+    mine = [view for view in views if caller.owns(view.agent_id)]
+    own = UserStats(
+        version=VERSION,
+        models=[ModelCard.of(model, caller) for model in serving.house.models.registry],
+        num_agents=len(mine),
+        agents=[_card(view, serving) for view in mine[:agents]],
     )
+    if not caller.role.is_admin:
+        return json_answer(own)
+    requests = serving.engine.num_requests
+    return json_answer(Stats(**_fields(snapshot), **_fields(own), requests=requests))
 
 
 @router.get("/", response_class=Response, include_in_schema=False)
@@ -147,3 +159,7 @@ def _card(view: AgentView, serving: Serving) -> AgentCard:
 
 def _look(fleet: Fleet, num_agents: int) -> tuple[EngineSnapshot, tuple[AgentView, ...]]:
     return fleet.snapshot(), fleet.agents() if num_agents else ()
+
+
+def _fields(value: EngineSnapshot | UserStats) -> dict[str, Any]:
+    return {field.name: getattr(value, field.name) for field in fields(value)}

@@ -62,6 +62,7 @@ def build_app(house: House) -> ASGIApp:
             allow_origins=house.config.allowed_origins,
             allow_methods=["*"],
             allow_headers=["*"],
+            allow_private_network=True,
             expose_headers=[*HEADERS, "X-Request-ID"],
         )
     return TidyPaths(guarded)

@@ -6,14 +6,20 @@ from dataclasses import dataclass
 from keepwarm.core.agent import home_namespace, in_namespace
 from keepwarm.engine.requests import valid_name
 from keepwarm.server.identity import agent_of
+from keepwarm.server.keys import Role
+from keepwarm.server.problems import Kind, NotAllowed, Problem
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """`namespace` comes from the key, and is empty where none is asked for."""
+    """`role` comes from the key, and is the owner's where none is asked for."""
 
-    namespace: str
+    role: Role
     headers: Mapping[str, str]
+
+    @property
+    def namespace(self) -> str:
+        return self.role.namespace
 
     def agent_of(self, *fields: object) -> str | None:
         """The agent's whole name, by the headers or the fields. Raises InvalidRequest."""
@@ -23,6 +29,12 @@ class Caller:
     def agent(self, name: str) -> str:
         """The whole name of an agent that is named in a path. Raises InvalidRequest."""
         return in_namespace(self.namespace, valid_name(name))
+
+    def must_be_admin(self) -> None:
+        """Raises NotAllowed for a user's key."""
+        if not self.role.is_admin:
+            message = "this needs an admin's key; see server.admins"
+            raise NotAllowed(Problem(403, Kind.FORBIDDEN, message))
 
     def owns(self, agent_id: str) -> bool:
         return home_namespace(agent_id) == self.namespace

@@ -3,19 +3,14 @@
 Plain ASGI, because it must not stand between a stream and its client.
 """
 
-import hashlib
-import hmac
 import logging
+import math
 import re
 import secrets
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
-from urllib.parse import urlsplit
 
-from limits import RateLimitItemPerMinute
-from limits.storage import MemoryStorage
-from limits.strategies import MovingWindowRateLimiter
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -23,12 +18,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from keepwarm.server.body import BoundedBody, too_large
 from keepwarm.server.decoding import readable
 from keepwarm.server.dialects import error_response
+from keepwarm.server.keys import NOBODY, OWNER, ROLE, Keyring
+from keepwarm.server.origins import Origins
 from keepwarm.server.problems import Kind, NotAllowed, Problem
-from keepwarm.server.settings import LOOPBACK, ServerConfig
+from keepwarm.server.rate import RateLimit
+from keepwarm.server.settings import ServerConfig
 
 request_id_of_context: ContextVar[str] = ContextVar("request_id", default="")
 
-DEFAULT_NAMESPACE = "default"
 HEALTH_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
 DOCS_FOLDER = "/docs-files"
 DOCS_FILES = (f"{DOCS_FOLDER}/swagger-ui-bundle.js", f"{DOCS_FOLDER}/swagger-ui.css")
@@ -52,9 +49,9 @@ class Guard:
         self._app = app
         self._config = config
         self._observe = observe
-        self._namespaces = {_digest(key): name for name, key in config.api_keys.items()}
-        self._limiter = MovingWindowRateLimiter(MemoryStorage())
-        self._limit = RateLimitItemPerMinute(max(config.rate_per_minute, 1))
+        self._origins = Origins(config)
+        self._keyring = Keyring(config)
+        self._limit = RateLimit(config.rate_per_minute) if config.rate_per_minute else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -79,8 +76,9 @@ class Guard:
             self._note(scope, watched.status, time.perf_counter() - started)
 
     async def _let_in(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
-        self._check_host(headers)
-        self._check_origin(headers)
+        if scope["path"] not in HEALTH_PATHS:
+            self._origins.check_host(headers)
+        self._origins.check_page(scope, headers)
         client = self._check_key(scope, headers)
         self._check_rate(scope, client)
         limit = self._limit_of_body(scope)
@@ -90,58 +88,28 @@ class Guard:
         body = BoundedBody(receive, max_bytes=limit, patience_s=self._config.body_timeout_s)
         await self._app(scope, readable(scope, body, max_bytes=limit), send)
 
-    def _check_host(self, headers: Headers) -> None:
-        """Against pages whose name was made to point here (DNS rebinding)."""
-        if not self._config.is_loopback:
-            return
-        host = _host_of(f"//{headers.get('host', '')}")
-        if host not in LOOPBACK and host not in self._config.allowed_hosts:
-            raise NotAllowed(
-                Problem(403, Kind.FORBIDDEN, f"the Host {host!r} is not allowed; see allowed_hosts")
-            )
-
-    def _check_origin(self, headers: Headers) -> None:
-        """Against pages that send here without being allowed to read the answer."""
-        origin = headers.get("origin")
-        if origin is None or origin in self._config.allowed_origins:
-            return
-        host = headers.get("host", "")
-        if "*" in self._config.allowed_origins or origin.partition("://")[2] == host != "":
-            return
-        raise NotAllowed(
-            Problem(403, Kind.FORBIDDEN, f"the origin {origin!r} is not in allowed_origins")
-        )
-
     def _check_key(self, scope: Scope, headers: Headers) -> str:
-        """Sets the caller's namespace; returns what requests are counted by."""
+        """Sets the caller's role; returns what requests are counted by."""
         address = scope["client"][0] if scope.get("client") else ""
-        if not self._namespaces or scope["path"] in OPEN_PATHS:
+        scope[ROLE] = NOBODY if self._keyring else OWNER
+        if not self._keyring or scope["path"] in OPEN_PATHS:
             return address
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        key = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        digest = _digest(key)
-        for known, namespace in self._namespaces.items():
-            if hmac.compare_digest(known, digest):
-                scope["keepwarm.namespace"] = "" if namespace == DEFAULT_NAMESPACE else namespace
-                return f"key:{namespace}"
-        self._check_rate(scope, f"guesses:{address}")
-        raise NotAllowed(
-            Problem(
-                401,
-                Kind.UNAUTHENTICATED,
-                "no valid API key; send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'",
-            )
-        )
+        role = self._keyring.role_of(headers)
+        if role is None:
+            self._check_rate(scope, f"guesses:{address}")
+            message = "no valid API key; send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'"
+            raise NotAllowed(Problem(401, Kind.UNAUTHENTICATED, message))
+        scope[ROLE] = role
+        return f"key:{role.namespace}"
 
     def _check_rate(self, scope: Scope, client: str) -> None:
-        if not self._config.rate_per_minute or scope["path"] in OPEN_PATHS:
+        if self._limit is None or scope["path"] in OPEN_PATHS:
             return
-        if self._limiter.hit(self._limit, client):
-            return
-        reset_at, _ = self._limiter.get_window_stats(self._limit, client)
-        wait_s = max(int(reset_at - time.time()) + 1, 1)
-        message = f"more than {self._config.rate_per_minute} requests in a minute"
-        raise NotAllowed(Problem(429, Kind.RATE_LIMITED, message, retry_after_s=wait_s))
+        wait_s = self._limit.wait_s(client)
+        if wait_s > 0.0:
+            message = f"more than {self._limit.per_minute} requests in a minute"
+            retry_after_s = math.ceil(wait_s)
+            raise NotAllowed(Problem(429, Kind.RATE_LIMITED, message, retry_after_s=retry_after_s))
 
     def _limit_of_body(self, scope: Scope) -> int:
         is_import = (scope["method"], scope["path"]) == IMPORT_ROUTE
@@ -172,15 +140,3 @@ class _Watched:
             headers["request-id"] = self._request_id  # by this name Anthropic's clients read it
             headers["X-Content-Type-Options"] = "nosniff"
         await self._send(message)
-
-
-def _host_of(url: str) -> str:
-    """Without its port; empty where there is none."""
-    try:
-        return urlsplit(url).hostname or ""
-    except ValueError:
-        return ""
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()

@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from keepwarm.engine.models import Model, ModelState
+from keepwarm.server.caller import Caller
 
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
     """A model at one moment; `fingerprint`, memory and context once it was looked at.
 
-    `problem`: why it could not be loaded.
+    `requests` and `loads` are everybody's, and null for a user's key. `problem`: why it could not
+    be loaded.
     """
 
     id: str
@@ -20,13 +22,13 @@ class ModelCard:
     memory_bytes: int | None
     context_length: int | None
     pinned: bool
-    requests: int
-    loads: int
+    requests: int | None
+    loads: int | None
     problem: str | None
 
     @classmethod
-    def of(cls, model: Model) -> "ModelCard":
-        facts = model.facts
+    def of(cls, model: Model, caller: Caller) -> "ModelCard":
+        facts, is_admin = model.facts, caller.role.is_admin
         return ModelCard(
             id=model.name,
             state=model.state,
@@ -35,15 +37,15 @@ class ModelCard:
             memory_bytes=facts.weight_bytes if facts else None,
             context_length=facts.max_context_tokens if facts else None,
             pinned=model.settings.pinned,
-            requests=model.num_requests,
-            loads=model.num_loads,
+            requests=model.num_requests if is_admin else None,
+            loads=model.num_loads if is_admin else None,
             problem=None if model.problem is None else str(model.problem),
         )
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel(ModelCard):
-    """The same as OpenAI's clients expect it; `agents` in memory talked to it last."""
+    """The same as OpenAI's clients expect it; `agents` are the caller's that talked to it last."""
 
     object: str
     created: int
@@ -51,8 +53,8 @@ class ServedModel(ModelCard):
     agents: int
 
     @staticmethod
-    def of_model(model: Model, *, created: int, num_agents: int) -> "ServedModel":
-        card = ModelCard.of(model)
+    def of_model(model: Model, caller: Caller, *, created: int, num_agents: int) -> "ServedModel":
+        card = ModelCard.of(model, caller)
         return ServedModel(
             **{field.name: getattr(card, field.name) for field in fields(card)},
             object="model",

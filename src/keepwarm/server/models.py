@@ -24,11 +24,12 @@ from keepwarm.server.model_cards import (
 from keepwarm.server.openai.encode import OpenAIErrorBody
 from keepwarm.server.problems import problem_of
 from keepwarm.server.reply import HEARTBEAT, STREAM_HEADERS
-from keepwarm.server.serving import Serving, serving_of
+from keepwarm.server.serving import Serving, admin_serving_of, serving_of
 
 router = APIRouter(tags=["models"], responses=errors(OpenAIErrorBody | AnthropicErrorBody))
 
 ServingOf = Annotated[Serving, Depends(serving_of)]
+AdminServingOf = Annotated[Serving, Depends(admin_serving_of)]
 
 SSE = "text/event-stream"
 POLL_S = 0.1
@@ -55,7 +56,7 @@ async def model(name: str, request: Request, serving: ServingOf) -> Response:
 
 
 @router.post("/v1/models/{name:path}/load", response_model=ServedModel, responses=STREAMS)
-async def load(name: str, request: Request, serving: ServingOf) -> Response:
+async def load(name: str, request: Request, serving: AdminServingOf) -> Response:
     """Bring the model into memory; others make room where they have to.
 
     With `Accept: text/event-stream` its states come as they change.
@@ -65,15 +66,18 @@ async def load(name: str, request: Request, serving: ServingOf) -> Response:
 
 
 @router.post("/v1/models/{name:path}/unload", response_model=ServedModel, responses=STREAMS)
-async def unload(name: str, request: Request, serving: ServingOf) -> Response:
+async def unload(name: str, request: Request, serving: AdminServingOf) -> Response:
     """Take the model out of memory; its agents stay, and what it was answering brings it back."""
     wanted = serving.known_model(name)
     return await _brought(wanted, request, serving, serving.house.models.unload(wanted.name))
 
 
 async def _card(model: Model, serving: Serving) -> ServedModel:
-    num_agents = await serving.engine.call(lambda fleet: fleet.num_agents_at(model.name))
-    return ServedModel.of_model(model, created=serving.house.started, num_agents=num_agents)
+    caller, created = serving.caller, serving.house.started
+    num_agents = await serving.engine.call(
+        lambda fleet: fleet.num_agents_at(model.name, caller.owns)
+    )
+    return ServedModel.of_model(model, caller, created=created, num_agents=num_agents)
 
 
 def _anthropic_card(model: Model, serving: Serving) -> AnthropicModel:

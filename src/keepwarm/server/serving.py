@@ -16,6 +16,7 @@ from keepwarm.engine.swapper import ModelSwapper
 from keepwarm.server.caller import Caller
 from keepwarm.server.choices import Choices
 from keepwarm.server.facts import IGNORED, names_of
+from keepwarm.server.keys import NOBODY, ROLE
 from keepwarm.server.metrics import Metrics
 from keepwarm.server.reply import Encoder, StreamedReply, WholeReply
 from keepwarm.server.settings import ServerConfig
@@ -106,5 +107,11 @@ class Serving:
 async def serving_of(request: Request) -> Serving:
     """A dependency of the routes. Async, or it would run on a thread of a pool."""
     house: House = request.app.state.house
-    namespace: str = request.scope.get("keepwarm.namespace", "")
-    return Serving(house, Caller(namespace, request.headers))
+    return Serving(house, Caller(request.scope.get(ROLE, NOBODY), request.headers))
+
+
+async def admin_serving_of(request: Request) -> Serving:
+    """The same for what concerns everybody. Raises NotAllowed for a user's key."""
+    serving = await serving_of(request)
+    serving.caller.must_be_admin()
+    return serving

@@ -8,6 +8,8 @@ from keepwarm.core.errors import ConfigError, InvalidRequest
 from keepwarm.engine.models import MAX_TEMPERATURE
 from keepwarm.engine.requests import valid_namespace
 
+DEFAULT_NAMESPACE = "default"
+"""The one that is used without keys."""
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 _AT_LEAST = {
@@ -41,17 +43,17 @@ class ServerConfig:
 
     host, port: where it listens. api_keys: namespace to key; whoever has the key sees that
     namespace's agents and shares KV with nobody else; the namespace "default" is the one that is
-    used without keys. allowed_hosts: values of `Host` beyond loopback's that are answered when it
-    listens on loopback. allowed_origins: web pages that may call it (CORS); none by default.
-    model_aliases: other names of the model that requests may use; `*` at the end stands for
-    anything. max_body_bytes: of a request; an import is bounded by max_import_bytes.
+    used without keys. admins: the namespaces whose keys may load and unload models and see the
+    figures of all; a key alone always may. allowed_hosts: values of `Host` beyond loopback's that
+    are answered when it listens on loopback. allowed_origins: web pages that may call it (CORS);
+    none by default. model_aliases: other names of the model that requests may use; `*` at the end
+    stands for anything. max_body_bytes: of a request; an import is bounded by max_import_bytes.
     max_head_bytes: request line and headers together. max_connections: at once; further ones are
     told so. head_timeout_s: for a whole head. body_timeout_s: how long a client may keep the server
     waiting for its body, and a second longer for each 16 KiB of it. keep_alive_s: how long a
-    connection may be idle.
-    max_messages: of a request, counting the parts of their contents.
-    max_choices: the largest `n`. rate_per_minute: requests per key, or per address without keys;
-    0 is any number. heartbeat_s: a stream is never silent for longer. queue_timeout_s: how long a
+    connection may be idle. max_messages: of a request, counting the parts of their contents.
+    max_choices: the largest `n`. rate_per_minute: requests per key, or per address without keys; 0
+    is any number. heartbeat_s: a stream is never silent for longer. queue_timeout_s: how long a
     request may wait for its row. deadline_s: for its last token; 0 is for ever. slow_reader_s: how
     long one write to a client may take. shutdown_grace_s: how long running replies may go on after
     the server was told to stop. default_temperature: where a request gives none. log_format:
@@ -61,6 +63,7 @@ class ServerConfig:
     host: str = "127.0.0.1"
     port: int = 8642
     api_keys: Mapping[str, str] = field(default_factory=dict, repr=False)
+    admins: tuple[str, ...] = (DEFAULT_NAMESPACE,)
     allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
     model_aliases: tuple[str, ...] = ()
@@ -116,6 +119,13 @@ class ServerConfig:
                 raise ConfigError("api_keys", f"the key of {namespace!r} is empty")
         if len(set(self.api_keys.values())) < len(self.api_keys):
             raise ConfigError("api_keys", "two namespaces have the same key")
+        for namespace in self.admins:
+            if namespace not in (*self.api_keys, DEFAULT_NAMESPACE):
+                raise ConfigError("admins", f"{namespace!r} has no key in api_keys")
+
+    def is_admin(self, namespace: str) -> bool:
+        """Whether the namespace's key is an admin's."""
+        return len(self.api_keys) == 1 or namespace in self.admins
 
     @property
     def is_loopback(self) -> bool:
