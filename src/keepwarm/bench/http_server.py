@@ -4,11 +4,13 @@ Prints its port when it listens, and ends when its input is closed.
 """
 
 import asyncio
+import os
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from subprocess import PIPE, Popen
 from typing import Any
@@ -66,16 +68,38 @@ def _fake_model() -> LoadedModel:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class BenchServer:
+    """A server in a process of its own."""
+
+    port: int
+    pid: int
+
+    def rss_bytes(self) -> int:
+        """Its resident memory now (Linux)."""
+        pages = Path(f"/proc/{self.pid}/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
 @contextmanager
 def server_of(model: str, home: Path, *, max_rows: int, **more: object) -> Iterator[int]:
-    """The port of a server in a process of its own; `more` are settings, `__` for the dot."""
+    """The port of a server as `running_server` starts it."""
+    with running_server(model, home, max_rows=max_rows, **more) as server:
+        yield server.port
+
+
+@contextmanager
+def running_server(
+    model: str, home: Path, *, max_rows: int, **more: object
+) -> Iterator[BenchServer]:
+    """`more` are settings, `__` for the dot."""
     arguments = [f"{name.replace('__', '.')}={value}" for name, value in more.items()]
     command = [sys.executable, "-m", "keepwarm.bench.http_server", model, str(home), str(max_rows)]
     process = Popen([*command, *arguments], stdin=PIPE, stdout=PIPE, text=True)
     try:
         line = process.stdout.readline() if process.stdout is not None else ""
         require(line.strip().isdecimal(), f"the server of {model} did not start")
-        yield int(line)
+        yield BenchServer(int(line), process.pid)
     finally:
         process.communicate(timeout=STOP_S)
 

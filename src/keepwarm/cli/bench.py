@@ -74,6 +74,14 @@ def chaos(quick: Quick = False, seed: Seed = 0, json_file: JsonFile = None) -> N
 
 
 @bench.command()
+def attack(
+    model: Model = "smollm2", quick: Quick = False, seed: Seed = 0, json_file: JsonFile = None
+) -> None:
+    """Requests too large in every way, crowds that hang up, SIGKILL behind acknowledgements."""
+    _finish({"attack": _attack(model, quick=quick, seed=seed)}, json_file)
+
+
+@bench.command()
 def http(
     model: Model = "smollm2", quick: Quick = False, seed: Seed = 0, json_file: JsonFile = None
 ) -> None:
@@ -102,6 +110,7 @@ def all_of_them(
         "batch": _batch(loaded, quick=quick, seed=seed),
         "store": _store(loaded, quick=quick, seed=seed),
         "chaos": _chaos(quick=quick, seed=seed),
+        "attack": _attack(model, quick=quick, seed=seed),
         "http": _http(model, quick=quick, seed=seed),
         "swap": _swap(model, quick=quick, seed=seed),
     }
@@ -180,6 +189,16 @@ def _chaos(*, quick: bool, seed: int) -> _Report:
     plan = chaos_plan(quick=quick, seed=seed)
     result = _with_progress("chaos", lambda tell: run_chaos(plan, tell))
     _show(figures_table("Killed in every phase", result))
+    return _Report(result, result.passed)
+
+
+def _attack(model: str, *, quick: bool, seed: int) -> _Report:
+    from keepwarm.bench.attack import attack_plan, run_attack
+    from keepwarm.bench.tables import figures_table
+
+    plan = attack_plan(quick=quick, seed=seed)
+    result = _with_progress("attack", lambda tell: run_attack(model, plan, tell))
+    _show(figures_table("Attacks, crowds and crashes", result), *result.notes)
     return _Report(result, result.passed)
 
 

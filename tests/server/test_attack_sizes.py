@@ -1,0 +1,32 @@
+"""Too large in every way, against a server in a process of its own: refused, and no memory stays.
+
+How long others wait is measured by `keepwarm bench attack`; tests of each bound show that it is
+looked at before anything is computed.
+"""
+
+import sys
+
+import pytest
+
+pytest.importorskip("mlx.core")
+
+from keepwarm.bench.attack_sizes import MEBIBYTE, SizesPlan, run
+from keepwarm.bench.http_server import FAKE
+
+PLAN = SizesPlan(
+    steady_s=1.0, num_times=1, header_bytes=32 * MEBIBYTE, sent_of_claim_bytes=32 * MEBIBYTE
+)
+NUM_KINDS = 9
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_nothing_is_taken_and_no_memory_stays() -> None:
+    result = run(FAKE, PLAN)
+    assert len(result.notes) == NUM_KINDS
+    by_name = {figure.name: figure for figure in result.figures}
+    for name in (
+        "memory that stays (MiB)",
+        "memory at its peak over the largest body",
+        "too large requests that were not refused",
+    ):
+        assert by_name[name].passed, (by_name[name], result.notes)
