@@ -1,5 +1,6 @@
 """Random use of the whole engine: every request gets the answer that it would get alone."""
 
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from engines import (
 from keepwarm.core.errors import (
     AgentBusy,
     AgentExists,
+    CalledOff,
     GeneratorFailed,
     InvalidRequest,
     PoolExhausted,
@@ -27,6 +29,7 @@ from keepwarm.core.errors import (
     UnknownAgent,
 )
 from keepwarm.core.events import Completed, Delta, Event, Failed, FinishReason
+from keepwarm.engine.verifying import VerifyReport
 
 REFUSALS = (AgentBusy, AgentExists, InvalidRequest, QueueFull, UnknownAgent)
 SYSTEMS = ["x" * 290, "y" * 530, "short"]
@@ -89,6 +92,7 @@ class EngineMachine(RuleBasedStateMachine):
             max_anonymous_lines=max_lines,
         )
         self.running: dict[str, Sent] = {}
+        self.verifying: list[Future[VerifyReport]] = []
         self.was_pinned = False
 
     # -- requests --------------------------------------------------------------------------------
@@ -202,12 +206,23 @@ class EngineMachine(RuleBasedStateMachine):
         self.was_pinned = self.was_pinned or pinned
         self.act(lambda: self.engine.pin("ada", pinned=pinned))
 
+    @rule(name=agents)
+    def prefetch(self, name: str) -> None:
+        self.act(lambda: self.engine.prefetch(name))
+
+    @rule(name=agents)
+    def verify(self, name: str) -> None:
+        result: Future[VerifyReport] = Future()
+        self.verifying.append(result)
+        self.act(lambda: self.engine.begin_verify(name, result))
+
     def act(self, action: Any) -> None:
+        is_alone = not self.engine._prefetches and not self.engine._verifies
         before = self.state()
         try:
             action()
         except REFUSALS:
-            assert self.state() == before
+            assert self.state() == before or not is_alone
         self.check()
 
     # -- what must hold --------------------------------------------------------------------------
@@ -273,13 +288,25 @@ class EngineMachine(RuleBasedStateMachine):
         for agent in self.engine._book:
             for line in agent.lines:
                 line.transcript.check()
-                if not line.in_use:
+                if not line.in_use and not self.engine._prefetches:
                     assert not line.blocks.busy
         assert len(self.engine.batch.running) <= self.engine.config.max_rows
+
+    def see_verified(self) -> None:
+        """Whatever a verification ended with, it found nothing wrong."""
+        for result in self.verifying:
+            if not result.done():
+                continue
+            error = result.exception()
+            assert isinstance(error, CalledOff | GeneratorFailed | PoolExhausted | None), error
+            if error is None:
+                assert result.result().passed
 
     def teardown(self) -> None:
         if hasattr(self, "engine"):
             self.finish_all()
+            self.see_verified()
+            assert not self.engine._verifies
             for agent in self.engine.agents():
                 assert agent.num_side_lines <= self.engine.config.max_side_lines
                 self.engine.delete(agent.agent_id)

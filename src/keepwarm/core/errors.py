@@ -121,6 +121,17 @@ class UnknownAgent(KeepwarmError):
         self.agent_id = agent_id
 
 
+class CalledOff(KeepwarmError):
+    """Work beside the requests gave way to one of them; what it had found out by then holds."""
+
+    def __init__(self, agent_id: str, reason: str) -> None:
+        super().__init__(
+            f"verifying {agent_id!r} was called off, because {reason}; verify it again"
+        )
+        self.agent_id = agent_id
+        self.reason = reason
+
+
 class AgentExists(KeepwarmError):
     """A fork or a creation would overwrite an agent."""
 

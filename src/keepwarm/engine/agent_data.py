@@ -1,4 +1,4 @@
-"""An agent as data: into a file, out of a file, and compared with what a cold run computes."""
+"""An agent as data: into a file, and out of a file."""
 
 import time
 from dataclasses import replace
@@ -10,7 +10,6 @@ from keepwarm.core.errors import InvariantBroken
 from keepwarm.core.ports import LoadedModel
 from keepwarm.core.stored import BundleRead, BundleStored, BundleWritten, KVFamily, LineState
 from keepwarm.engine.agents import Agent, AgentBook, Line
-from keepwarm.engine.batch import Batch
 from keepwarm.engine.bundles import (
     ExportSummary,
     ImportSummary,
@@ -22,7 +21,6 @@ from keepwarm.engine.keeper import AgentKeeper
 from keepwarm.engine.requests import valid_agent_id
 from keepwarm.engine.store_link import StoreLink
 from keepwarm.engine.tiers import Tiers
-from keepwarm.engine.verifying import ColdRun, Verifier, VerifyReport
 
 
 class AgentPorter:
@@ -107,64 +105,3 @@ def _is_part_of(main: Line, other: LineState) -> bool:
     if other.number or other.messages is None or main.messages is None:
         return True
     return main.messages[: len(other.messages)] == other.messages
-
-
-class AgentVerifier:
-    """Compares agents with a cold run, and acts on what that says. Takes as long as a prefill."""
-
-    def __init__(
-        self,
-        tiers: Tiers,
-        batch: Batch,
-        *,
-        store: AgentStore,
-        link: StoreLink,
-        chunk_tokens: int,
-        bound: float,
-    ) -> None:
-        self._tiers = tiers
-        self._batch = batch
-        self._store = store
-        self._link = link
-        self._bound = bound
-        self._verifier = Verifier(tiers, store, chunk_tokens=chunk_tokens, hear=link.hear)
-
-    def verify(self, agent: Agent) -> VerifyReport:
-        """Of its main line; what differs is dropped, and what was imported and agrees is shared."""
-        main = agent.main
-        with self._verifier.run(main.blocks, main.transcript.token_ids, main.num_held()) as cold:
-            report = self._report(agent, cold)
-            if not report.passed:
-                self._drop_differing(main, cold, report)
-            elif report.became_shared:
-                self._share(agent, cold)
-        return report
-
-    def _report(self, agent: Agent, cold: ColdRun) -> VerifyReport:
-        main = agent.main
-        report = VerifyReport(
-            agent_id=agent.agent_id,
-            num_tokens=main.transcript.num_tokens,
-            num_compared=sum(check.num_tokens for check in cold.checks if check.is_compared),
-            bound=self._bound,
-            blocks=cold.checks,
-        )
-        return replace(report, became_shared=report.passed and main.blocks.is_private)
-
-    def _drop_differing(self, main: Line, cold: ColdRun, report: VerifyReport) -> None:
-        depth = report.differing[0]
-        self._batch.set_back(self._tiers.owners_of(main.blocks, depth))
-        self._tiers.distrust(main.blocks, depth)
-        self._store.drop(cold.records_at(report.differing))
-
-    def _share(self, agent: Agent, cold: ColdRun) -> None:
-        """What was computed here takes the place of what was imported.
-
-        Lines and forks that still use imported blocks keep those to themselves.
-        """
-        imported = agent.main.blocks
-        agent.main.blocks = self._verifier.take(cold)
-        agent.main.blocks.pinned = imported.pinned
-        self._tiers.forget(imported)
-        self._link.commit(agent)
-        self._store.drop([record.hash for record in cold.records], if_unused=True)

@@ -118,7 +118,8 @@ class Choice:
 class AgentBook:
     """Owns agents and lines. Blocks belong to the tiers; `new_blocks` and `forget` reach them.
 
-    An agent that is not here is asked of `load` before it counts as unknown.
+    An agent that is not here is asked of `load` before it counts as unknown. `give_way` ends what
+    goes on with an agent though no request of it runs.
     """
 
     def __init__(
@@ -127,6 +128,7 @@ class AgentBook:
         new_blocks: Callable[[str | None, str | None], AgentBlocks],
         forget: Callable[[AgentBlocks], None],
         load: Callable[[str], Agent | None],
+        give_way: Callable[[str], None] = lambda agent_id: None,
         max_side_lines: int,
         max_anonymous_lines: int,
         model: str = "",
@@ -134,6 +136,7 @@ class AgentBook:
         self._new_blocks = new_blocks
         self._forget = forget
         self._load = load
+        self._give_way = give_way
         self._max_side_lines = max_side_lines
         self._max_anonymous_lines = max_anonymous_lines
         self._model = model
@@ -168,10 +171,14 @@ class AgentBook:
             raise AgentLeaving(agent.agent_id)
 
     def get_idle(self, agent_id: str, action: str) -> Agent:
-        """Raises UnknownAgent, and AgentBusy while one of its lines runs or it is deleted."""
+        """Raises UnknownAgent, and AgentBusy while one of its lines runs or it is deleted.
+
+        What goes on beside, though no request runs, gives way.
+        """
         agent = self.get_staying(agent_id)
         if agent.in_use:
             raise AgentBusy(agent_id, action)
+        self._give_way(agent_id)
         return agent
 
     def check_is_new(self, agent_id: str | None) -> None:

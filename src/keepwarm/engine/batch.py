@@ -71,7 +71,10 @@ Outcome = Sampled | Opened | Advanced | Broken | Restored
 
 
 class Batch:
-    """Owns the queue, the rows and the generator. No lock: one thread."""
+    """Owns the queue, the rows and the generator. No lock: one thread.
+
+    `make_way` calls off what no request waits for, and says whether there was any of it.
+    """
 
     def __init__(
         self,
@@ -80,6 +83,7 @@ class Batch:
         new_generator: Callable[[], BatchGenerator],
         config: EngineConfig,
         clock: Callable[[], float],
+        make_way: Callable[[], bool] = lambda: False,
     ) -> None:
         self.counters = BatchCounters()
         self.restore_cost = RestoreCost()
@@ -89,6 +93,7 @@ class Batch:
         self._new_generator = new_generator
         self._config = config
         self._clock = clock
+        self._make_way = make_way
         self._throttle = PrefillThrottle(config.max_step_stretch)
         self._outcomes: list[Outcome] = []
         self._next_row = 0
@@ -133,6 +138,12 @@ class Batch:
         self._prefill(decode_s)
         self.counters.steps += 1
         return self._outcomes
+
+    @property
+    def spare_tokens(self) -> int:
+        """How many tokens may be computed now that no request waits for: none beside a prefill."""
+        is_busy = self.is_suspended or bool(self._in_phase(Phase.PREFILLING))
+        return 0 if is_busy else min(self._throttle.num_tokens, self._config.prefill_chunk_tokens)
 
     @property
     def will_free(self) -> bool:
@@ -182,7 +193,11 @@ class Batch:
 
     def _admit(self) -> None:
         for sequence in admission_order(self.waiting):
-            if len(self.running) >= self._config.max_rows or not self._place(sequence):
+            if len(self.running) >= self._config.max_rows:
+                if not sequence.is_prefetch and any(s.is_prefetch for s in self.running):
+                    self._make_way()  # and it has its row in the next step
+                return
+            if sequence in self.waiting and not self._place(sequence):
                 return
             for other in self.waiting:
                 other.num_passed_over += other.arrival < sequence.arrival
@@ -234,9 +249,12 @@ class Batch:
         try:
             make_hot()
         except PoolExhausted:
-            if self._memory_may_come():
+            if not sequence.is_prefetch and self._make_way():
+                self._make_hot(sequence)
+            elif self._memory_may_come():
                 raise
-            make_hot_at_any_cost()
+            else:
+                make_hot_at_any_cost()
 
     def _is_worth_restoring(self) -> bool:
         return self._config.always_restore or self.restore_cost.is_worth_restoring()
@@ -316,6 +334,8 @@ class Batch:
         try:
             self._enlarge(sequence)
         except PoolExhausted as error:
+            if self._make_way():
+                return  # and it is tried again
             victim = choose_preempted(self.running)
             if victim is None and self._is_being_freed():
                 victim = sequence

@@ -4,6 +4,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from keepwarm.core.stored import (
 )
 from keepwarm.core.transcript import Turn
 from keepwarm.engine.active import ActiveRequest
-from keepwarm.engine.agent_data import AgentPorter, AgentVerifier
+from keepwarm.engine.agent_data import AgentPorter
 from keepwarm.engine.agents import Agent, AgentBook, AgentView, Line, view_of_summary
 from keepwarm.engine.batch import Batch, Outcome
 from keepwarm.engine.bundles import ExportSummary, ImportSummary
@@ -49,6 +50,7 @@ from keepwarm.engine.stops import validate_stop
 from keepwarm.engine.store_link import Commit, StoreLink
 from keepwarm.engine.tiers import Tiers
 from keepwarm.engine.turns import Turns
+from keepwarm.engine.verify_queue import AgentVerifier, VerifyQueue
 from keepwarm.engine.verifying import VerifyReport
 
 CANONICAL_LINEAGE = "exact-canonical"
@@ -101,6 +103,7 @@ class BlockPoolBatchEngine:
             new_generator=self._model.new_generator,
             config=self.config,
             clock=clock,
+            make_way=self.make_way,
         )
         self._keeper = AgentKeeper(
             self._store,
@@ -112,6 +115,7 @@ class BlockPoolBatchEngine:
             new_blocks=self.tiers.new_line,
             forget=self.tiers.forget,
             load=self._keeper.load,
+            give_way=self._give_way,
             max_side_lines=self.config.max_side_lines,
             max_anonymous_lines=self.config.max_anonymous_lines,
             model=recorded_as,
@@ -126,14 +130,14 @@ class BlockPoolBatchEngine:
             keeper=self._keeper,
             book=self._book,
         )
-        self._verifier = AgentVerifier(
+        verifier = AgentVerifier(
             self.tiers,
             self.batch,
             store=self._store,
             link=self._link,
-            chunk_tokens=self.config.prefill_chunk_tokens,
             bound=kv_bound(loaded.layout.dtype, deterministic=deterministic),
         )
+        self._verifies = VerifyQueue(verifier, self.tiers)
         self._intake = Intake(loaded, self._book, self.tiers)
         self._turns = Turns(
             loaded.tokenizer,
@@ -213,6 +217,8 @@ class BlockPoolBatchEngine:
         max_tokens = self._intake.reply_tokens(len(prompt_ids), wanted_tokens)
         reply = ReplyText(self._tokenizer.detokenizer(), stops)
 
+        if agent_id is not None:
+            self._give_way(agent_id)
         line = wanted.line or self._book.open_line(agent_id, namespace)
         line.in_use = True
         number = next(self._ids)
@@ -260,7 +266,9 @@ class BlockPoolBatchEngine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything, or events wait to be fetched."""
-        is_running = not self.is_suspended and bool(self._active or self._prefetches)
+        is_running = not self.is_suspended and bool(
+            self._active or self._prefetches or self._verifies
+        )
         return is_running or bool(self._events) or self._link.is_committing
 
     @property
@@ -291,10 +299,11 @@ class BlockPoolBatchEngine:
         outcomes = self.batch.step()
         for outcome in outcomes:
             self._take_outcome(outcome)
+        has_verified = self._verifies.advance(self.batch.spare_tokens)
         self.tiers.save_some(self.config.save_bytes_per_step)
         self._link.take_events()
         events, self._events = self._events, []
-        self._stalled = not (outcomes or events) and self.batch.only_waits
+        self._stalled = not (outcomes or events or has_verified) and self.batch.only_waits
         return events
 
     # -- the model -------------------------------------------------------------------------------
@@ -308,6 +317,7 @@ class BlockPoolBatchEngine:
         self.batch.suspend()
         try:
             self._prefetches.call_off()
+            self._verifies.call_off("its model was put out of memory")
             self.tiers.put_all_away()
         except BaseException:
             self.batch.resume()
@@ -528,11 +538,13 @@ class BlockPoolBatchEngine:
     def prefetch(self, agent_id: str) -> None:
         """Bring the agent's KV into a slab, so that its next turn resumes hot; in the background.
 
+        Whatever is asked of the agent meanwhile calls it off, and what is there by then stays.
         Raises UnknownAgent, and AgentBusy while its main line runs.
         """
         line = self._book.get_staying(agent_id).main
         if line.in_use:
             raise AgentBusy(agent_id, "prefetch it")
+        self._give_way(agent_id)
         self._prefetches.begin(next(self._ids), line, line.transcript.token_ids)
         self._stalled = False
 
@@ -681,10 +693,27 @@ class BlockPoolBatchEngine:
 
         Blocks that differ by more than legitimate computations may are dropped: a cache may forget,
         never lie. An imported agent that passes is shared from then on, by the KV that was computed
-        here. Takes as long as a prefill, and nothing else runs meanwhile. Raises UnknownAgent,
-        AgentBusy, GeneratorFailed, and PoolExhausted without room for a second copy of the line.
+        here. Takes as long as a prefill, and no request goes on meanwhile: `begin_verify` runs
+        beside them. Raises UnknownAgent, AgentBusy, GeneratorFailed, and PoolExhausted without room
+        for a second copy of the line.
         """
-        return self._verifier.verify(self._book.get_idle(agent_id, "verify it"))
+        result: Future[VerifyReport] = Future()
+        self.begin_verify(agent_id, result)
+        while not result.done():
+            if not self._verifies.advance(self.config.prefill_chunk_tokens):
+                self._link.hear()
+        return result.result()
+
+    def begin_verify(self, agent_id: str, result: "Future[VerifyReport]") -> None:
+        """Begin to verify the agent, a unit with each `step` that has time for it.
+
+        The result gets what `verify` returns or raises, or CalledOff, when something was asked of
+        the agent meanwhile or a request needed the memory. Cancelling the result ends it. Raises
+        UnknownAgent and AgentBusy.
+        """
+        self._verifies.check_is_free(agent_id)
+        self._verifies.begin(self._book.get_idle(agent_id, "verify it"), result)
+        self._stalled = False
 
     # -- the store -------------------------------------------------------------------------------
 
@@ -697,6 +726,7 @@ class BlockPoolBatchEngine:
 
         Returns whether all of it was taken by the disk in time.
         """
+        self._verifies.call_off("the server stops")
         self.tiers.saver.offer_tails()
         until = time.monotonic() + timeout_s
         self._link.save_while(lambda: bool(len(self.tiers.saves)), until)
@@ -715,6 +745,13 @@ class BlockPoolBatchEngine:
                     f"{num_unsaved:,}",
                     agent.agent_id,
                 )
+
+    def make_way(self) -> bool:
+        """A request lacks memory or a row: end what no request waits for. Returns whether there was
+        anything.
+        """
+        has_prefetched = self._prefetches.call_off()
+        return self._verifies.call_off("a request needed the memory") or has_prefetched
 
     def snapshot(self) -> EngineSnapshot:
         return EngineSnapshot(
@@ -737,6 +774,11 @@ class BlockPoolBatchEngine:
 
     def _emit(self, event: Event) -> None:
         self._events.append(event)
+
+    def _give_way(self, agent_id: str) -> None:
+        """Something is asked of the agent: what goes on beside it ends where it is."""
+        self._prefetches.call_off(agent_id=agent_id)
+        self._verifies.call_off("something else was asked of the agent", agent_id)
 
     def _take_outcome(self, outcome: Outcome) -> None:
         active = self._active.get(outcome.sequence.request_id)

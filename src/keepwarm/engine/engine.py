@@ -36,6 +36,7 @@ from keepwarm.engine.store_link import Commit
 from keepwarm.engine.stream import EventStream, replayed
 from keepwarm.engine.swapper import ModelSwapper
 from keepwarm.engine.turnstile import Turnstile
+from keepwarm.engine.verifying import VerifyReport
 
 T = TypeVar("T")
 
@@ -55,8 +56,9 @@ class Engine:
 
     `on_end` hears of every request's end. `max_waiting` may wait for their agents' turns, beside
     those that wait in the engine. `models` brings models in and out of memory; without it there are
-    those that the fleet was opened with. The requests' streams are known by their ids on the
-    engine's thread only, which enters them in the same command that submits them.
+    those that the fleet was opened with. The requests' streams, and the results of what goes on
+    beside them, are known on the engine's thread only, which enters them in the same command that
+    begins them.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Engine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._streams: dict[str, EventStream] = {}
         self._changes: set[Future[bool]] = set()
+        self._results: set[Future[VerifyReport]] = set()
 
     def __repr__(self) -> str:
         return f"Engine({len(self._running)} requests, {self._thread!r})"
@@ -157,6 +160,28 @@ class Engine:
         try:
             return await self.call(lambda fleet: call(fleet.bring(agent_id, name)))
         finally:
+            self._leave_model(name)
+
+    async def verify(self, agent_id: str) -> VerifyReport:
+        """Compare what the agent keeps with a cold run, beside the requests.
+
+        Cancelling it ends it. Raises UnknownAgent, AgentBusy, CalledOff, GeneratorFailed and
+        PoolExhausted, and what `submit` raises about the model.
+        """
+
+        result: Future[VerifyReport] = Future()
+
+        def begin(fleet: Fleet) -> None:
+            fleet.bring(agent_id, name).begin_verify(agent_id, result)
+            self._results.add(result)
+            result.add_done_callback(self._results.discard)
+
+        name = await self._enter(GenerateRequest(agent_id=agent_id), None)
+        try:
+            await self.call(begin)
+            return await asyncio.wrap_future(result)
+        finally:
+            result.cancel()  # whether it has begun, or never will
             self._leave_model(name)
 
     async def call_on(self, model: str, call: Callable[[BlockPoolBatchEngine], T]) -> T:
@@ -357,6 +382,9 @@ class Engine:
         changes, self._changes = self._changes, set()
         for answer in changes:
             answer.set_exception(error)
+        for result in tuple(self._results):
+            if not result.done() and result.set_running_or_notify_cancel():
+                result.set_exception(error)
         streams, self._streams = self._streams, {}
         self._post([(s, Failed(i, None, error, "")) for i, s in streams.items()])
 

@@ -136,12 +136,13 @@ class Fleet:
         return self._engines[name]
 
     def bring(self, agent_id: str, name: str) -> BlockPoolBatchEngine:
-        """The agent to the engine of this model, which is to compute for it.
+        """The agent to the engine of this model, which is to compute for it; empty: the one that it
+        talked to last.
 
         Raises UnknownModel, and AgentBusy while the agent talks to another.
         """
         self._builder.stop()
-        engine = self.engine(name)
+        engine = self.engine(name or self.model_of(agent_id))
         self._move(agent_id, engine)
         return engine
 
@@ -375,6 +376,7 @@ class _Others:
     def make_room(self, needed_bytes: int) -> None:
         """Each in turn; none of them asks others in turn."""
         for engine in self._others():
+            engine.make_way()
             with suppress(PoolExhausted):
                 engine.tiers.make_room(needed_bytes, ask_others=False)
 

@@ -17,9 +17,10 @@ class _Prefetch:
 
 
 class Prefetcher:
-    """Owns the lines that are in use though nobody waits for them. Belongs to the engine's thread.
+    """Owns the lines that are in the batch though no request runs on them.
 
     Called off, or when it fails, a prefetch has cost nothing but time: what is there by then stays.
+    Belongs to the engine's thread.
     """
 
     def __init__(self, batch: Batch, tiers: Tiers) -> None:
@@ -45,16 +46,22 @@ class Prefetcher:
         if sequence is None:
             return False
         sequence.known_ids = line.transcript.token_ids
-        line.in_use = True
         self._running[sequence.request_id] = _Prefetch(line, sequence, line.blocks.last_used)
         self._batch.enqueue(sequence)
         return True
 
-    def call_off(self, *, only_computing: bool = False) -> None:
-        for prefetch in list(self._running.values()):
-            if prefetch.sequence.may_compute or not only_computing:
-                self._batch.leave(prefetch.sequence)
-                self._end(prefetch)
+    def call_off(self, *, only_computing: bool = False, agent_id: str | None = None) -> bool:
+        """End all of them, or this agent's. Returns whether there was one."""
+        found = [
+            prefetch
+            for prefetch in self._running.values()
+            if (prefetch.sequence.may_compute or not only_computing)
+            and agent_id in (None, prefetch.sequence.agent_id)
+        ]
+        for prefetch in found:
+            self._batch.leave(prefetch.sequence)
+            self._end(prefetch)
+        return bool(found)
 
     def take(self, outcome: Outcome) -> None:
         """A step of the batch brought it on, completed it, or broke it."""
@@ -65,7 +72,6 @@ class Prefetcher:
     def _end(self, prefetch: _Prefetch) -> None:
         del self._running[prefetch.sequence.request_id]
         line = prefetch.line
-        line.in_use = False
         if line.blocks.busy:
             self._tiers.park(line.blocks)
         if prefetch.sequence.may_compute:

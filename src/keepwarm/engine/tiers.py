@@ -5,8 +5,8 @@ of memory is an allocation of the pool.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import takewhile
 
 from keepwarm.core.agent import AgentBlocks
@@ -14,7 +14,7 @@ from keepwarm.core.agent_store import AgentStore, NoStore
 from keepwarm.core.block import Block, BlockHash, LineId, chain_hashes, common_prefix
 from keepwarm.core.errors import InvariantBroken, PoolExhausted
 from keepwarm.core.layout import BLOCK_TOKENS, whole_blocks
-from keepwarm.core.pool import Allocation, BlockPool
+from keepwarm.core.pool import Allocation, BlockPool, Kind
 from keepwarm.core.ports import BatchGenerator, Payload, Slab
 from keepwarm.core.stored import KVFamily
 from keepwarm.engine.counters import TierCounters
@@ -49,6 +49,7 @@ class Tiers:
         self._store = store
         self._family = family
         self._root = family.root
+        self._copies: list[Allocation] = []
         self._token_bytes = family.layout.token_bytes
         self._shelf = SlabShelf(pool)
         self._lines = Lines(pool, family, now=store.clock())
@@ -349,6 +350,20 @@ class Tiers:
         slab = self._take_slab(capacity_tokens)
         line.slab, line.slab_allocation = slab.slab, slab.allocation
 
+    @contextmanager
+    def paid(self, nbytes: int) -> Iterator[None]:
+        """Memory for copies that are looked at meanwhile, perhaps for many steps.
+
+        Raises PoolExhausted.
+        """
+        allocation = self.pool.allocate(Kind.READING, nbytes)
+        self._copies.append(allocation)
+        try:
+            yield
+        finally:
+            self._copies.remove(allocation)
+            self.pool.release(allocation)
+
     def read(self, line: AgentBlocks, start: int, stop: int) -> Payload:
         """A copy of [start, stop), which lies within one block and begins with it."""
         return self._cutter.read(line, start, stop, self.generator)
@@ -439,6 +454,7 @@ class Tiers:
 
     def _holders(self) -> dict[Allocation, tuple[int, int]]:
         holders = {**self._lines.holders(), **self._shelf.holders(), **self.fetches.holders()}
+        holders |= {allocation: (1, allocation.nbytes) for allocation in self._copies}
         for allocation, (count, nbytes) in self.saves.holders().items():
             holders[allocation] = (count + holders.get(allocation, (0, 0))[0], nbytes)
         return holders

@@ -1,15 +1,15 @@
 """Is the KV that an agent keeps the KV of its tokens? A cold run beside it, block by block."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from enum import Enum
 
 from keepwarm.core.agent import AgentBlocks
 from keepwarm.core.agent_store import AgentStore
 from keepwarm.core.block import BlockHash
 from keepwarm.core.errors import GeneratorFailed, InvariantBroken
 from keepwarm.core.layout import BLOCK_TOKENS, capacity_for, whole_blocks
-from keepwarm.core.pool import Kind
 from keepwarm.core.ports import Payload, RowId, Slab
 from keepwarm.core.stored import Record
 from keepwarm.engine.lines import busy
@@ -71,36 +71,47 @@ class VerifyReport:
 
 @dataclass(slots=True, eq=False)
 class ColdRun:
-    """A line's KV, computed anew in `scratch`, and what the comparison with the kept KV gave.
+    """A line's KV, computed anew in `scratch`, and how what is kept of it differs, so far.
 
-    `records` are those of the line that the store had, all of which were asked for.
+    `records` are those of the line that the store had. Memory had `num_held` of the tokens.
     """
 
     scratch: AgentBlocks
     records: tuple[Record, ...]
-    checks: tuple[BlockCheck, ...] = ()
+    token_ids: tuple[int, ...]
+    num_held: int
+    checks: list[BlockCheck] = field(default_factory=list)
 
     def records_at(self, depths: Sequence[int]) -> list[BlockHash]:
         return [record.hash for record in self.records if record.depth in depths]
 
 
-class Verifier:
-    """Runs on the engine's thread; `hear` waits for the store and passes its answers on."""
+class Pause(Enum):
+    """Why a verification lets others go on for now."""
 
-    def __init__(
-        self, tiers: Tiers, store: AgentStore, *, chunk_tokens: int, hear: Callable[[], None]
-    ) -> None:
+    UNIT_DONE = "unit done"
+    WAITS_FOR_DISK = "waits for disk"
+
+
+Units = Generator[Pause, None, None]
+UnitTokens = Callable[[], int]
+
+
+class Verifier:
+    """Computes cold runs and compares, on the engine's thread."""
+
+    def __init__(self, tiers: Tiers, store: AgentStore) -> None:
         self._tiers = tiers
         self._store = store
-        self._chunk_tokens = chunk_tokens
-        self._hear = hear
 
     @contextmanager
-    def run(self, line: AgentBlocks, token_ids: Sequence[int], num_held: int) -> Iterator[ColdRun]:
-        """Compare memory's first `num_held` of these tokens, and what the store has of them.
+    def cold_run(
+        self, line: AgentBlocks, token_ids: Sequence[int], num_held: int
+    ) -> Iterator[ColdRun]:
+        """Room for memory's first `num_held` of these tokens, and for what the store has of them.
 
-        Raises PoolExhausted when there is no room for a second copy of the line, and
-        GeneratorFailed. `scratch` is forgotten at the block's end unless it was taken.
+        Raises PoolExhausted when there is no room for a second copy of the line. `scratch` is
+        forgotten at the block's end unless it was taken.
         """
         family = self._tiers.family_of(line.namespace)
         records = self._store.plan(family, family.root, token_ids)
@@ -109,14 +120,10 @@ class Verifier:
         copies_bytes = 2 * family.layout.block_bytes
         spare_bytes = copies_bytes + max(buffer_bytes, default=0)
         scratch = self._new_scratch(line, num_tokens, spare_bytes)
-        run = ColdRun(scratch, tuple(records))
+        run = ColdRun(scratch, tuple(records), tuple(token_ids[:num_tokens]), num_held)
         try:
-            with self._paid(copies_bytes), self._row(scratch):
-                if records:
-                    self._tiers.fetches.begin(scratch.line, family, records, num_tokens)
-                ids = list(token_ids[:num_tokens])
-                run.checks = tuple(self._checks(line, scratch, ids, num_held))
-            yield run
+            with self._tiers.paid(copies_bytes):
+                yield run
         except GeneratorFailed:  # what the slab holds cannot be trusted, nor written again
             self._tiers.discard_slab(scratch)
             self._tiers.forget(scratch)
@@ -124,6 +131,22 @@ class Verifier:
         finally:
             if scratch.busy:
                 self._tiers.forget(scratch)
+
+    def compare(self, run: ColdRun, line: AgentBlocks, unit_tokens: UnitTokens) -> Units:
+        """Compute block after block, and note how what is kept of it differs.
+
+        Pauses after each unit; `unit_tokens` says how much the next one may compute. Raises
+        GeneratorFailed.
+        """
+        scratch, num_tokens = run.scratch, len(run.token_ids)
+        with self._row(scratch):
+            if run.records:
+                family = self._tiers.family_of(line.namespace)
+                self._tiers.fetches.begin(scratch.line, family, run.records, num_tokens)
+            for start in range(0, num_tokens, BLOCK_TOKENS):
+                stop = min(start + BLOCK_TOKENS, num_tokens)
+                yield from self._compute(scratch, run.token_ids[start:stop], unit_tokens)
+                yield from self._compare_block(run, line, start, stop)
 
     def take(self, run: ColdRun) -> AgentBlocks:
         """The scratch line as a line like any other, its blocks to be found by content."""
@@ -135,19 +158,24 @@ class Verifier:
 
     # -- inside ----------------------------------------------------------------------------------
 
-    def _checks(
-        self, line: AgentBlocks, scratch: AgentBlocks, token_ids: Sequence[int], num_held: int
-    ) -> Iterator[BlockCheck]:
-        for start in range(0, len(token_ids), BLOCK_TOKENS):
-            stop = min(start + BLOCK_TOKENS, len(token_ids))
-            self._compute(scratch, token_ids[start:stop])
-            computed = self._tiers.generator.extract(_slab_of(scratch), start, stop)
-            # Meanwhile a line that was put away may have left memory.
-            held = self._copies_of(line, start, min(stop, num_held, line.num_tokens))
-            in_memory = self._largest((computed, 0, copy) for copy in held)
-            depth = start // BLOCK_TOKENS
-            on_disk = self._largest(self._arrivals(scratch, depth, computed))
-            yield BlockCheck(depth, stop - start, in_memory, on_disk)
+    def _compare_block(self, run: ColdRun, line: AgentBlocks, start: int, stop: int) -> Units:
+        scratch, depth = run.scratch, start // BLOCK_TOKENS
+        computed = self._tiers.generator.extract(_slab_of(scratch), start, stop)
+        # Meanwhile a line that was put away may have left memory.
+        held = self._copies_of(line, start, min(stop, run.num_held, line.num_tokens))
+        in_memory = self._largest((computed, 0, copy) for copy in held)
+        check = BlockCheck(depth, stop - start, in_memory, None)
+        run.checks.append(check)
+        fetches = self._tiers.fetches
+        while fetches.next_depth(scratch.line) == depth:
+            if fetches.is_waiting(scratch.line):
+                yield Pause.WAITS_FOR_DISK
+                continue
+            arrived = self._arrived(scratch, computed)
+            if arrived is None:
+                return
+            check = replace(check, on_disk=max(arrived, check.on_disk or 0.0))
+            run.checks[-1] = check
 
     def _new_scratch(self, line: AgentBlocks, num_tokens: int, spare_bytes: int) -> AgentBlocks:
         """A line with a slab of its own, for a cold run beside the line's KV, which stays.
@@ -181,9 +209,12 @@ class Verifier:
         elif line.slab is None:
             yield self._tiers.read(line, start, stop)
 
-    def _compute(self, scratch: AgentBlocks, token_ids: Sequence[int]) -> None:
-        for start in range(0, len(token_ids), self._chunk_tokens):
-            chunk = token_ids[start : start + self._chunk_tokens]
+    def _compute(
+        self, scratch: AgentBlocks, token_ids: Sequence[int], unit_tokens: UnitTokens
+    ) -> Units:
+        start = 0
+        while start < len(token_ids):
+            chunk = list(token_ids[start : start + max(unit_tokens(), 1)])
             try:
                 self._tiers.generator.prefill(SCRATCH_ROW, chunk)
             except InvariantBroken:
@@ -191,8 +222,10 @@ class Verifier:
             except Exception as error:
                 raise GeneratorFailed(error) from error
             scratch.token_ids.extend(chunk)
+            start += len(chunk)
+            yield Pause.UNIT_DONE
 
-    def _largest(self, pairs: Iterator[tuple[Payload, int, Payload]]) -> float | None:
+    def _largest(self, pairs: Iterable[tuple[Payload, int, Payload]]) -> float | None:
         """Of computed KV, from a position on, and a copy of it that was kept."""
         generator = self._tiers.generator
         differences = [
@@ -203,38 +236,25 @@ class Verifier:
         ]
         return max(differences, default=None)
 
-    def _arrivals(
-        self, scratch: AgentBlocks, depth: int, computed: Payload
-    ) -> Iterator[tuple[Payload, int, Payload]]:
-        """The block's records as they come from the disk; a damaged one is the last."""
+    def _arrived(self, scratch: AgentBlocks, computed: Payload) -> float | None:
+        """How the block's next record from the disk differs; a damaged one is the last: None."""
         fetches = self._tiers.fetches
-        while fetches.next_depth(scratch.line) == depth:
-            if fetches.is_waiting(scratch.line):
-                self._hear()
-                continue
-            arrival = fetches.next_arrival(scratch.line, self._tiers.generator)
-            if arrival is None:
-                return
-            yield computed, arrival.record.start, arrival.payload
-            fetches.done(scratch.line)
+        arrival = fetches.next_arrival(scratch.line, self._tiers.generator)
+        if arrival is None:
+            return None
+        difference = self._largest([(computed, arrival.record.start, arrival.payload)])
+        fetches.done(scratch.line)
+        return difference
 
     @contextmanager
     def _row(self, scratch: AgentBlocks) -> Iterator[None]:
-        """The scratch slab in the batch."""
+        """The scratch slab in the batch, whose generator it is now."""
         generator = self._tiers.generator
         generator.open_row(SCRATCH_ROW, _slab_of(scratch))
         try:
             yield
         finally:
             generator.close_row(SCRATCH_ROW)
-
-    @contextmanager
-    def _paid(self, nbytes: int) -> Iterator[None]:
-        allocation = self._tiers.pool.allocate(Kind.READING, nbytes)
-        try:
-            yield
-        finally:
-            self._tiers.pool.release(allocation)
 
 
 def _slab_of(scratch: AgentBlocks) -> Slab:

@@ -16,7 +16,7 @@ from keepwarm.server.choices import Choices
 from keepwarm.server.facts import headers_of
 from keepwarm.server.problems import Problem, problem_of
 from keepwarm.server.settings import ServerConfig
-from keepwarm.server.tasks import ended
+from keepwarm.server.tasks import disconnected, ended
 
 SSE = "text/event-stream; charset=utf-8"
 HEARTBEAT = b": keepwarm\n"
@@ -74,7 +74,7 @@ class _Reply(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._abort = scope.get(ABORT)
         self._answering = asyncio.create_task(self._answer(send))
-        tasks = (self._answering, asyncio.create_task(_disconnected(receive)))
+        tasks = (self._answering, asyncio.create_task(disconnected(receive)))
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
@@ -230,8 +230,3 @@ class _Writer:
 
     def is_silent(self, limit_s: float) -> bool:
         return not self._is_sending and self._now() - self._last_s >= limit_s
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

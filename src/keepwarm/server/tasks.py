@@ -1,8 +1,13 @@
-"""Tasks that a task has begun, and ends before it ends itself."""
+"""Tasks that a request begins: none outlives it, and none its client."""
 
 import asyncio
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Coroutine
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Receive
+
+T = TypeVar("T")
 
 
 async def ended(tasks: Collection["asyncio.Task[Any]"]) -> None:
@@ -18,3 +23,22 @@ async def ended(tasks: Collection["asyncio.Task[Any]"]) -> None:
     for task in tasks:
         if not task.cancelled():
             task.exception()  # seen, so that it is not reported as lost
+
+
+async def disconnected(receive: Receive) -> None:
+    """Return when the client has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Return what the work returns; a client that hangs up ends it. Raises ClientDisconnect."""
+    working = asyncio.create_task(work)
+    tasks = (working, asyncio.create_task(disconnected(request.receive)))
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+    finally:
+        await ended(tasks)
+    raise ClientDisconnect

@@ -44,6 +44,7 @@ from keepwarm.server.fields import limit_of, seed_of, stops_of
 from keepwarm.server.json_body import BodyRoute
 from keepwarm.server.problems import TransferFailed, Unsupported
 from keepwarm.server.serving import Serving, serving_of
+from keepwarm.server.tasks import unless_gone
 
 router = APIRouter(
     prefix="/v1/agents",
@@ -188,10 +189,14 @@ async def prefetch(name: str, serving: ServingOf) -> Response:
 
 
 @router.post("/{name}/verify", response_model=AgentVerified)
-async def verify(name: str, serving: ServingOf) -> Response:
-    """Compute the agent's KV anew and compare; takes a prefill, and nothing else runs meanwhile."""
+async def verify(name: str, request: Request, serving: ServingOf) -> Response:
+    """Compute the agent's KV anew and compare; takes a prefill, beside the requests.
+
+    Whatever else is asked of the agent calls it off, with a 409; what has differed by then is
+    dropped.
+    """
     agent_id = serving.caller.agent(name)
-    report = await serving.engine.call_computing(agent_id, lambda engine: engine.verify(agent_id))
+    report = await unless_gone(request, serving.engine.verify(agent_id))
     return json_answer(AgentVerified.of(report, name))
 
 
