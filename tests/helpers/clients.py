@@ -43,6 +43,17 @@ def install(names: Sequence[str]) -> None:
         pytest.skip(f"NO REAL CLIENTS WERE RUN: {error}")
 
 
+def pack(package: str, folder: Path) -> Path:
+    """Fetch one package of npm as the file that it is. Raises CannotInstall."""
+    ENVIRONMENTS.mkdir(parents=True, exist_ok=True)
+    with _only_one_at_a_time():
+        npm, environment = _npm()
+        options = ["--silent", "--ignore-scripts", "--pack-destination", str(folder)]
+        _run([npm, "pack", *options, package], environment)
+    (path,) = folder.glob("*.tgz")
+    return path
+
+
 def run_python(name: str, script: str, *arguments: str) -> None:
     """Run a script of `tests/clients` on the client's own Python; its checks end it with 1."""
     python = ENVIRONMENTS / name / "bin" / "python"
@@ -125,11 +136,17 @@ def _install_with_pip(folder: Path, packages: Sequence[str]) -> None:
 def _install_with_npm(folder: Path, packages: Sequence[str]) -> None:
     folder.mkdir(parents=True)
     (folder / "package.json").write_text('{"private": true}\n', "utf-8")
-    bin_folder = ENVIRONMENTS / NODE / "bin"
-    environment = {**os.environ, "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
+    npm, environment = _npm()
     options = ["--no-audit", "--no-fund", "--ignore-scripts", "--no-package-lock", "--silent"]
-    command = [str(bin_folder / "npm"), "install", "--prefix", str(folder), *options, *packages]
-    _run(command, environment)
+    _run([npm, "install", "--prefix", str(folder), *options, *packages], environment)
+
+
+def _npm() -> tuple[str, dict[str, str]]:
+    """Of the clients' own Node, with what it needs around it."""
+    _install_one(NODE, tomllib.loads(VERSIONS.read_text("utf-8"))[NODE])
+    bin_folder = ENVIRONMENTS / NODE / "bin"
+    path = f"{bin_folder}{os.pathsep}{os.environ['PATH']}"
+    return str(bin_folder / "npm"), {**os.environ, "PATH": path}
 
 
 def _run(command: Sequence[str], environment: dict[str, str]) -> None:

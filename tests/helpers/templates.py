@@ -1,5 +1,6 @@
 """Chat templates for tests, in the manner of several families, on a tokenizer of bytes."""
 
+from pathlib import Path
 from typing import Any
 
 # First: it prepares the BLAS before MLX is imported.
@@ -14,13 +15,21 @@ from keepwarm.core.ports import LoadedModel
 
 END = "<|im_end|>"
 SPECIALS = ("<|im_start|>", END, "<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]")
-TOOL_RESULTS = ("[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")
+MISTRALS = ("[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")
+GLMS = ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 
-PLAIN = (
-    "{% for m in messages %}"
-    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+FAMILIES = {
+    path.stem: path.read_text("utf-8")
+    for path in sorted((Path(__file__).parent / "chat_templates").glob("*.jinja"))
+}
+"""
+`plain` is ChatML; `strict` takes only a user and an assistant in turns, who say something.
+`mistral` wants ids of nine characters, arguments as objects, and no user behind a result;
+`old_mistral` has the system's message in the user's last one. `glm` and `qwen_coder` iterate over
+arguments. `llama_with_tools` takes one call at a time, prints its arguments by `tojson`, and drops
+the text beside it. `text_arguments` puts arguments together with texts. `harmony` is gpt-oss's:
+developers speak first, and whoever speaks later than that as one is not heard.
+"""
 
 
 def byte_tokenizer(template: str) -> PreTrainedTokenizerFast:
@@ -29,16 +38,15 @@ def byte_tokenizer(template: str) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE({letter: n for n, letter in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    specials = [AddedToken(text, normalized=False) for text in (*SPECIALS, *TOOL_RESULTS)]
+    specials = [AddedToken(text, normalized=False) for text in (*SPECIALS, *MISTRALS, *GLMS)]
     tokenizer.add_special_tokens(specials)
-    roles = {"bos_token": "<s>", "eos_token": END}
     roles = {"bos_token": "<s>", "eos_token": END}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **roles)
 
 
-def templated(tokenizer: Any, *, reply: str = "Well.", name_of_end: str = END) -> LoadedModel:
+def templated(tokenizer: Any, *, reply: str = "Well.") -> LoadedModel:
     """A model on the fake generator, with this template, that always says the same."""
-    end = tokenizer.convert_tokens_to_ids(name_of_end)
+    end = tokenizer.convert_tokens_to_ids(tokenizer.eos_token)
     hf_tokenizer = HFTokenizer(tokenizer, [end])
     script = [*hf_tokenizer.encode(reply), end]
     factory = FakeFactory(script=script, vocab_size=hf_tokenizer.vocab_size)

@@ -10,7 +10,7 @@ from hf_tokenizers import sentencepiece_tokenizer
 from keepwarm.core.errors import InvalidRequest, TemplateRefused
 from keepwarm.mlx_backend.template import FREE_CHARACTERS
 from keepwarm.mlx_backend.tokenizer import HFTokenizer
-from templates import PLAIN, byte_tokenizer
+from templates import FAMILIES, byte_tokenizer
 
 HELLO = [{"role": "user", "content": "Hello"}]
 RAISING = {
@@ -98,7 +98,7 @@ def test_templates_in_python_are_contained_as_well() -> None:
             raise LookupError("no such thing")
 
     with pytest.raises(TemplateRefused, match="LookupError: no such thing"):
-        HFTokenizer(Wrapper(byte_tokenizer(PLAIN)), [2]).render(HELLO)
+        HFTokenizer(Wrapper(byte_tokenizer(FAMILIES["plain"])), [2]).render(HELLO)
 
 
 def test_what_templates_are_given_is_what_transformers_gives() -> None:
@@ -117,7 +117,7 @@ def test_what_templates_are_given_is_what_transformers_gives() -> None:
 
 
 def test_many_threads_may_render() -> None:
-    tokenizer = tokenizer_of(PLAIN)
+    tokenizer = tokenizer_of(FAMILIES["plain"])
     expected = tokenizer.render(HELLO * 50)
     wrong: list[object] = []
 

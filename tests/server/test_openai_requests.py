@@ -57,7 +57,7 @@ def num_tokens(*messages: Any) -> int:
         ([{**HELLO, "name": None, "more": 1}], [HELLO]),
         (
             [HELLO, {"role": "assistant", "content": None, "tool_calls": [CALL]}],
-            [HELLO, {"role": "assistant", "content": ""}],
+            [HELLO, {"role": "assistant", "content": '{"name": "look", "arguments": {}}'}],
         ),
         (
             [HELLO, {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}],

@@ -40,7 +40,6 @@ def engine() -> BlockPoolBatchEngine:
         ({"messages": [{"role": "wizard", "content": "Hello"}]}, "messages"),
         ({"messages": [{"role": "user", "content": 7}]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages"),
-        ({"messages": [user("Hello"), {"role": "system", "content": "late"}]}, "messages"),
         ({"append": [], "agent_id": "ada"}, "messages"),
         ({"append": HELLO}, "append"),
         ({"text": ""}, "text"),

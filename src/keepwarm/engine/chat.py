@@ -85,7 +85,13 @@ class Prompt:
 
 
 class Continuation(Protocol):
-    """What a request's prompt becomes on one line or another."""
+    """What a request's prompt becomes on one line or another.
+
+    `adapted`: what was changed in its messages for the model's template.
+    """
+
+    @property
+    def adapted(self) -> tuple[str, ...]: ...
 
     def of(self, known: Transcript) -> Prompt: ...
 
@@ -107,7 +113,9 @@ class TextContinuation:
         pieces: Sequence[Piece],
         encode: Encode,
         ends_amid: EndsAmid = lambda token_ids: False,
+        adapted: tuple[str, ...] = (),
     ) -> None:
+        self.adapted = adapted
         self._wanted = tuple(take_turns(pieces))
         self._encode = encode
         self._ends_amid = ends_amid
@@ -172,6 +180,8 @@ class TextContinuation:
 
 class IdsContinuation:
     """Of a prompt that is given as ids: text is known of the shared part only."""
+
+    adapted: tuple[str, ...] = ()
 
     def __init__(self, token_ids: Sequence[int]) -> None:
         self._token_ids = token_ids

@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 from keepwarm.core.errors import AgentBusy, InvalidRequest
@@ -11,6 +11,7 @@ from keepwarm.core.policies import reply_room, shortened_limit
 from keepwarm.core.ports import LoadedModel, Message, Piece
 from keepwarm.core.stored import Overflow
 from keepwarm.core.transcript import EMPTY
+from keepwarm.engine.adapting import ChatRenderer, Rendered
 from keepwarm.engine.agents import Agent, AgentBook, Line
 from keepwarm.engine.chat import (
     Continuation,
@@ -63,6 +64,7 @@ class Intake:
     def __init__(self, loaded: LoadedModel, book: AgentBook, tiers: Tiers) -> None:
         self._loaded = loaded
         self._tokenizer = loaded.tokenizer
+        self._renderer = ChatRenderer(loaded.tokenizer)
         self._book = book
         self._tiers = tiers
         self.num_mended_spans = 0
@@ -107,11 +109,13 @@ class Intake:
         choice = self._book.choose(agent_id, namespace, continuation)
         known = choice.line.messages if choice.line is not None else None
         locate = self._locator(choice.prompt, conversation, known)
+        wanted = Wanted(
+            choice.line, choice.prompt, conversation, locate, adapted=continuation.adapted
+        )
         if conversation is None or not source.continue_final_message:
-            return Wanted(choice.line, choice.prompt, conversation, locate)
+            return wanted
         *said, begun = conversation
-        prefix = begun["content"]
-        return Wanted(choice.line, choice.prompt, tuple(said), locate, reply_prefix=prefix)
+        return replace(wanted, conversation=tuple(said), reply_prefix=begun["content"])
 
     def num_tokens(self, source: PromptSource) -> int:
         """Of the prompt, for an agent that knows nothing yet; too long a one is not counted."""
@@ -123,7 +127,7 @@ class Intake:
         """The ids that the line's next prompt is to begin with, as far as that is known."""
         if not line.messages:
             return line.transcript.token_ids
-        pieces = self._tokenizer.render(line.messages, add_generation_prompt=False)
+        pieces = self._renderer.pieces(line.messages)
         return TextContinuation(pieces, self._tokenizer.encode).of(line.transcript).token_ids
 
     def would_drop_turns(self, num_prompt_tokens: int) -> bool:
@@ -184,7 +188,9 @@ class Intake:
         )
         prompt = continuation.of(agent.main.transcript)
         locate = self._locator(prompt, conversation, agent.main.messages)
-        return Wanted(agent.main, prompt, conversation, locate, num_dropped)
+        return Wanted(
+            agent.main, prompt, conversation, locate, num_dropped, adapted=continuation.adapted
+        )
 
     # -- prompts ---------------------------------------------------------------------------------
 
@@ -199,38 +205,45 @@ class Intake:
         if source.token_ids is not None:
             ids = valid_token_ids(source.token_ids, self._loaded.vocab_size)
             return IdsContinuation(ids)
-        if conversation is not None and source.continue_final_message:
-            pieces = self._render_begun(conversation)
-        elif conversation is not None:
-            pieces = self._tokenizer.render(conversation)
-        else:
-            pieces = self._tokenizer.split(valid_text(source.text or ""))
+        rendered = self._rendered(source, conversation)
         if not may_be_cut:
-            self._limits.check(least_tokens_of(pieces, self._tokenizer))
+            self._limits.check(least_tokens_of(rendered.pieces, self._tokenizer))
         ends_amid = cache(self._ends_amid)
         return TextContinuation(
-            pieces,
+            rendered.pieces,
             cache(self._tokenizer.encode),
             lambda ids: ends_amid(ids[-MAX_TOKENS_OF_CHARACTER:]),
+            rendered.notes,
         )
 
-    def _render_begun(self, conversation: Conversation) -> tuple[Piece, ...]:
+    def _rendered(self, source: PromptSource, conversation: Conversation | None) -> Rendered:
+        if conversation is None:
+            return Rendered(self._tokenizer.split(valid_text(source.text or "")))
+        if source.continue_final_message:
+            return self._render_begun(conversation)
+        return self._renderer.render(conversation)
+
+    def _render_begun(self, conversation: Conversation) -> Rendered:
         """Up to where the reply begins, and what there is of it."""
         *said, begun = conversation
         if not said or begun["role"] != "assistant" or begun.get("tool_calls"):
             problem = "the last of several messages must be an assistant's, and text"
             raise InvalidRequest("continue_final_message", problem)
-        return (*self._tokenizer.render(said), Piece(begun["content"]))
+        before = self._renderer.render(said)
+        return replace(before, pieces=(*before.pieces, Piece(begun["content"])))
 
     def _locator(
         self, prompt: Prompt, conversation: Conversation | None, known: Sequence[Message] | None
     ) -> Locate:
         if conversation is None:
             return nowhere
-        render = partial(self._tokenizer.render, add_generation_prompt=False)
         return cache(
             partial(
-                message_at, prompt=prompt, conversation=conversation, known=known, render=render
+                message_at,
+                prompt=prompt,
+                conversation=conversation,
+                known=known,
+                render=self._renderer.pieces,
             )
         )
 

@@ -91,7 +91,7 @@ class FakeTokenizer:
     ) -> list[Piece]:
         if message["role"] == "system" and index:
             raise TemplateRefused("the system message comes first")
-        content = str(message["content"])
+        content = str(message.get("content") or "")
         if self.strip_thinking and index < len(messages) - 1:
             content = content.rsplit("</think>", maxsplit=1)[-1]
         if self.trim_content:

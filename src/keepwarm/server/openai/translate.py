@@ -28,7 +28,7 @@ HARMLESS = frozenset(
 DEFAULT_COMPLETION_TOKENS = 16
 """Of OpenAI's older API, where nobody says."""
 
-_ROLES = {"developer": "system", "function": "tool"}
+_ROLES = {"function": "tool"}
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
 
 
