@@ -136,7 +136,7 @@ CONDITIONS = (
 )
 
 
-@pytest.mark.parametrize(("number", "raises"), enumerate(RAISES))
+@pytest.mark.parametrize(("number", "raises"), list(enumerate(RAISES)))
 def test_a_template_that_raises_breaks_nothing(number: int, raises: str) -> None:
     """In any family, under any condition and at any shape; and the engine goes on."""
     prelude = "{% macro again(n) %}{{ again(n + 1) }}{% endmacro %}"
