@@ -6,12 +6,17 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from keepwarm.core.ports import LoadedModel
 
 if find_spec("mlx") is not None:
     # Sorted imports put `mlx` before `keepwarm`; the CPU has to be prepared before either.
     import keepwarm.mlx_backend  # noqa: F401
+
+# No test says how long something takes: a busy machine would fail it.
+settings.register_profile("keepwarm", deadline=None)
+settings.load_profile("keepwarm")
 
 
 @pytest.fixture(scope="session")
