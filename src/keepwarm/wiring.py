@@ -24,6 +24,7 @@ from keepwarm.engine.swapper import ModelSource, ModelSwapper
 from keepwarm.server.app import build_app
 from keepwarm.server.metrics import Metrics
 from keepwarm.server.serving import House
+from keepwarm.server.transfers import Transfers
 from keepwarm.store.agent_cache_store import AgentCacheStore
 
 STORE_FOLDER = "agents"
@@ -108,9 +109,8 @@ async def start_server(
     except BaseException:
         await engine.stop(0.0)
         raise
-    house = House(
-        engine, models, settings.server, metrics, home / TRANSFERS_FOLDER, int(time.time())
-    )
+    transfers = Transfers(home / TRANSFERS_FOLDER, settings.disk.free_floor_bytes)
+    house = House(engine, models, settings.server, metrics, transfers, int(time.time()))
     return RunningServer(build_app(house), engine, models.registry.default.name, len(agents))
 
 

@@ -366,3 +366,61 @@ def test_without_a_store_there_are_no_bundles(tmp_path: Path) -> None:
         with pytest.raises(NoAgentStore) as caught:
             call()
         assert isinstance(caught.value, KeepwarmError)
+
+
+class TestCalledOff:
+    """What nobody waits for any more is not answered, and nothing is left of it."""
+
+    def test_an_export(self, store: AgentStore, tmp_path: Path) -> None:
+        save_blocks(store, IDS[:600])
+        path = tmp_path / "called-off"
+        ticket = store.write_bundle(FAMILY, "words", state_of("ada", IDS[:600]), path)
+        store.call_off(ticket)
+        self.expect_silence(store)
+        assert not list(tmp_path.glob("*called-off*"))
+        assert not list(tmp_path.glob(".keepwarm-*"))
+        assert answer(store, store.read_bundle(path, TERMS)).error is not None
+        assert len(store.plan(FAMILY, FAMILY.root, IDS[:600])) == 3
+
+    def test_a_bundle_that_is_read(self, store: AgentStore, bundle_path: Path) -> None:
+        store.call_off(store.read_bundle(bundle_path, TERMS))
+        self.expect_silence(store)
+        assert read_bundle(store, bundle_path).records
+
+    def test_a_bundle_that_is_stored(self, store: AgentStore, bundle_path: Path) -> None:
+        bundle = read_bundle(store, bundle_path)
+        store.call_off(store.store_bundle(bundle, "eve"))
+        self.expect_silence(store)
+        assert store.plan(TERMS.family, TERMS.family.root, IDS) == []
+        assert answer(store, store.store_bundle(bundle, "eve")).num_records == 3
+        assert len(store.plan(TERMS.family, TERMS.family.root, IDS)) == 3
+
+    def test_what_has_ended_is_removed_by_name(self, store: AgentStore, bundle_path: Path) -> None:
+        store.remove_bundle(bundle_path)
+        settle_silently(store)
+        assert not bundle_path.exists()
+        assert answer(store, store.read_bundle(bundle_path, TERMS)).error is not None
+
+    @staticmethod
+    def expect_silence(store: AgentStore) -> None:
+        for event in settle_silently(store):
+            assert not isinstance(event, BundleWritten | BundleRead | BundleStored), event
+
+
+def settle_silently(store: AgentStore) -> list[StoreEvent]:
+    """Until the store has done what it was told before. Returns what it said until then."""
+    ids = [9, 9]
+    record = Record(child_hash(FAMILY.root, ids), FAMILY.root, FAMILY.root, 0, 0, 2)
+    events: list[StoreEvent] = []
+    for _ in range(4):  # work of many units lets what comes behind it go first
+        store.save(
+            FAMILY, record, ids, [memoryview(data_of(0, 1)), memoryview(data_of(1, 2))], None
+        )
+        news: list[StoreEvent] = []
+        while not any(isinstance(event, Saved) for event in news):
+            store.wait(0.1)
+            news = store.poll()
+            events += news
+        store.drop([record.hash])
+    store.check()
+    return events

@@ -1,6 +1,7 @@
 """Fleets of fake models over a real store, and what the tests ask of them."""
 
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from keepwarm.core.agent_store import AgentStore
 from keepwarm.core.events import Completed, Event, Failed
 from keepwarm.core.policies import EngineConfig
 from keepwarm.core.ports import LoadedModel
+from keepwarm.engine.bundles import ImportSummary
 from keepwarm.engine.fleet import Fleet
 from keepwarm.engine.requests import GenerateRequest
 from keepwarm.store.agent_cache_store import StoreConfig
@@ -66,6 +68,14 @@ class Setup:
             if isinstance(event, Completed | Failed):
                 self.ended[event.request_id] = event
         return events
+
+    def import_agent(self, path: Path, name: str) -> ImportSummary:
+        answer: Future[ImportSummary] = Future()
+        self.fleet.begin_import(path, name, answer)
+        while not answer.done():
+            self.store.wait(0.05)
+            self.step()
+        return answer.result()
 
     def settle(self) -> None:
         """Until the disk has taken what there is."""

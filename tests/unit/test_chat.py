@@ -17,7 +17,7 @@ from keepwarm.engine.chat import (
     TextContinuation,
     truncate,
     validate_messages,
-    vouched_for,
+    vouching,
     with_reply,
 )
 from keepwarm.engine.output import Reply, ReplyText
@@ -206,10 +206,10 @@ def test_a_file_is_believed_where_its_ids_spell_its_texts() -> None:
     spans += [Span(None, DRIFTED_HELLO), Span("", tuple("é".encode()[:1]))]
     specials = [Span(IM_START, (special_id,), is_special=True)] * (len(spans) - 1)
     rows = [span for pair in zip_longest(spans, specials) for span in pair if span is not None]
-    vouched = vouched_for(Transcript(tuple(rows)), TOKENIZER.detokenizer)
+    vouched = Transcript(tuple(vouching(Transcript(tuple(rows)), TOKENIZER.detokenizer)))
     assert [span.is_whole for span in vouched.spans[::2]] == [True, False, False, False, False]
     assert all(span.is_whole for span in vouched.spans[1::2])
-    strange = vouched_for(Transcript(tuple(rows)), None)
+    strange = Transcript(tuple(vouching(Transcript(tuple(rows)), None)))
     assert not any(span.is_whole for span in strange.spans[::2])
 
 

@@ -194,7 +194,7 @@ class TestTwoModels:
         setup.fleet.of("ada").export("ada", tmp_path / "ada.kw")
         with pytest.raises(UnknownAgent):
             setup.fleet.of("eve").turns("eve")
-        setup.fleet.import_agent(tmp_path / "ada.kw", "eve")
+        setup.import_agent(tmp_path / "ada.kw", "eve")
         assert len(setup.fleet.of("eve").turns("eve")) == 3
         assert setup.say("eve", "And you?").turn == 4
 
@@ -207,7 +207,7 @@ class TestTwoModels:
             setup.say("ada", "Hello", model)
         setup.fleet.of("ada").rollback("ada", turn=1)
         setup.fleet.of("ada").export("ada", tmp_path / "ada.kw")
-        setup.fleet.import_agent(tmp_path / "ada.kw", "eve")
+        setup.import_agent(tmp_path / "ada.kw", "eve")
         assert len(setup.fleet.of("eve").turns("eve")) == 1
 
     def test_beside_its_talk_with_one_model_another_is_asked_in_its_name(

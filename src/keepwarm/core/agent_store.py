@@ -117,6 +117,17 @@ class AgentStore(Protocol):
         """
         ...
 
+    def call_off(self, ticket: int) -> None:
+        """Stop working at a bundle: its ticket is not answered.
+
+        What was written of its file, or stored of its records, is removed.
+        """
+        ...
+
+    def remove_bundle(self, path: Path) -> None:
+        """Remove a file that was written and is not wanted any more."""
+        ...
+
     # -- the whole -------------------------------------------------------------------------------
 
     def poll(self) -> list[StoreEvent]:
@@ -205,6 +216,12 @@ class NoStore:
 
     def store_bundle(self, bundle: Bundle, agent_id: str) -> int:
         raise NoAgentStore("importing an agent")
+
+    def call_off(self, ticket: int) -> None:
+        return
+
+    def remove_bundle(self, path: Path) -> None:
+        return
 
     def poll(self) -> list[StoreEvent]:
         events, self._events = self._events, []

@@ -8,9 +8,10 @@ from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from keepwarm.core.agent_store import AgentStore, NoStore
-from keepwarm.core.errors import AgentBusy, InvalidRequest, QueueFull
+from keepwarm.core.errors import AgentBusy, EngineStopped, InvalidRequest, QueueFull
 from keepwarm.core.events import Event
 from keepwarm.core.fidelity import kv_bound
 from keepwarm.core.policies import EngineConfig
@@ -32,6 +33,7 @@ from keepwarm.engine.batch import Batch, Outcome
 from keepwarm.engine.bundles import ExportSummary, ImportSummary
 from keepwarm.engine.chat import opening, truncate, validate_messages
 from keepwarm.engine.intake import Intake
+from keepwarm.engine.jobs import Jobs
 from keepwarm.engine.keeper import AgentKeeper
 from keepwarm.engine.model_seat import ModelSeat
 from keepwarm.engine.output import ReplyText
@@ -52,6 +54,8 @@ from keepwarm.engine.tiers import Tiers
 from keepwarm.engine.turns import Turns
 from keepwarm.engine.verify_queue import AgentVerifier, VerifyQueue
 from keepwarm.engine.verifying import VerifyReport
+
+T = TypeVar("T")
 
 CANONICAL_LINEAGE = "exact-canonical"
 """Blocks computed in canonical shapes differ in their last bits: they have other hashes."""
@@ -150,6 +154,7 @@ class BlockPoolBatchEngine:
         )
         self._active = self._turns.active
         self._prefetches = Prefetcher(self.batch, self.tiers)
+        self._jobs = Jobs()
         self._events: list[Event] = []
         self._stalled = False
         self._recorded_as = recorded_as
@@ -269,7 +274,8 @@ class BlockPoolBatchEngine:
         is_running = not self.is_suspended and bool(
             self._active or self._prefetches or self._verifies
         )
-        return is_running or bool(self._events) or self._link.is_committing
+        is_waited_for = bool(self._events) or self._link.is_committing or self._jobs.is_ready
+        return is_running or is_waited_for
 
     @property
     def num_active(self) -> int:
@@ -282,11 +288,11 @@ class BlockPoolBatchEngine:
 
     @property
     def has_chores(self) -> bool:
-        """Whether the store is still taking KV: `step` has to be called now and then.
+        """Whether the store is at work for this engine: `step` has to be called now and then.
 
         Not without pause: the store's thread needs the interpreter, too.
         """
-        return self.tiers.saves.is_busy or bool(len(self.tiers.saves))
+        return self.tiers.saves.is_busy or bool(len(self.tiers.saves)) or bool(self._jobs)
 
     def step(self, *, may_wait: bool = True) -> list[Event]:
         """One decode step for every ready row, some prefill beside it, and what came of them.
@@ -302,8 +308,10 @@ class BlockPoolBatchEngine:
         has_verified = self._verifies.advance(self.batch.spare_tokens)
         self.tiers.save_some(self.config.save_bytes_per_step)
         self._link.take_events()
+        self._jobs.advance()
         events, self._events = self._events, []
-        self._stalled = not (outcomes or events or has_verified) and self.batch.only_waits
+        is_idle = not (outcomes or events or has_verified or self._jobs.is_ready)
+        self._stalled = is_idle and self.batch.only_waits
         return events
 
     # -- the model -------------------------------------------------------------------------------
@@ -349,8 +357,9 @@ class BlockPoolBatchEngine:
         return self._loaded.fingerprint
 
     def abandon(self, error: Exception) -> list[Event]:
-        """End all requests with this error: the model that they ran on does not come back."""
+        """End all requests and jobs with this error: their model does not come back."""
         self._turns.abandon(error)
+        self._jobs.abandon(error)
         events, self._events = self._events, []
         return events
 
@@ -669,11 +678,28 @@ class BlockPoolBatchEngine:
     def export(self, agent_id: str, path: Path | str, *, timeout_s: float = 30.0) -> ExportSummary:
         """Write the agent with its KV into one file, for another machine.
 
-        What the disk has not taken within `timeout_s` is left out and counted. Waits for the disk,
-        so nothing else runs meanwhile. Raises UnknownAgent, AgentBusy, NoAgentStore, BundleFailed.
+        It may be in the middle of a reply: then the file has it as its last turn left it. What the
+        disk has not taken within `timeout_s` is left out and counted. Waits for the disk, and
+        nothing else runs meanwhile; see `begin_export`. Raises UnknownAgent, NoAgentStore,
+        BundleFailed.
         """
-        agent = self._book.get_idle(agent_id, "export it")
-        return self._porter.export(agent, Path(path), timeout_s=timeout_s)
+        answer: Future[ExportSummary] = Future()
+        self.begin_export(agent_id, path, answer, timeout_s=timeout_s)
+        return self._wait_for(answer)
+
+    def begin_export(
+        self,
+        agent_id: str,
+        path: Path | str,
+        answer: "Future[ExportSummary]",
+        *,
+        timeout_s: float = 30.0,
+    ) -> None:
+        """The same between steps: the answer gets what `export` returns or raises.
+
+        Where the answer is cancelled, the export is called off and leaves no file.
+        """
+        self._jobs.begin(self._porter.exporting(agent_id, Path(path), timeout_s), answer)
 
     def import_agent(
         self, path: Path | str, agent_id: str | None = None, *, namespace: str = ""
@@ -683,10 +709,38 @@ class BlockPoolBatchEngine:
         `namespace` is then that of the name.
 
         Nobody else finds its KV before `verify` has recomputed it. Of another model only what was
-        said is kept. Waits for the disk, so nothing else runs meanwhile. Raises BadBundle (nothing
-        is left behind), AgentExists, InvalidRequest, NoAgentStore, BundleFailed.
+        said is kept. Waits for the disk, and nothing else runs meanwhile; see `begin_import`.
+        Raises BadBundle (nothing is left behind), AgentExists, InvalidRequest, NoAgentStore,
+        BundleFailed.
         """
-        return self._porter.import_agent(Path(path), agent_id, valid_namespace(namespace))
+        answer: Future[ImportSummary] = Future()
+        self.begin_import(path, agent_id, answer, namespace=namespace)
+        return self._wait_for(answer)
+
+    def begin_import(
+        self,
+        path: Path | str,
+        agent_id: str | None,
+        answer: "Future[ImportSummary]",
+        *,
+        namespace: str = "",
+        is_taken: Callable[[str], bool] = lambda name: False,
+    ) -> None:
+        """The same between steps: the answer gets what `import_agent` returns or raises.
+
+        Where the answer is cancelled before the agent is there, nothing is left behind. `is_taken`
+        says of a name whether it is another engine's.
+        """
+        steps = self._porter.importing(Path(path), agent_id, valid_namespace(namespace), is_taken)
+        self._jobs.begin(steps, answer)
+
+    def _wait_for(self, answer: "Future[T]") -> T:
+        while not answer.done():
+            if not self._jobs.is_ready:
+                self._link.hear()
+            self.tiers.save_some()
+            self._jobs.advance()
+        return answer.result()
 
     def verify(self, agent_id: str) -> VerifyReport:
         """Compute the agent's main line cold and compare with what memory and disk hold of it.
@@ -724,9 +778,10 @@ class BlockPoolBatchEngine:
     def close(self, timeout_s: float = 60.0) -> bool:
         """Save every line's KV to its last token, before a shutdown; the store stays open.
 
-        Returns whether all of it was taken by the disk in time.
+        Exports and imports end here. Returns whether all KV was taken by the disk in time.
         """
         self._verifies.call_off("the server stops")
+        self._jobs.abandon(EngineStopped())
         self.tiers.saver.offer_tails()
         until = time.monotonic() + timeout_s
         self._link.save_while(lambda: bool(len(self.tiers.saves)), until)

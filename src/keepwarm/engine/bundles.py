@@ -8,8 +8,13 @@ from keepwarm.core.agent import PRIVATE, home_namespace, in_namespace
 from keepwarm.core.errors import BadBundle, InvalidRequest
 from keepwarm.core.ports import Tokenizer
 from keepwarm.core.stored import AgentState, Bundle, BundleTerms, KVFamily, LineState
-from keepwarm.engine.chat import vouched_for
+from keepwarm.core.transcript import Span, Transcript
+from keepwarm.engine.chat import vouching
+from keepwarm.engine.jobs import Pause, Steps
 from keepwarm.engine.requests import valid_agent_id
+
+VOUCH_TOKENS = 1024
+"""Looked at in a step: a few milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,25 +65,39 @@ def name_of(bundle: Bundle) -> str:
     return bundle.state.agent_id
 
 
-def imported_state(
-    bundle: Bundle, agent_id: str, num_records: int, tokenizer: Tokenizer
-) -> AgentState:
+def vouched_for(bundle: Bundle, tokenizer: Tokenizer) -> Steps[Bundle]:
+    """The bundle, with what its ids say looked at where they are this tokenizer's.
+
+    Nothing of others' is believed. A step looks at a few messages.
+    """
+    lines: list[LineState] = []
+    num_tokens = 0
+    for line in bundle.state.lines:
+        is_readable = line.tokenizer == tokenizer.fingerprint
+        spans: list[Span] = []
+        for span in vouching(line.transcript, tokenizer.detokenizer if is_readable else None):
+            spans.append(span)
+            num_tokens += len(span.token_ids)
+            if num_tokens >= VOUCH_TOKENS:
+                num_tokens = 0
+                yield Pause.READY
+        lines.append(replace(line, transcript=Transcript(tuple(spans))))
+    return replace(bundle, state=replace(bundle.state, lines=tuple(lines)))
+
+
+def imported_state(bundle: Bundle, agent_id: str, num_records: int) -> AgentState:
     """The agent under its name here; lines without any KV have no secrets to keep.
 
-    Under another name than it had it is another agent, and none of its receipts is its own. What
-    its ids say is looked at where they are this tokenizer's; nothing of others' is believed.
+    Under another name than it had it is another agent, and none of its receipts is its own.
     """
     home = home_namespace(agent_id)
     is_same = in_namespace("", agent_id) == in_namespace("", bundle.state.agent_id)
-
-    def own(line: LineState) -> LineState:
-        is_readable = line.tokenizer == tokenizer.fingerprint
-        return replace(
+    lines = tuple(
+        replace(
             line,
             namespace=line.namespace if num_records and line.namespace else home,
             turns=line.turns if is_same else tuple(turn.without_receipt() for turn in line.turns),
-            transcript=vouched_for(line.transcript, tokenizer.detokenizer if is_readable else None),
         )
-
-    lines = tuple(map(own, bundle.state.lines))
+        for line in bundle.state.lines
+    )
     return replace(bundle.state, agent_id=agent_id, lines=lines)

@@ -215,20 +215,16 @@ def truncate(transcript: Transcript, num_tokens: int) -> Transcript:
     return Transcript(tuple(spans))
 
 
-def vouched_for(
+def vouching(
     transcript: Transcript, detokenizer: Callable[[], Detokenizer] | None
-) -> Transcript:
-    """A transcript out of a file: its ids stand for a text only where they really spell it.
+) -> Iterator[Span]:
+    """The spans of a transcript out of a file: ids stand for a text only if they really spell it.
 
     Where they do not, the text is encoded anew when it comes up. `detokenizer` makes a fresh one;
-    None where the ids are another tokenizer's.
+    None where the ids are another tokenizer's. Each span costs as much time as it has ids.
     """
-    return Transcript(
-        tuple(
-            replace(span, is_whole=span.is_special or _spells(span, detokenizer))
-            for span in transcript.spans
-        )
-    )
+    for span in transcript.spans:
+        yield replace(span, is_whole=span.is_special or _spells(span, detokenizer))
 
 
 def _spells(span: Span, new_detokenizer: Callable[[], Detokenizer] | None) -> bool:

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from keepwarm.core.agent import Tier
 from keepwarm.core.errors import (
@@ -80,6 +80,7 @@ class Engine:
         self._streams: dict[str, EventStream] = {}
         self._changes: set[Future[bool]] = set()
         self._results: set[Future[VerifyReport]] = set()
+        self._working: list[Future[Any]] = []
 
     def __repr__(self) -> str:
         return f"Engine({len(self._running)} requests, {self._thread!r})"
@@ -149,6 +150,24 @@ class Engine:
 
         result = await self.call(command)
         return await asyncio.wrap_future(answer), result
+
+    async def work(self, begin: Callable[[Fleet, "Future[T]"], None]) -> T:
+        """Begin what goes on between the engines' steps, and wait for its answer.
+
+        When the caller is cancelled, so is the work.
+        """
+        answer: Future[T] = Future()
+
+        def command(fleet: Fleet) -> None:
+            self._working = [other for other in self._working if not other.done()]
+            self._working.append(answer)
+            begin(fleet, answer)
+
+        try:
+            await self.call(command)
+            return await asyncio.wrap_future(answer)
+        finally:
+            answer.cancel()
 
     async def call_at(self, agent_id: str, call: Callable[[BlockPoolBatchEngine], T]) -> T:
         """Call it on the engine that the agent is at, whose model need not be in memory."""
@@ -385,6 +404,10 @@ class Engine:
         for result in tuple(self._results):
             if not result.done() and result.set_running_or_notify_cancel():
                 result.set_exception(error)
+        working, self._working = self._working, []
+        for answer in working:
+            if not answer.done() and answer.set_running_or_notify_cancel():
+                answer.set_exception(error)
         streams, self._streams = self._streams, {}
         self._post([(s, Failed(i, None, error, "")) for i, s in streams.items()])
 

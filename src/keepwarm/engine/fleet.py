@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +25,7 @@ from keepwarm.core.ports import LoadedModel
 from keepwarm.engine.agents import AgentView, view_of_summary
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
 from keepwarm.engine.building import IdleBuilder
-from keepwarm.engine.bundles import ImportSummary
+from keepwarm.engine.bundles import ExportSummary, ImportSummary
 from keepwarm.engine.requests import GenerateRequest
 from keepwarm.engine.sharing import SharedStore
 from keepwarm.engine.snapshot import EngineSnapshot, merged
@@ -230,21 +231,32 @@ class Fleet:
 
     def fork(self, agent_id: str, new_id: str, *, at_turn: int | None = None) -> Commit:
         """As the engine's own; a name that any engine knows is taken."""
-        if any(engine.holds(new_id) for engine in self._engines.values()):
+        if self._holds(new_id):
             raise AgentExists(new_id)
         name = self._whereabouts(agent_id)
         commit = self.engine(name).fork(agent_id, new_id, at_turn=at_turn)
         self._at[new_id] = name
         return commit
 
-    def import_agent(
-        self, path: Path, agent_id: str | None, *, namespace: str = ""
-    ) -> ImportSummary:
+    def begin_export(self, agent_id: str, path: Path, answer: "Future[ExportSummary]") -> None:
+        """As the engine's own, where the agent is."""
+        self.of(agent_id).begin_export(agent_id, path, answer)
+
+    def begin_import(
+        self,
+        path: Path,
+        agent_id: str | None,
+        answer: "Future[ImportSummary]",
+        *,
+        namespace: str = "",
+    ) -> None:
         """As the engine's own, of the default model."""
-        engine = self.engine(self._default)
-        if agent_id is not None and any(e.holds(agent_id) for e in self._engines.values()):
-            raise AgentExists(agent_id)
-        return engine.import_agent(path, agent_id, namespace=namespace)
+        self.engine(self._default).begin_import(
+            path, agent_id, answer, namespace=namespace, is_taken=self._holds
+        )
+
+    def _holds(self, agent_id: str) -> bool:
+        return any(engine.holds(agent_id) for engine in self._engines.values())
 
     def num_agents_at(self, name: str, counts: Callable[[str], bool]) -> int:
         """How many agents, of those that count, are in memory and talked to this model last."""

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 
 from keepwarm.core.agent import AgentBlocks
 from keepwarm.core.agent_store import AgentStore
-from keepwarm.core.block import Block, LineId, child_hash
+from keepwarm.core.block import Block, BlockHash, LineId, child_hash
 from keepwarm.core.errors import InvariantBroken
-from keepwarm.core.layout import BLOCK_TOKENS
+from keepwarm.core.layout import BLOCK_TOKENS, whole_blocks
 from keepwarm.core.pool import BlockPool
 from keepwarm.core.ports import BatchGenerator, Slab
 from keepwarm.engine.lines import Lines, slab_of
@@ -67,6 +67,25 @@ class Saver:
         for block in line.blocks:
             self.offer_block(line, block)
         self.offer_tail(line)
+
+    def offer_first(self, line: AgentBlocks, num_tokens: int) -> list[BlockHash]:
+        """Have the KV of the line's first tokens saved that the store lacks, while the line runs.
+
+        Returns the names that it has in the save queue until the store has it.
+        """
+        whole = line.blocks[: whole_blocks(num_tokens)]
+        for block in whole:
+            self.offer_block(line, block)
+        names = [block.hash for block in whole]
+        ids = tuple(line.token_ids[len(whole) * BLOCK_TOKENS : num_tokens])
+        if ids:
+            family = self._lines.family_of(line.namespace)
+            parent = self._lines.parent_of(line, len(whole))
+            name = child_hash(parent, ids)
+            part = Unsaved(family, name, parent, len(whole), ids, line.agent_id, tail_of=line)
+            self.queue.offer(part)
+            names.append(name)
+        return names
 
     def is_unsaved(self, line: AgentBlocks) -> bool:
         """Whether something of the line waits to be saved, or is on its way."""

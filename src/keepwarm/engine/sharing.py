@@ -33,6 +33,10 @@ class SharedStore:
         """The event with this ticket, or of this record, is for that share."""
         self._waiting[key] = share
 
+    def forget(self, ticket: int) -> None:
+        """No event comes for it any more."""
+        self._waiting.pop(ticket, None)
+
     def sort(self) -> None:
         """Give each share its events."""
         for event in self.store.poll():
@@ -105,6 +109,13 @@ class StoreShare:
 
     def store_bundle(self, bundle: Bundle, agent_id: str) -> int:
         return self._expected(self._store.store_bundle(bundle, agent_id))
+
+    def call_off(self, ticket: int) -> None:
+        self._shared.forget(ticket)
+        self._store.call_off(ticket)
+
+    def remove_bundle(self, path: Path) -> None:
+        self._store.remove_bundle(path)
 
     def poll(self) -> list[StoreEvent]:
         self._shared.sort()

@@ -18,6 +18,7 @@ from keepwarm.core.stored import (
     Saved,
 )
 from keepwarm.engine.agents import Agent
+from keepwarm.engine.jobs import Pause, Steps
 from keepwarm.engine.keeper import AgentKeeper
 from keepwarm.engine.tiers import Tiers
 
@@ -139,16 +140,35 @@ class StoreLink:
         self.wait()
         self.take_events()
 
-    def answer(self, ticket: int, kind: type[Answer]) -> Answer:
-        """The store's answer; its error is raised."""
-        while ticket not in self._answers:
-            self.hear()
+    def answered(
+        self, ticket: int, kind: type[Answer], undo: Callable[[], None] = lambda: None
+    ) -> Steps[Answer]:
+        """Wait between steps for the store's answer; its error is raised.
+
+        Closed before that, it calls off what the ticket is for, or undoes what is done already.
+        """
+        try:
+            while ticket not in self._answers:
+                yield Pause.WAITING
+        except GeneratorExit:
+            if self._answers.pop(ticket, None) is None:
+                self._store.call_off(ticket)
+            else:
+                undo()
+            raise
         answer = self._answers.pop(ticket)
         if not isinstance(answer, kind):
             raise InvariantBroken(f"ticket {ticket} was answered with {answer}")
         if answer.error is not None:
             raise answer.error
         return answer
+
+    def committed(self, agent: Agent) -> Steps[bool]:
+        """Commit the agent, and wait between steps. Returns whether the disk took it."""
+        commit = self.commit(agent)
+        while commit.durable is None:
+            yield Pause.WAITING
+        return commit.durable
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until every change so far is committed. Returns whether the disk took them all.

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from pathlib import Path
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -20,6 +19,7 @@ from keepwarm.server.keys import NOBODY, ROLE
 from keepwarm.server.metrics import Metrics
 from keepwarm.server.reply import Encoder, StreamedReply, WholeReply
 from keepwarm.server.settings import ServerConfig
+from keepwarm.server.transfers import Transfers
 
 VERSION = version("keepwarm")
 CONNECTIONS = "keepwarm.connections"
@@ -36,8 +36,7 @@ class House:
     models: ModelSwapper
     config: ServerConfig
     metrics: Metrics
-    transfers: Path
-    """A folder for agents on their way in and out."""
+    transfers: Transfers
     started: int
     """When the server was started, in seconds since 1970."""
 

@@ -177,6 +177,7 @@ class AgentCacheStore:
         losses = [
             loss_of(change, self._committed(change)) for change in self._commits.not_durable()
         ]
+        self._bundles.call_off_all()
         self._reader.close()
         self._thread.post(Priority.STOP, self._disk.close)
         if not self._thread.stop(timeout_s):
@@ -299,6 +300,12 @@ class AgentCacheStore:
     def store_bundle(self, bundle: Bundle, agent_id: str) -> int:
         return self._bundles.store(bundle, agent_id, self._clock_ticks)
 
+    def call_off(self, ticket: int) -> None:
+        self._bundles.call_off(ticket)
+
+    def remove_bundle(self, path: Path) -> None:
+        self._bundles.remove(path)
+
     # -- the whole -------------------------------------------------------------------------------
 
     def poll(self) -> list[StoreEvent]:
@@ -340,7 +347,7 @@ class AgentCacheStore:
         if not unsaved <= self._queued.keys():
             raise InvariantBroken(f"{self!r}: records that nobody writes: {len(unsaved)}")
         readers = sum(entry.num_readers for entry in self._index)
-        if readers > len(self._reading):
+        if readers > len(self._reading) + self._bundles.num_reads:
             raise InvariantBroken(f"{self!r}: {readers} readers of {len(self._reading)} reads")
 
     # -- opening ---------------------------------------------------------------------------------
@@ -354,6 +361,7 @@ class AgentCacheStore:
         self._index.usage.load(opened.usage.num_lines)
         for state in opened.pinned:
             self._index.usage.know(state)
+        self.drop(opened.unclaimed)
 
     def _look_on(self) -> None:
         self._thread.post(Priority.HOUSEKEEPING, partial(self._disk.reconcile, FILES_PER_LOOK))
@@ -379,13 +387,13 @@ class AgentCacheStore:
             self._is_probing = False
             self._health.note_probe(outcome.fault, self._clock())
         elif isinstance(outcome, BundleRead):
-            self._events.append(self._bundles.note_read(outcome))
+            self._events += self._bundles.note_read(outcome)
         elif isinstance(outcome, ExportDone):
-            self._events.append(self._bundles.note_written(outcome))
+            self._events += self._bundles.note_written(outcome)
         elif isinstance(outcome, ImportDone):
             self._room.other_bytes = outcome.other_bytes
             self._note_fault(outcome.fault, Work.RECORDS)
-            self._events.append(self._bundles.note_stored(outcome))
+            self._events += self._bundles.note_stored(outcome)
 
     def _take_save(self, done: SaveDone) -> None:
         self._room.other_bytes = done.other_bytes

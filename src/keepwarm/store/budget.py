@@ -55,6 +55,10 @@ class DiskBudget:
             raise OverBudget(
                 needed_bytes=nbytes, used_bytes=used_bytes, budget_bytes=self.budget_bytes
             )
+        self.require_free(nbytes)
+
+    def require_free(self, nbytes: int) -> None:
+        """Raise DiskTooFull unless the disk has so many bytes beyond what is left to others."""
         disk = os.statvfs(self._folder)
         free_bytes = disk.f_bavail * disk.f_frsize
         if free_bytes < self.free_floor_bytes + nbytes:

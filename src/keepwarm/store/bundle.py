@@ -45,6 +45,7 @@ from keepwarm.store.bundle_agent import (
 )
 from keepwarm.store.errors import BadRecord, ForeignRecord
 from keepwarm.store.record import Decoded, decode, encode, layout_digest, max_file_bytes
+from keepwarm.store.units import Units
 
 FORMAT = "keepwarm-agent"
 VERSION = 2
@@ -127,9 +128,10 @@ class Exported:
 
 def write_bundle(
     path: Path, exported: Exported, read: Callable[[BlockHash], bytes | memoryview]
-) -> int:
+) -> Units[int]:
     """Make the file appear whole, private and synced, replacing one of that name; its bytes.
 
+    A member is a unit, synced by itself, or the last one would wait for the disk to take them all.
     What `read` raises passes through, as an OSError does; nothing is left then.
     """
     manifest = exported.manifest()
@@ -138,6 +140,8 @@ def write_bundle(
         members = manifest.members()
         _write_member(file, next(members)[0], exported.agent)
         for (name, _), (record, _) in zip(members, exported.records, strict=True):
+            _sync(file)
+            yield
             _write_member(file, name, read(record.hash))
         file.write(bytes(_end_bytes(file.tell())))
     return manifest.file_bytes()
@@ -158,14 +162,18 @@ def _appearing(path: Path) -> Iterator[BinaryIO]:
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            _sync(file)
         temporary.replace(path)
         _sync_folder(path.parent)
     except BaseException:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:
@@ -179,15 +187,18 @@ def _sync_folder(folder: Path) -> None:
 # -- reading ---------------------------------------------------------------------------------------
 
 
-def read_bundle(path: Path, terms: BundleTerms) -> Bundle:
+def read_bundle(path: Path, terms: BundleTerms) -> Units[Bundle]:
     """Check the file to its end, and keep nothing of it. Raises BadBundle and OSError."""
     with _reading(path, terms) as reader:
-        records = tuple(found.record for found in reader.records())
+        records: list[Record] = []
+        for moved in reader.records():
+            yield
+            records.append(moved.record)
         return Bundle(
             path=path,
             terms=terms,
             state=reader.state(has_records=bool(records)),
-            records=records,
+            records=tuple(records),
             num_dropped=0 if reader.is_own else len(reader.manifest.record_bytes),
             file_bytes=reader.manifest.file_bytes(),
         )

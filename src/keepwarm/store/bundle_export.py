@@ -3,7 +3,7 @@
 A record that is gone or damaged is left out with all that follows it, and the file begun anew.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from keepwarm.store.bundle_agent import Unsound, decode_agent, encode_agent
 from keepwarm.store.disk import RecordFiles
 from keepwarm.store.errors import BadRecord
 from keepwarm.store.record import decode, max_file_bytes
+from keepwarm.store.units import Units
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,24 +41,34 @@ class _Lost(Exception):
 
 
 def export_agent(
-    path: Path, export: Export, files: RecordFiles, lost: dict[BlockHash, str]
-) -> tuple[int, int]:
+    path: Path,
+    export: Export,
+    files: RecordFiles,
+    lost: dict[BlockHash, str],
+    check_room: Callable[[int], None],
+) -> Units[tuple[int, int]]:
     """Write the bundle; the number of its records and its bytes.
 
-    Adds to `lost` what could not be used, and why. Raises BundleFailed for an agent that no import
+    Adds to `lost` what could not be used, and why. `check_room` is asked whether so many bytes may
+    be written, and what it raises passes through. Raises BundleFailed for an agent that no import
     would take, and OSError.
     """
-    agent = _encoded(path, export.state)
+    agent = yield from _encoded(path, export.state)
     while True:
         try:
-            return _write(path, export, agent, files, lost)
+            return (yield from _write(path, export, agent, files, lost, check_room))
         except _Lost as error:
             lost[error.record_hash] = error.reason
 
 
 def _write(
-    path: Path, export: Export, agent: bytes, files: RecordFiles, lost: dict[BlockHash, str]
-) -> tuple[int, int]:
+    path: Path,
+    export: Export,
+    agent: bytes,
+    files: RecordFiles,
+    lost: dict[BlockHash, str],
+    check_room: Callable[[int], None],
+) -> Units[tuple[int, int]]:
     families = {record.hash: family for record, family in export.records}
     sizes = {record.hash: files.size_of(record.hash) for record, _ in export.records}
     lost.update({name: "its file is gone" for name, nbytes in sizes.items() if nbytes is None})
@@ -65,6 +76,7 @@ def _write(
     content = Exported(export.family, export.tokenizer, export.state.agent_id, agent, records)
     largest = [max_file_bytes(families[r.hash], r.num_tokens) for r, _ in records]
     buffer = bytearray(max(largest, default=0))
+    check_room(content.manifest().file_bytes())
 
     def read(record_hash: BlockHash) -> memoryview:
         raw = _read_sound(files, families[record_hash], record_hash, buffer)
@@ -72,7 +84,8 @@ def _write(
             raise _Lost(record_hash, "its size has changed")
         return raw
 
-    return len(records), write_bundle(path, content, read)
+    file_bytes = yield from write_bundle(path, content, read)
+    return len(records), file_bytes
 
 
 def _reachable(export: Export, missing: Collection[BlockHash]) -> Iterator[Record]:
@@ -98,15 +111,17 @@ def _read_sound(
     return raw
 
 
-def _encoded(path: Path, state: AgentState) -> bytes:
+def _encoded(path: Path, state: AgentState) -> Units[bytes]:
     """The agent as an import will take it: what is exported can be imported."""
     try:
         data = encode_agent(state)
+        yield
         same = decode_agent(data) == _plain(state)
     except (TypeError, ValueError, RecursionError, Unsound) as error:
         raise BundleFailed(path, f"the agent fits into no bundle: {error}") from error
     if not same:
         raise BundleFailed(path, "the agent would come back changed: a message is no plain JSON")
+    yield
     return data
 
 

@@ -255,6 +255,12 @@ class Catalog(_Connection):
                     last_used[block_hash] = age_of[line]
         return BlockUsage(num_lines, last_used)
 
+    def namespaces(self) -> set[str]:
+        """Those of all lines."""
+        with translated(self.path, "namespaces"):
+            rows = self._db.execute("SELECT DISTINCT namespace FROM lines").fetchall()
+        return {namespace for (namespace,) in rows}
+
     def clock(self) -> int:
         """The latest `last_used` of any line; 0 without lines."""
         with translated(self.path, "clock"):

@@ -6,13 +6,15 @@ Every command returns what came of it. A disk that refuses is an answer (`fault`
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+from keepwarm.core.agent import PRIVATE
 from keepwarm.core.block import BlockHash
 from keepwarm.core.errors import BadBundle, BundleFailed, KeepwarmError
 from keepwarm.core.stored import AgentState, Bundle, BundleRead, BundleTerms, KVFamily, Record
@@ -27,6 +29,7 @@ from keepwarm.store.errors import BadRecord, DiskTooFull, OverBudget
 from keepwarm.store.home_lock import HomeLock
 from keepwarm.store.record import decode, encode, read_header
 from keepwarm.store.schema import set_aside
+from keepwarm.store.units import Units
 
 log = logging.getLogger("keepwarm.store")
 
@@ -53,7 +56,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """What the catalogue knows."""
+    """What the catalogue knows; `unclaimed` records are of no agent and can be nobody's."""
 
     rows: list[RecordRow]
     usage: BlockUsage
@@ -61,6 +64,7 @@ class Opened:
     clock: int
     other_bytes: int
     needs_erasing: bool = False
+    unclaimed: tuple[BlockHash, ...] = ()
 
 
 _NOTHING = Opened([], BlockUsage(Counter(), {}), [], 0, 0)
@@ -307,51 +311,73 @@ class DiskStore:
 
     # -- bundles ---------------------------------------------------------------------------------
 
-    def export(self, ticket: int, path: Path, export: Export) -> ExportDone:
+    def export(self, ticket: int, path: Path, export: Export) -> Units[ExportDone]:
         """Write an agent and those of its records that are sound into one file."""
         lost: dict[BlockHash, str] = {}
+        check_room = partial(self._check_room_beside, path)
         try:
-            num_records, file_bytes = export_agent(path, export, self._files, lost)
-        except (OSError, BundleFailed) as error:
-            failed = BundleFailed(path, str(error)) if isinstance(error, OSError) else error
-            return ExportDone(ticket, 0, 0, tuple(lost), failed)
+            num_records, file_bytes = yield from export_agent(
+                path, export, self._files, lost, check_room
+            )
+        except BundleFailed as error:
+            return ExportDone(ticket, 0, 0, tuple(lost), error)
+        except DiskTooFull as error:
+            return ExportDone(ticket, 0, 0, tuple(lost), BundleFailed(path, str(error)))
+        except OSError as error:
+            return ExportDone(ticket, 0, 0, tuple(lost), _refused(path, error))
         finally:
             for record_hash, reason in lost.items():
                 self._give_up(record_hash, reason)
         return ExportDone(ticket, file_bytes, num_records, tuple(lost))
 
-    def read_bundle(self, ticket: int, path: Path, terms: BundleTerms) -> BundleRead:
+    def _check_room_beside(self, path: Path, nbytes: int) -> None:
+        """What is written beside the store leaves to others what the store leaves them."""
+        if path.parent.stat().st_dev == self._root.stat().st_dev:
+            self._budget.require_free(nbytes)
+
+    def remove_export(self, path: Path) -> None:
+        """The file of an export that was called off when it had just ended."""
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+    def read_bundle(self, ticket: int, path: Path, terms: BundleTerms) -> Units[BundleRead]:
         try:
-            return BundleRead(ticket, read_bundle(path, terms))
+            bundle = yield from read_bundle(path, terms)
         except BadBundle as error:
             return BundleRead(ticket, error=error)
         except OSError as error:
-            return BundleRead(ticket, error=BundleFailed(path, str(error)))
+            return BundleRead(ticket, error=_refused(path, error))
+        return BundleRead(ticket, bundle)
 
     def import_records(
         self, ticket: int, bundle: Bundle, num_records: int, maker: str
-    ) -> ImportDone:
+    ) -> Units[ImportDone]:
         """Store the first records of a bundle, which is checked again while it is read."""
         family = bundle.terms.family
         rows: list[RecordRow] = []
-        error: KeepwarmError | None = None
+        are_wanted = False
         fault: str | None = None
         try:
-            rows.extend(
-                self._import_record(moved, family, maker)
-                for moved in islice(read_records(bundle), num_records)
-            )
-        except BadBundle as bad:
-            error = bad
+            for moved in islice(read_records(bundle), num_records):
+                rows.append(self._import_record(moved, family, maker))
+                yield
+            are_wanted = True
+        except BadBundle as error:
+            return ImportDone(ticket, (), self._other_bytes(), error=error)
         except FAULTS as refused:
-            fault = self._describe(refused)
-        if error is not None:
-            self.remove([row.hash for row in rows])
-            rows = []
-        return ImportDone(ticket, tuple(rows), self._other_bytes(), fault, error)
+            are_wanted, fault = True, self._describe(refused)
+        finally:
+            if not are_wanted:
+                self.remove([row.hash for row in rows])
+        return ImportDone(ticket, tuple(rows), self._other_bytes(), fault)
+
+    def import_called_off(self, ticket: int, error: BundleFailed) -> ImportDone:
+        """When what had been stored is gone again."""
+        return ImportDone(ticket, (), self._other_bytes(), error=error)
 
     def _import_record(self, moved: Moved, family: KVFamily, maker: str) -> RecordRow:
-        file_bytes = self._files.publish(moved.record.hash, moved.parts(family))
+        parts = moved.parts(family)
+        file_bytes = self._files.publish(moved.record.hash, parts, self._between)
         row = RecordRow.of(moved.record, family, file_bytes=file_bytes, maker=maker)
         try:
             self._catalog.add_records([row])
@@ -441,6 +467,10 @@ class DiskStore:
             self._budget.records_bytes += stored.size_bytes
             self._give_up(stored.record_hash, str(error))
             return []
+        if _is_unclaimed(header.family, self._catalog.namespaces()):
+            self._budget.records_bytes += stored.size_bytes
+            self._files.remove(stored.record_hash)
+            return []
         row = RecordRow.of(header.record, header.family, file_bytes=stored.size_bytes, maker=None)
         self._catalog.add_records([row])
         self._budget.records_bytes += stored.size_bytes
@@ -474,6 +504,7 @@ def _read_catalog(path: Path) -> tuple[Catalog, Opened]:
     catalog = Catalog.open(path)
     try:
         rows, usage = catalog.load_records(), catalog.load_usage()
+        namespaces = catalog.namespaces()
         return catalog, Opened(
             rows,
             usage,
@@ -481,7 +512,18 @@ def _read_catalog(path: Path) -> tuple[Catalog, Opened]:
             catalog.clock(),
             other_bytes=0,
             needs_erasing=catalog.needs_scrub,
+            unclaimed=tuple(row.hash for row in rows if _is_unclaimed(row.family, namespaces)),
         )
     except BaseException:
         catalog.close()
         raise
+
+
+def _refused(path: Path, error: OSError) -> BundleFailed:
+    """Without where it is: clients may read it."""
+    return BundleFailed(path, error.strerror or str(error))
+
+
+def _is_unclaimed(family: KVFamily, namespaces: Collection[str]) -> bool:
+    """Whether it is KV of an import that was killed before its agent was there."""
+    return family.namespace.startswith(PRIVATE) and family.namespace not in namespaces

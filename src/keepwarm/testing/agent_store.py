@@ -1,6 +1,6 @@
 """A store that keeps everything in memory and answers with the next `poll`."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -65,6 +65,7 @@ class MemoryAgentStore:
         self._refused: set[str] = set()
         self._events: list[StoreEvent] = []
         self._num_tickets = 0
+        self._undo: dict[int, Callable[[], object]] = {}
 
     def plan(self, family: KVFamily, parent: BlockHash, token_ids: Sequence[int]) -> list[Record]:
         found: list[Record] = []
@@ -181,6 +182,7 @@ class MemoryAgentStore:
             for record in self._records_of(line, family)
         }
         bundled = self._bundles[path] = _Bundled(family, tokenizer, state, kept)
+        self._undo = {ticket: lambda: self._bundles.pop(path)}
         self._events.append(BundleWritten(ticket, bundled.file_bytes, len(kept)))
         return ticket
 
@@ -216,8 +218,18 @@ class MemoryAgentStore:
         for record, data in _moved(self._bundles[bundle.path], bundle.terms.family):
             if record in wanted:
                 self._kept[record.hash] = _Kept(record, data, agent_id)
+        self._undo = {ticket: lambda: self.drop(record.hash for record in wanted)}
         self._events.append(BundleStored(ticket, len(wanted)))
         return ticket
+
+    def call_off(self, ticket: int) -> None:
+        """Everything was done at once; that is undone, unless its event has been taken."""
+        for event in [event for event in self._events if _ticket_of(event) == ticket]:
+            self._events.remove(event)
+            self._undo.pop(ticket, lambda: None)()
+
+    def remove_bundle(self, path: Path) -> None:
+        self._bundles.pop(path, None)
 
     def _records_of(self, line: LineState, family: KVFamily) -> list[Record]:
         own = replace(family, namespace=line.namespace)
@@ -287,3 +299,7 @@ def _moved(bundled: _Bundled, family: KVFamily) -> Iterator[tuple[Record, bytes]
             moved = Record.of_run(parents[record.depth], record.depth, ids, start=record.start)
             parents += [moved.hash] if record.stop == BLOCK_TOKENS else []
             yield moved, bundled.kept[record.hash].data
+
+
+def _ticket_of(event: StoreEvent) -> int | None:
+    return None if isinstance(event, Saved) else event.ticket

@@ -2,26 +2,24 @@
 
 import hashlib
 import json
-import secrets
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Query, Request
-from starlette.background import BackgroundTask
-from starlette.responses import FileResponse, Response
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 
 from keepwarm.core.errors import (
     AgentExists,
     BadBundle,
-    BundleFailed,
     DeletionRefused,
     InvalidRequest,
 )
 from keepwarm.core.stored import DEFAULT_SETTINGS, AgentSettings
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
-from keepwarm.engine.bundles import ImportSummary
+from keepwarm.engine.bundles import ExportSummary, ImportSummary
 from keepwarm.engine.fleet import Fleet
 from keepwarm.engine.requests import GenerateRequest, ReceiptKey
 from keepwarm.engine.store_link import Commit
@@ -42,9 +40,10 @@ from keepwarm.server.agents.schema import AgentBody, ForkBody, MessagesBody, Rol
 from keepwarm.server.answers import STREAMS, errors, json_answer
 from keepwarm.server.fields import limit_of, seed_of, stops_of
 from keepwarm.server.json_body import BodyRoute
-from keepwarm.server.problems import TransferFailed, Unsupported
+from keepwarm.server.problems import Unsupported
 from keepwarm.server.serving import Serving, serving_of
 from keepwarm.server.tasks import unless_gone
+from keepwarm.server.transfers import SentFile, Unanswered, remove
 
 router = APIRouter(
     prefix="/v1/agents",
@@ -213,27 +212,35 @@ async def turns(name: str, serving: ServingOf) -> Response:
     return json_answer(AgentTurns(name, rows))
 
 
-@router.get("/{name}/export", response_class=FileResponse, responses={200: _BUNDLE})
-async def export(name: str, serving: ServingOf) -> Response:
-    """The agent with its KV as one file, for another machine."""
+@router.get("/{name}/export", response_class=Response, responses={200: _BUNDLE})
+async def export(name: str, request: Request, serving: ServingOf) -> Response:
+    """The agent with its KV as one file, for another machine; in a reply, as its last turn left it.
+
+    The header `X-Keepwarm-Left-Out-Tokens` says of how many tokens the disk had not taken the KV.
+    """
     agent_id = serving.caller.agent(name)
-    path = _new_transfer(serving)
-    try:
-        summary = await serving.engine.call_at(
-            agent_id, lambda engine: engine.export(agent_id, path)
-        )
-    except BundleFailed as error:
-        path.unlink(missing_ok=True)
-        raise TransferFailed(error.problem) from error
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-    return FileResponse(
+    transfers = serving.house.transfers
+    with transfers.failing():
+        path = await transfers.new_path()
+
+        def begin(fleet: Fleet, answer: "Future[ExportSummary]") -> None:
+            fleet.begin_export(agent_id, path, answer)
+
+        try:
+            summary = await unless_gone(request, serving.engine.work(begin))
+        except BaseException as error:
+            await remove(path)
+            if isinstance(error, ClientDisconnect):
+                return Unanswered()
+            raise
+    return SentFile(
         path,
         media_type=BUNDLE_TYPE,
-        filename=f"{name}.keepwarm",
-        headers={"X-Keepwarm-Left-Out-Tokens": str(summary.num_left_out)},
-        background=BackgroundTask(path.unlink, missing_ok=True),
+        headers={
+            "Content-Disposition": f'attachment; filename="{name}.keepwarm"',
+            "X-Keepwarm-Left-Out-Tokens": str(summary.num_left_out),
+        },
+        patience_s=serving.config.slow_reader_s,
     )
 
 
@@ -248,20 +255,22 @@ async def import_agent(
 ) -> Response:
     """An agent out of a file that `export` gave, anywhere: the body. `id` gives it another name."""
     agent_id = None if name is None else serving.caller.agent(name)
-    path = _new_transfer(serving)
-    try:
-        with path.open("xb") as file:
-            async for chunk in request.stream():
-                file.write(chunk)
-        summary = await serving.engine.call(
-            lambda fleet: fleet.import_agent(path, agent_id, namespace=serving.caller.namespace)
-        )
-    except BundleFailed as error:
-        raise TransferFailed(error.problem) from error
-    except BadBundle as error:
-        raise InvalidRequest("body", f"cannot be imported: {error.problem}") from error
-    finally:
-        path.unlink(missing_ok=True)
+    transfers, namespace = serving.house.transfers, serving.caller.namespace
+    with transfers.failing():
+        path = await transfers.new_path()
+
+        def begin(fleet: Fleet, answer: "Future[ImportSummary]") -> None:
+            fleet.begin_import(path, agent_id, answer, namespace=namespace)
+
+        try:
+            await transfers.receive(request, path)
+            summary = await unless_gone(request, serving.engine.work(begin))
+        except ClientDisconnect:
+            return Unanswered()
+        except BadBundle as error:
+            raise InvalidRequest("body", f"cannot be imported: {error.problem}") from error
+        finally:
+            await remove(path)
     shown = serving.caller.shown(summary.agent_id)
     return json_answer(replace(summary, agent_id=shown), 201)
 
@@ -336,10 +345,3 @@ def _receipt_key(key: str | None, body: MessagesBody) -> ReceiptKey | None:
     asked = body.model_dump(exclude={"stream"}, mode="json")
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
     return ReceiptKey(key, digest[:32])
-
-
-def _new_transfer(serving: Serving) -> Path:
-    """A path for a file on its way in or out, that nobody else uses."""
-    folder = serving.house.transfers
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder / f"{secrets.token_hex(16)}.keepwarm"

@@ -1,0 +1,193 @@
+"""Work of many units on the store's thread: what comes meanwhile goes first; it can be ended."""
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engines import fake_engine, ids, run, settle
+from keepwarm import AgentCacheStore, BlockPoolBatchEngine
+from keepwarm.core.stored import BundleRead, BundleStored, BundleTerms, BundleWritten
+from keepwarm.store import disk_store
+from keepwarm.store.agent_cache_store import StoreConfig
+from keepwarm.store.bundle_export import export_agent
+from keepwarm.store.catalog import Catalog
+from keepwarm.store.disk import RecordFiles
+from keepwarm.store.units import Units, UnitWork, finish
+
+PATIENCE_S = 30.0
+NUM_BLOCKS = 12
+
+
+def counting(number: int, ended: list[str]) -> Units[int]:
+    try:
+        for _ in range(number):
+            yield
+        return number
+    finally:
+        ended.append("ended")
+
+
+class TestUnitWork:
+    def test_a_unit_at_a_time(self) -> None:
+        again: list[UnitWork[int]] = []
+        ended: list[str] = []
+        work = UnitWork(counting(3, ended), called_off=lambda: -1, again=again.append)
+        assert [work() for _ in range(4)] == [None, None, None, 3]
+        assert again == [work] * 3
+        assert ended == ["ended"]
+
+    @pytest.mark.parametrize("num_units", [0, 1, 2])
+    def test_called_off(self, num_units: int) -> None:
+        again: list[UnitWork[int]] = []
+        ended: list[str] = []
+        work = UnitWork(counting(3, ended), called_off=lambda: -1, again=again.append)
+        for _ in range(num_units):
+            assert work() is None
+        work.call_off()
+        assert work() == -1
+        assert len(again) == num_units
+        assert ended == (["ended"] if num_units else [])
+
+    def test_all_at_once(self) -> None:
+        assert finish(counting(5, [])) == 5
+
+
+class Gate:
+    """Stops the store's thread where a file is next touched, and notes what is done after that."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.is_there, self.may_go = threading.Event(), threading.Event()
+        self.done: list[str] = []
+        for owner, name in (
+            (RecordFiles, "read_into"),
+            (RecordFiles, "publish"),
+            (Catalog, "commit"),
+            (disk_store, "decode"),
+        ):
+            monkeypatch.setattr(owner, name, self._noting(name, getattr(owner, name)))
+
+    def _noting(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*arguments: Any, **more: Any) -> Any:
+            self.done.append(name)
+            if not self.is_there.is_set():
+                self.is_there.set()
+                assert self.may_go.wait(PATIENCE_S)
+            return function(*arguments, **more)
+
+        return noted
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Any:
+    with AgentCacheStore(tmp_path / "home", config=StoreConfig(free_floor_bytes=0)) as store:
+        yield store
+
+
+@pytest.fixture
+def engine(store: AgentCacheStore) -> BlockPoolBatchEngine:
+    """With an agent of many records."""
+    engine = fake_engine(store=store)
+    run(engine, agent_id="ada", token_ids=ids(256 * NUM_BLOCKS), max_tokens=2)
+    run(engine, agent_id="eve", token_ids=ids(300, 1), max_tokens=2)
+    engine.tiers.saver.offer_tails()
+    engine.tiers.save_some()
+    settle(engine)
+    assert engine.flush()
+    return engine
+
+
+def events_until(store: AgentCacheStore, kind: type) -> list[Any]:
+    events: list[Any] = []
+    until = time.monotonic() + PATIENCE_S
+    while not any(isinstance(event, kind) for event in events):
+        assert time.monotonic() < until
+        store.wait(0.05)
+        events += store.poll()
+    return events
+
+
+def commit_and_fetch(engine: BlockPoolBatchEngine, store: AgentCacheStore) -> None:
+    """What somebody waits for: a turn that is committed, and KV that is read."""
+    state = engine._keeper.state_of(engine._book.get("eve"))
+    store.commit(state)
+    family = engine._family
+    (record, *_) = store.plan(family, family.root, ids(300, 1))
+    store.fetch(family, record, bytearray(store.record_bytes(family, record.num_tokens)))
+
+
+def test_a_turn_and_a_restore_wait_for_one_record_of_an_export(
+    engine: BlockPoolBatchEngine,
+    store: AgentCacheStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gate = Gate(monkeypatch)
+    state = engine._keeper.state_of(engine._book.get("ada"))
+    store.write_bundle(engine._family, "fake", state, tmp_path / "ada")
+    assert gate.is_there.wait(PATIENCE_S)
+    commit_and_fetch(engine, store)
+    gate.may_go.set()
+    events = events_until(store, BundleWritten)
+    assert isinstance(events[-1], BundleWritten)
+    assert events[-1].num_records >= NUM_BLOCKS
+    # The record that was being read, then the turn, then the restore; the others come behind.
+    assert gate.done[:3] == ["read_into", "commit", "read_into"]
+    assert gate.done.count("read_into") == events[-1].num_records + 1
+
+
+def test_and_for_one_record_of_an_import(
+    engine: BlockPoolBatchEngine,
+    store: AgentCacheStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    state = engine._keeper.state_of(engine._book.get("ada"))
+    store.write_bundle(engine._family, "fake", state, tmp_path / "ada")
+    events_until(store, BundleWritten)
+    family = engine._family
+    terms = BundleTerms(
+        type(family)(family.fingerprint, family.layout, family.lineage, "import:1"), "fake", 256
+    )
+    store.read_bundle(tmp_path / "ada", terms)
+    (read,) = events_until(store, BundleRead)
+    assert read.bundle is not None
+    gate = Gate(monkeypatch)
+    store.store_bundle(read.bundle, "bob")
+    assert gate.is_there.wait(PATIENCE_S)
+    commit_and_fetch(engine, store)
+    gate.may_go.set()
+    events = events_until(store, BundleStored)
+    assert events[-1].num_records == len(read.bundle.records)
+    assert gate.done[0] == "publish"
+    assert gate.done[1:3] == ["commit", "read_into"]
+
+
+def test_an_export_has_a_unit_for_each_record(
+    engine: BlockPoolBatchEngine, store: AgentCacheStore, tmp_path: Path
+) -> None:
+    """Whatever a unit does, it reads one record at most."""
+    state = engine._keeper.state_of(engine._book.get("ada"))
+    asked: list[str] = []
+
+    class Files:
+        size_of = store._disk._files.size_of
+
+        def read_into(self, *arguments: Any) -> Any:
+            asked.append("read")
+            return store._disk._files.read_into(*arguments)
+
+    family = engine._family
+    planned = store._index.plan(family.root, state.lines[0].transcript.token_ids)
+    records = tuple((entry.record, family) for entry in planned)
+    export = disk_store.Export(family, "fake", state, records)
+    files: Any = Files()
+    units = export_agent(tmp_path / "ada", export, files, {}, lambda nbytes: None)
+    most = 0
+    for _ in units:
+        most = max(most, len(asked))
+        asked.clear()
+    assert most <= 1
