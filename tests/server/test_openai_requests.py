@@ -193,9 +193,9 @@ def test_minus_one_is_no_limit(client: httpx.Client, field: str) -> None:
 
 
 def test_seeds_are_drawn_where_nobody_gives_one(client: httpx.Client) -> None:
-    for seed in (-1, None):
-        replies = {text_of(chat(client, temperature=1, seed=seed, max_tokens=20)) for _ in "abc"}
-        assert len(replies) == 3
+    for seed in (-1, None):  # one in 256 pairs of seeds says the same on the fake generator
+        replies = {text_of(chat(client, temperature=1, seed=seed, max_tokens=20)) for _ in "abcde"}
+        assert len(replies) > 1
     for seed in (-2, 7):
         replies = {text_of(chat(client, temperature=1, seed=seed, max_tokens=20)) for _ in "abc"}
         assert len(replies) == 1

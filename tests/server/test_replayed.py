@@ -143,11 +143,11 @@ def test_in_an_argument_of_a_tool_as_well(client: httpx.Client) -> None:
     [
         (CHAT, [user(PICTURE)], "messages.0.content.0"),
         (CHAT, [ASKED, SAID, user(LOOK, PICTURE)], "messages.2.content.1"),
-        (CHAT, [ASKED, SAID, user(PICTURE), ASKED], "messages.2.content.0"),
+        (CHAT, [ASKED, user(PICTURE)], "messages.1.content.0"),
         (CHAT, [ASKED, SAID, {**ASKED, "content": HALF}], "messages"),
         (MESSAGES, [user(IMAGE)], "messages.0.content.0"),
         (MESSAGES, [user(IMAGE), {**SAID, "content": "It is"}], "messages.0.content.0"),
-        (MESSAGES, [*READ, result(IMAGE)], "messages.2.content.0.content.0"),
+        (MESSAGES, [*READ, user(*result(LOOK)["content"], IMAGE)], "messages.2.content.1"),
         (MESSAGES, [ASKED, SAID, user({"type": "text", "text": HALF})], "half of a surrogate"),
     ],
 )
@@ -159,6 +159,28 @@ def test_in_the_newest_message_it_is_refused(
     assert response.status_code == 400
     error = response.json()["error"]
     assert param in (error["param"] if path == CHAT else error["message"])
+
+
+@pytest.mark.parametrize(
+    ("path", "messages", "left_out"),
+    [
+        (CHAT, [ASKED, SAID, user(PICTURE), ASKED], "messages.2.content.0"),
+        (MESSAGES, [user(IMAGE), ASKED], "messages.0.content.0"),
+        (MESSAGES, [*READ, result(IMAGE)], "messages.2.content.0.content.0"),
+        (
+            MESSAGES,
+            [*READ, user(*result(IMAGE)["content"], LOOK)],
+            "messages.2.content.0.content.0",
+        ),
+    ],
+)
+def test_after_a_refusal_and_after_a_tool_the_client_goes_on(
+    client: httpx.Client, path: str, messages: list[Any], left_out: str
+) -> None:
+    """It keeps what was refused in front of what its user says next, and what a tool returned."""
+    response = ask(client, path, messages)
+    assert response.status_code == 200, response.text
+    assert response.json()["keepwarm"]["ignored"] == [left_out]
 
 
 def test_nor_does_an_agent_take_it(client: httpx.Client) -> None:

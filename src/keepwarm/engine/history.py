@@ -1,13 +1,12 @@
 """Old messages that hold what this model cannot read: a client that replays them must go on.
 
-Clients send the whole conversation again and again. What is refused in its newest part can be taken
-back; in a part that was answered before, perhaps by another model, it would end the conversation.
+Clients send the whole conversation again and again. What is refused in the newest message can be
+taken back; refused in an earlier one, or in what a tool returned, it would end the conversation.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from keepwarm.core.plain import MAX_DEPTH
@@ -37,23 +36,33 @@ class Mended:
 
 
 def mend(messages: Any, *, is_begun: bool = False) -> Mended:
-    """The messages with placeholders in the old ones; what is wrong otherwise is left as it is.
+    """The messages with placeholders in those that cannot be taken back.
 
-    `is_begun`: the last message is the beginning of the reply, and does not end the history.
+    What is wrong otherwise is left as it is. `is_begun`: as for `kept_messages`.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
         return Mended(messages)
     roles = [m.get("role") if isinstance(m, Mapping) else None for m in messages]
-    num_old = num_of_history(roles, is_begun=is_begun)
+    kept = kept_messages(roles, is_begun=is_begun)
     notes: list[str] = []
-    mended = [_mended(n, message, notes) for n, message in enumerate(islice(messages, num_old))]
-    return Mended([*mended, *messages[num_old:]], tuple(notes)) if notes else Mended(messages)
+    mended = [
+        _mended(n, message, notes) if n in kept else message for n, message in enumerate(messages)
+    ]
+    return Mended(mended, tuple(notes)) if notes else Mended(messages)
 
 
-def num_of_history(roles: Sequence[object], *, is_begun: bool = False) -> int:
-    """How many messages have been answered: those up to the last one of the assistant."""
-    said = roles[:-1] if is_begun else roles
-    return next((n for n in range(len(said), 0, -1) if said[n - 1] == "assistant"), 0)
+def kept_messages(roles: Sequence[object], *, is_begun: bool = False) -> frozenset[int]:
+    """The messages that a client sends again whatever is said of them, by their numbers.
+
+    All but the newest, unless that is an assistant's or a tool's. `is_begun`: the last message is
+    the beginning of the reply, and the newest one stands before it.
+    """
+    newest = len(roles) - (2 if is_begun else 1)
+    return frozenset(
+        number
+        for number, role in enumerate(roles)
+        if number < newest or (number == newest and role in ("assistant", "tool"))
+    )
 
 
 def placeholder(part_type: object) -> str:

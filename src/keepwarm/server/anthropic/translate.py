@@ -8,7 +8,7 @@ from typing import Any
 
 from keepwarm.core.errors import InvalidRequest
 from keepwarm.core.ports import Message
-from keepwarm.engine.history import num_of_history, placeholder
+from keepwarm.engine.history import kept_messages, placeholder
 from keepwarm.engine.requests import GenerateRequest
 from keepwarm.server.anthropic.schema import (
     ContentBlock,
@@ -71,16 +71,17 @@ def translate_messages(body: MessagesRequest, caller: Caller, config: ServerConf
 def messages_of(body: Conversation, left_out: list[str]) -> list[Message]:
     """As the chat template wants them: the system prompt first, content as one text.
 
-    What of old messages is no text is replaced by words and noted in `left_out`.
+    What is no text is replaced by words and noted in `left_out`, but for the newest message's own.
     """
     messages: list[Message] = []
     system = _text("system", body.system, None)
     if system:
         messages.append({"role": "system", "content": system})
-    num_old = num_of_history([m.role for m in body.messages], is_begun=_is_begun(body.messages[-1]))
+    roles = [message.role for message in body.messages]
+    kept = kept_messages(roles, is_begun=_is_begun(body.messages[-1]))
     for index, message in enumerate(body.messages):
         where = f"messages.{index}.content"
-        messages += _messages_of(where, message, left_out if index < num_old else None)
+        messages += _messages_of(where, message, left_out, is_kept=index in kept)
     return messages
 
 
@@ -95,7 +96,7 @@ def _is_begun(message: InputMessage) -> bool:
 
 
 def _messages_of(
-    where: str, message: InputMessage, left_out: list[str] | None
+    where: str, message: InputMessage, left_out: list[str], *, is_kept: bool
 ) -> Iterator[Message]:
     """Results of tools are messages of their own, in their place among the rest."""
     blocks = [(f"{where}.{n}", block) for n, block in enumerate(message.content)]
@@ -103,7 +104,7 @@ def _messages_of(
         if are_results:
             yield from (_result_of(*pair, left_out) for pair in run)
         else:
-            yield _spoken(message.role, list(run), left_out)
+            yield _spoken(message.role, list(run), left_out if is_kept else None)
     if not blocks:
         yield {"role": message.role, "content": ""}
 
@@ -122,7 +123,7 @@ def _spoken(
     return {**message, "tool_calls": calls} if calls else message
 
 
-def _result_of(where: str, block: ContentBlock, left_out: list[str] | None) -> Message:
+def _result_of(where: str, block: ContentBlock, left_out: list[str]) -> Message:
     if block.tool_use_id is None:
         raise InvalidRequest(f"{where}.tool_use_id", "is missing")
     text = _text(f"{where}.content", block.content, left_out)

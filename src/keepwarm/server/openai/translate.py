@@ -6,7 +6,7 @@ from typing import Any
 
 from keepwarm.core.errors import InvalidRequest
 from keepwarm.core.ports import Message
-from keepwarm.engine.history import num_of_history, placeholder
+from keepwarm.engine.history import kept_messages, placeholder
 from keepwarm.engine.requests import MAX_SEED, GenerateRequest
 from keepwarm.server.caller import Caller
 from keepwarm.server.fields import limit_of, seed_of, stops_of
@@ -49,7 +49,7 @@ def translate_chat(body: ChatRequest, caller: Caller, config: ServerConfig) -> T
     _refuse_sampling(body)
     _refuse_chat(body)
     roles = [message.role for message in body.messages]
-    num_old = num_of_history(roles, is_begun=bool(body.continue_final_message))
+    kept = kept_messages(roles, is_begun=bool(body.continue_final_message))
     left_out: list[str] = []
     request = _request(
         body,
@@ -58,7 +58,7 @@ def translate_chat(body: ChatRequest, caller: Caller, config: ServerConfig) -> T
         agent_id=caller.agent_of(body.prompt_cache_key, body.user),
         max_tokens=limit_of(body.max_completion_tokens, body.max_tokens),
         messages=[
-            message_of(index, message, left_out if index < num_old else None)
+            message_of(index, message, left_out if index in kept else None)
             for index, message in enumerate(body.messages)
         ],
         continue_final_message=bool(body.continue_final_message),
