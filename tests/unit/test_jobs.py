@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from engines import (
+    assistant,
     completed,
     drain,
     fake_engine,
@@ -29,7 +30,14 @@ from keepwarm.core.errors import (
     EngineStopped,
     UnknownAgent,
 )
-from keepwarm.engine.bundles import ExportSummary, ImportSummary
+from keepwarm.core.stored import BundleRead
+from keepwarm.engine.bundles import (
+    VOUCH_TOKENS,
+    ExportSummary,
+    ImportSummary,
+    private_terms,
+    vouched_for,
+)
 from keepwarm.store.agent_cache_store import StoreConfig
 from keepwarm.store.io_thread import Priority
 from keepwarm.testing.agent_store import MemoryAgentStore
@@ -357,3 +365,28 @@ class TestTheEnd:
         run(engine, agent_id="ada", token_ids=ids(9), max_tokens=2)
         with pytest.raises(BundleFailed):
             finish(engine, export(engine, path.parent / "no" / "folder"))
+
+
+def test_what_a_file_says_is_looked_at_a_part_at_a_time(
+    engine: BlockPoolBatchEngine, path: Path
+) -> None:
+    """On the engine's thread, whose steps it shares with everybody's replies."""
+    for number in range(6):
+        messages = [user("x" * 700), assistant("y" * 700)] * number
+        run(engine, agent_id="ada", messages=[*messages, user("x" * 700)], max_tokens=5)
+    finish(engine, export(engine, path))
+    store, family, tokenizer = engine._store, engine._family, engine._tokenizer
+    ticket = store.read_bundle(
+        path, private_terms(family, tokenizer.fingerprint, tokenizer.vocab_size)
+    )
+    until = time.monotonic() + PATIENCE_S
+    while ticket not in engine._link._answers:
+        assert time.monotonic() < until
+        engine._link.hear()
+    answer = engine._link._answers.pop(ticket)
+    assert isinstance(answer, BundleRead)
+    assert answer.bundle is not None
+    num_steps = sum(1 for _ in vouched_for(answer.bundle, tokenizer))
+    num_tokens = answer.bundle.state.lines[0].transcript.num_tokens
+    assert num_tokens > 4 * VOUCH_TOKENS
+    assert num_steps >= num_tokens // (2 * VOUCH_TOKENS)
