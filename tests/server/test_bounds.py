@@ -1,5 +1,6 @@
 """What a client may send, and how long it may take, before its key is looked at."""
 
+import gc
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -9,8 +10,11 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from keepwarm.core.errors import KeepwarmError
 from keepwarm.server import connection
 from servers import START_S, FakeServer, fake_server
 from sockets import RawClient
@@ -320,3 +324,26 @@ def test_only_an_import_may_be_as_large_as_one(
     with server.client(headers={"x-api-key": "first-key"}) as client:
         response = client.request(method, path, content=b"x" * 20_001)
         assert response.status_code == status
+
+
+@pytest.mark.parametrize(
+    "body", [b'"' + b"x" * 5000, b'{"messages": 1}', b"[" * 5000, b'{"model": "other"}']
+)
+def test_what_is_refused_is_not_kept(tmp_path: Path, body: bytes) -> None:
+    """An error in a circle with its frames held its body until Python looked for circles."""
+
+    def num_kept() -> int:
+        errors = (RequestValidationError, HTTPException, KeepwarmError, ValueError)
+        return sum(isinstance(value, errors) for value in gc.get_objects())
+
+    with fake_server(tmp_path) as server, server.client() as client:
+        assert client.post(CHAT, content=body).is_client_error
+        gc.collect()
+        gc.disable()
+        try:
+            before = num_kept()
+            for _ in range(20):
+                assert client.post(CHAT, content=body).is_client_error
+            wait_until(lambda: num_kept() < before + 5)
+        finally:
+            gc.enable()

@@ -78,4 +78,18 @@ def _lifespan_of(house: House) -> Lifespan:
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
-    return error_response(request.scope, problem_of(error))
+    problem = problem_of(error)
+    if problem.status < 500:
+        _let_go(error)
+    return error_response(request.scope, problem)
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Of the frames that it passed, which hold the request and its body.
+
+    The framework's hold the error as well: a circle, which Python finds much later. Nobody shows
+    where a mistake of a client was raised.
+    """
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__

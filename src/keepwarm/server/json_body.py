@@ -40,6 +40,7 @@ class _BoundedRequest(Request):
         """Raises InvalidRequest for more than is taken, and JSONDecodeError."""
         body = await self.body()
         house: House = self.app.state.house
+        house.memory.came(len(body))
         value = await asyncio.to_thread(parse, body) if len(body) > LARGE_BYTES else parse(body)
         check_sizes(value, max_messages=house.config.max_messages)
         return value

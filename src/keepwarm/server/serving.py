@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 
 from starlette.requests import Request
@@ -16,6 +16,7 @@ from keepwarm.server.caller import Caller
 from keepwarm.server.choices import Choices
 from keepwarm.server.facts import IGNORED, names_of
 from keepwarm.server.keys import NOBODY, ROLE
+from keepwarm.server.memory import MemoryReturn
 from keepwarm.server.metrics import Metrics
 from keepwarm.server.reply import Encoder, StreamedReply, WholeReply
 from keepwarm.server.settings import ServerConfig
@@ -39,6 +40,7 @@ class House:
     transfers: Transfers
     started: int
     """When the server was started, in seconds since 1970."""
+    memory: MemoryReturn = field(default_factory=MemoryReturn)
 
 
 @dataclass(frozen=True, slots=True)
