@@ -204,6 +204,43 @@ def test_what_was_saved_and_committed_is_there_when_the_store_is_opened_again(
     assert (summary.agent_id, summary.num_tokens, summary.num_turns) == ("ada", 600, 1)
 
 
+@pytest.mark.parametrize("num_tokens", [1, 100, 255, 256, 257, 511, 512, 600])
+@pytest.mark.parametrize("num_saved", [0, 100, 256, 400, 512, 600])
+def test_how_much_of_an_agent_is_stored(reopen: Reopen, num_tokens: int, num_saved: int) -> None:
+    """By a few rows: as many tokens as a plan finds, though the store does not know the model.
+
+    Of a block in the middle that is there in part, nothing is counted.
+    """
+    store = reopen()
+    save_blocks(store, IDS[:num_saved])
+    store.commit(state_of("ada", IDS[:num_tokens]))
+    events_of(store, 1)
+    records = store.plan(FAMILY, FAMILY.root, IDS[:num_tokens])
+    found = records[-1].end_position if records else 0
+    expected = found if found >= num_tokens - num_tokens % 256 else found - found % 256
+    assert store.num_stored("ada") == expected
+    assert reopen().num_stored("ada") == expected
+
+
+def test_of_what_follows_a_gap_nothing_counts(store: AgentStore) -> None:
+    records = save_blocks(store, IDS[:600])
+    store.commit(state_of("ada", IDS[:600]))
+    events_of(store, 1)
+    store.drop([records[1].hash])
+    assert store.num_stored("ada") == 256
+    assert store.num_stored("nobody") == 0
+
+
+def test_which_model_each_agent_talked_to(store: AgentStore) -> None:
+    for name in ("ada", "bob"):
+        store.commit(state_of(name, IDS[:10]))
+    events_of(store, 2)
+    assert store.models() == {"ada": "other", "bob": "other"}
+    store.delete_agent("ada")
+    events_of(store, 1)
+    assert store.models() == {"bob": "other"}
+
+
 def test_the_last_commit_counts(reopen: Reopen) -> None:
     store = reopen()
     for num_tokens in (100, 300, 200):

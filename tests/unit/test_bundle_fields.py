@@ -20,7 +20,7 @@ from keepwarm.engine.requests import ReceiptKey, valid_settings
 from keepwarm.store.bundle_agent import decode_agent, encode_agent
 
 LEFT_OUT: dict[type, dict[str, Any]] = {
-    AgentState: {"model": ""},
+    AgentState: {"model": "", "has_fixed_main": False},
     LineState: {"block_hashes": (), "last_used": 0},
 }
 """What means something in one home only, and what an imported agent has in its place."""

@@ -25,7 +25,8 @@ class AgentStore(Protocol):
     """Keeps records of KV and agents' states. It may forget a record; it never gives a wrong one.
 
     Called from the engine's thread only. Nothing here waits for a disk but `load_agent`,
-    `summaries` and `wait`; what was asked for comes back as events of `poll`.
+    `summaries`, `models`, `num_stored` and `wait`; what was asked for comes back as events of
+    `poll`.
     """
 
     # -- KV --------------------------------------------------------------------------------------
@@ -95,6 +96,18 @@ class AgentStore(Protocol):
         ...
 
     def summaries(self) -> list[AgentSummary]: ...
+
+    def models(self) -> dict[str, str]:
+        """By agent, the name of the model that it talked to last; empty for the default one."""
+        ...
+
+    def num_stored(self, agent_id: str) -> int:
+        """How many of the first tokens of the agent's main line have their KV here.
+
+        A few rows are read for it, and not the agent. Of a whole block that is there in part
+        nothing is counted.
+        """
+        ...
 
     # -- bundles ---------------------------------------------------------------------------------
 
@@ -207,6 +220,12 @@ class NoStore:
 
     def summaries(self) -> list[AgentSummary]:
         return []
+
+    def models(self) -> dict[str, str]:
+        return {}
+
+    def num_stored(self, agent_id: str) -> int:
+        return 0
 
     def write_bundle(self, family: KVFamily, tokenizer: str, state: AgentState, path: Path) -> int:
         raise NoAgentStore("exporting an agent")

@@ -138,12 +138,14 @@ class AgentState:
     """An agent as it is committed, whole, its lines by their keys; the store writes what is new.
 
     `model`: the name of the one that it talked to last; empty for the server's default one.
+    `has_fixed_main`: messages were appended to its main line, which therefore stays the main line.
     """
 
     agent_id: str
     settings: AgentSettings
     lines: tuple[LineState, ...]
     model: str = ""
+    has_fixed_main: bool = False
 
     @property
     def mains(self) -> tuple[LineState, ...]:

@@ -46,6 +46,7 @@ class ActiveRequest:
     num_dropped_turns: int = 0
     receipt_key: ReceiptKey | None = None
     reply_prefix: str = ""
+    is_appended: bool = False
     adapted: tuple[str, ...] = ()
     has_started: bool = False
 

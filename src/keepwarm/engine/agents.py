@@ -24,9 +24,9 @@ ANONYMOUS_SLACK_TOKENS = 8
 
 @dataclass(slots=True, eq=False)
 class Line:
-    """One token stream: its text and ids, its messages where they are known, its KV.
+    """One token stream: its text and ids, its messages where they are known, its turns, its KV.
 
-    Number 0 is the agent's main line.
+    Number 0 is the agent's main line. `opened` orders the agent's lines by when they began.
     """
 
     blocks: AgentBlocks
@@ -34,6 +34,8 @@ class Line:
     messages: tuple[Message, ...] | None = ()
     in_use: bool = False
     number: int = 0
+    opened: int = 0
+    turns: list[Turn] = field(default_factory=list)
 
     def num_held(self, num_tokens: int | None = None) -> int:
         """How many of the conversation's first tokens the line's KV really is of.
@@ -48,6 +50,7 @@ class Line:
 class Agent:
     """A named conversation: a main line, and side lines of requests that ran beside it.
 
+    `has_fixed_main`: messages were appended to its main line, which stays the main line.
     `foreign` are its lines in the ids of other tokenizers, kept as they were committed. `has_left`:
     another engine has the agent as it is now, or has deleted it. `model`: the name of the one that
     it talked to last; empty for the server's default one. `has_answered`: this engine has, since it
@@ -57,13 +60,18 @@ class Agent:
     agent_id: str
     main: Line
     sides: list[Line] = field(default_factory=list)
-    turns: list[Turn] = field(default_factory=list)
     settings: AgentSettings = DEFAULT_SETTINGS
     foreign: tuple[LineState, ...] = ()
     has_left: bool = False
     model: str = ""
     has_answered: bool = False
     is_leaving: bool = False
+    has_fixed_main: bool = False
+
+    @property
+    def turns(self) -> list[Turn]:
+        """Those of the main line."""
+        return self.main.turns
 
     @property
     def lines(self) -> list[Line]:
@@ -89,8 +97,8 @@ class Agent:
 class AgentView:
     """An agent as people see it. `num_tokens` is its context, `held_tokens` what needs no prefill.
 
-    `slab_bytes` is 0 unless it is hot; bytes of shared blocks are the pool's affair. An agent that
-    nobody has asked for since the start is cold, and `held_tokens` is not counted for it.
+    `slab_bytes` is 0 unless it is hot; bytes of shared blocks are the pool's affair. One that is
+    not here is on disk only, and what that holds of it is still to be counted.
     `is_private`: it was imported, and its KV is not verified yet. `model`: as an agent's.
     """
 
@@ -105,6 +113,12 @@ class AgentView:
     pinned: bool
     is_private: bool = False
     model: str = ""
+    is_here: bool = True
+
+    def holding(self, num_stored: int) -> "AgentView":
+        """With what the disk holds of it."""
+        tier = Tier.COLD if num_stored else Tier.NONE
+        return replace(self, tier=tier, held_tokens=num_stored)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +244,7 @@ class AgentBook:
             self._anonymous.append(line)
         elif (agent := self.find(agent_id)) is not None:
             line.number = 1 + max(other.number for other in agent.lines)
+            line.opened = 1 + max(other.opened for other in agent.lines)
             line.blocks.namespace = agent.main.blocks.namespace
             agent.sides.append(line)
         else:
@@ -247,14 +262,15 @@ class AgentBook:
         del self._agents[agent_id]
 
     def hand_over(self, old: Agent, new: Agent) -> None:
-        """The KV of the agent's lines goes to its lines of the same number, or is given up."""
-        by_number = {line.number: line for line in old.lines}
+        """The KV of the agent's lines goes to the lines that it is most of, or is given up."""
+        formers = old.lines
         for line in new.lines:
-            former = by_number.pop(line.number, None)
+            former = _closest(line, formers)
             if former is not None:
+                formers.remove(former)
                 self._forget(line.blocks)
                 line.blocks = former.blocks
-        for former in by_number.values():
+        for former in formers:
             self._forget(former.blocks)
         new.main.blocks.pinned = new.settings.pinned
         new.has_answered = old.has_answered
@@ -273,20 +289,28 @@ class AgentBook:
         num_kept: int,
         messages: tuple[Message, ...] | None,
         receipt: Receipt | None = None,
+        *,
+        is_appended: bool = False,
     ) -> None:
-        """A turn has ended on this line, which had kept its first `num_kept` tokens."""
+        """A turn has ended on this line, which had kept its first `num_kept` tokens.
+
+        `is_appended`: only the new messages were sent, and what they follow is known here alone.
+        """
         line.messages = messages
         agent = self._agents.get(agent_id) if agent_id is not None else None
-        if agent is None or agent.main is not line:
+        if agent is None:
             return
-        agent.turns = [
+        line.turns = [
             replace(turn, num_tokens=min(turn.num_tokens, num_kept))
-            for turn in agent.turns
+            for turn in line.turns
             if 0 < turn.num_tokens <= num_kept or _begins_with(messages, turn.messages)
         ]
-        agent.turns.append(Turn(line.transcript.num_tokens, messages, receipt))
-        agent.model = self._model
-        agent.has_answered = True
+        line.turns.append(Turn(line.transcript.num_tokens, messages, receipt))
+        agent.has_fixed_main |= is_appended
+        elect_main(agent)
+        if agent.main is line:
+            agent.model = self._model
+            agent.has_answered = True
 
     def view(self, agent: Agent, stored_tokens: Callable[[Sequence[int]], int]) -> AgentView:
         """`stored_tokens`: how many of a line's first ids the store has the KV of."""
@@ -315,6 +339,43 @@ class AgentBook:
             self._forget(line.blocks)
 
 
+def elect_main(agent: Agent) -> None:
+    """Make the conversation the main line: of the lines that went on, the one that began first.
+
+    A client that asks for a title first, under the name of the conversation, opens the line of the
+    title before that of the conversation, and never comes back to it. A main line to which messages
+    were appended stays: its history is known here alone.
+    """
+    went_on = [line for line in agent.lines if len(line.turns) > 1]
+    if agent.has_fixed_main or not went_on:
+        return
+    elected, former = min(went_on, key=lambda line: line.opened), agent.main
+    if elected is former or former.in_use:
+        return
+    agent.sides[agent.sides.index(elected)] = former
+    agent.main = elected
+    agent.foreign = _renumbered(agent.foreign, elected.number)
+    former.number, elected.number = elected.number, 0
+    former.blocks.pinned, elected.blocks.pinned = False, agent.settings.pinned
+
+
+def _renumbered(lines: Sequence[LineState], number: int) -> tuple[LineState, ...]:
+    """In the ids of other tokenizers, too, the line of this number is the main line now."""
+    numbers = {0: number, number: 0}
+    return tuple(replace(line, number=numbers.get(line.number, line.number)) for line in lines)
+
+
+def _closest(line: Line, formers: Sequence[Line]) -> Line | None:
+    """Whose KV is of the most of the line's tokens; of none, that of the same number."""
+
+    def likeness(former: Line) -> tuple[int, bool]:
+        num_shared = common_prefix(former.blocks.token_ids, line.transcript.token_ids)
+        return num_shared, former.number == line.number
+
+    closest = max(formers, key=likeness, default=None)
+    return closest if closest is not None and any(likeness(closest)) else None
+
+
 def view_of_summary(summary: AgentSummary) -> AgentView:
     """An agent that is only on disk."""
     return AgentView(
@@ -329,6 +390,7 @@ def view_of_summary(summary: AgentSummary) -> AgentView:
         pinned=summary.settings.pinned,
         is_private=summary.is_private,
         model=summary.model,
+        is_here=False,
     )
 
 
@@ -337,13 +399,13 @@ def _last_used(line: Line) -> int:
 
 
 def _begins_with(messages: tuple[Message, ...] | None, earlier: tuple[Message, ...] | None) -> bool:
-    """Whether a turn is still a part of the conversation.
+    """Whether a turn is a part of the conversation; what is all of it is the same turn again.
 
     It is, with fewer of its tokens, where the template has stripped the turn's thinking.
     """
-    return (
-        messages is not None and earlier is not None and messages[: len(earlier)] == tuple(earlier)
-    )
+    if messages is None or earlier is None or len(earlier) >= len(messages):
+        return False
+    return messages[: len(earlier)] == tuple(earlier)
 
 
 def _continues(line: Line, num_shared: int, *, named: bool) -> bool:

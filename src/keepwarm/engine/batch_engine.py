@@ -247,6 +247,7 @@ class BlockPoolBatchEngine:
         active.is_new_line = wanted.line is None
         active.num_dropped_turns = wanted.num_dropped_turns
         active.receipt_key = receipt_key
+        active.is_appended = source.append is not None
         self._turns.begin(active)
         self._stalled = False
         return sequence.request_id
@@ -428,10 +429,14 @@ class BlockPoolBatchEngine:
         """Those in memory."""
         return tuple(self._view(agent) for agent in self._book)
 
+    def models_of_agents(self) -> dict[str, str]:
+        """By agent in memory, the name of the model that it talked to last."""
+        return {agent.agent_id: agent.model for agent in self._book}
+
     def agents(self) -> tuple[AgentView, ...]:
         """All agents, those that are only on disk as well."""
         there = [
-            view_of_summary(summary)
+            view_of_summary(summary).holding(self._store.num_stored(summary.agent_id))
             for summary in self._store.summaries()
             if not self._book.is_here(summary.agent_id)
         ]
@@ -510,10 +515,10 @@ class BlockPoolBatchEngine:
             self.tiers.fork(main.blocks, main.num_held(num_tokens), new_id),
             truncate(main.transcript, num_tokens),
             messages,
+            turns=[turn.without_receipt() for turn in parent.turns[:at_turn]],
         )
-        turns = [turn.without_receipt() for turn in parent.turns[:at_turn]]
         settings = parent.settings.of_fork()
-        fork = Agent(new_id, child, turns=turns, settings=settings, model=parent.model)
+        fork = Agent(new_id, child, settings=settings, model=parent.model, has_fixed_main=True)
         return self._link.commit(self._book.add(fork))
 
     def rollback(self, agent_id: str, *, turn: int) -> Commit:
@@ -524,6 +529,7 @@ class BlockPoolBatchEngine:
         main.transcript = truncate(main.transcript, num_tokens)
         main.messages = messages
         del agent.turns[turn:]
+        agent.has_fixed_main = True
         self.tiers.truncate(main.blocks, main.num_held(num_tokens))
         return self._link.commit(agent)
 

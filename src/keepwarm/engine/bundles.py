@@ -88,7 +88,8 @@ def vouched_for(bundle: Bundle, tokenizer: Tokenizer) -> Steps[Bundle]:
 def imported_state(bundle: Bundle, agent_id: str, num_records: int) -> AgentState:
     """The agent under its name here; lines without any KV have no secrets to keep.
 
-    Under another name than it had it is another agent, and none of its receipts is its own.
+    Its main line stays its main line. Under another name than it had it is another agent, and none
+    of its receipts is its own.
     """
     home = home_namespace(agent_id)
     is_same = in_namespace("", agent_id) == in_namespace("", bundle.state.agent_id)
@@ -100,4 +101,4 @@ def imported_state(bundle: Bundle, agent_id: str, num_records: int) -> AgentStat
         )
         for line in bundle.state.lines
     )
-    return replace(bundle.state, agent_id=agent_id, lines=lines)
+    return replace(bundle.state, agent_id=agent_id, lines=lines, has_fixed_main=True)

@@ -27,6 +27,7 @@ from keepwarm.core.events import (
     Usage,
 )
 from keepwarm.core.transcript import Turn
+from keepwarm.engine.agents import AgentView
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
 from keepwarm.engine.fleet import Fleet
 from keepwarm.engine.loop import EngineLoop
@@ -43,6 +44,8 @@ T = TypeVar("T")
 OpenFleet = Callable[[], tuple[Fleet, Callable[[], None]]]
 Beginning = asyncio.Task[EventStream]
 
+NUM_COUNTED = 50
+"""Of how many agents it is looked up at once what the disk holds: that takes some milliseconds."""
 ABORT_S = 10.0
 """How long the thread may take to end when the start was called off."""
 SAVE_S = 120.0
@@ -180,6 +183,20 @@ class Engine:
             return await self.call(lambda fleet: call(fleet.bring(agent_id, name)))
         finally:
             self._leave_model(name)
+
+    async def agents(
+        self, wanted: Callable[[Sequence[AgentView]], Sequence[AgentView]]
+    ) -> list[AgentView]:
+        """Those of all agents that are wanted, with what the disk holds of them.
+
+        That is counted for a few at a time, with steps in between.
+        """
+        views = wanted(await self.call(lambda fleet: fleet.agents()))
+        counted: list[AgentView] = []
+        for start in range(0, len(views), NUM_COUNTED):
+            some = views[start : start + NUM_COUNTED]
+            counted += await self.call(partial(Fleet.counted, views=some))
+        return counted
 
     async def verify(self, agent_id: str) -> VerifyReport:
         """Compare what the agent keeps with a cold run, beside the requests.

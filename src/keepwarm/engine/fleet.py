@@ -2,7 +2,8 @@
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -258,13 +259,21 @@ class Fleet:
     def _holds(self, agent_id: str) -> bool:
         return any(engine.holds(agent_id) for engine in self._engines.values())
 
-    def num_agents_at(self, name: str, counts: Callable[[str], bool]) -> int:
-        """How many agents, of those that count, are in memory and talked to this model last."""
-        if name not in self._engines:
-            return 0
-        views = self._engines[name].agents_here()
-        ids = [view.agent_id for view in views if counts(view.agent_id)]
-        return sum(self._whereabouts(agent_id) == name for agent_id in ids)
+    def counted(self, views: Sequence[AgentView]) -> list[AgentView]:
+        """The same, with what the disk holds of those that are only there."""
+        return [
+            view if view.is_here else view.holding(self.store.num_stored(view.agent_id))
+            for view in views
+        ]
+
+    def count_agents(self, counts: Callable[[str], bool]) -> Counter[str]:
+        """By model, how many of the agents that count talked to it last, in memory or on disk."""
+        model_of = self.store.models()
+        for name, engine in self._engines.items():
+            here = engine.models_of_agents().items()
+            model_of |= {agent: model for agent, model in here if self._whereabouts(agent) == name}
+        ids = filter(counts, model_of)
+        return Counter(model_of[agent_id] or self._default for agent_id in ids)
 
     def abandon(self, name: str, error: Exception) -> None:
         """What waits for the model fails: it does not come back."""

@@ -35,12 +35,18 @@ class AgentKeeper:
     def state_of(self, agent: Agent) -> AgentState:
         """Of lines that run now, what they had before; of new ones nothing."""
         lines = [
-            self._state_of_line(line, agent)
+            self._state_of_line(line)
             for line in agent.lines
             if line is agent.main or line.transcript.num_tokens
         ]
         lines = sorted([*lines, *agent.foreign], key=lambda line: line.key)
-        return AgentState(agent.agent_id, agent.settings, tuple(lines), agent.model)
+        return AgentState(
+            agent.agent_id,
+            agent.settings,
+            tuple(lines),
+            agent.model,
+            has_fixed_main=agent.has_fixed_main,
+        )
 
     def load(self, agent_id: str) -> Agent | None:
         state = self._store.load_agent(agent_id)
@@ -63,21 +69,36 @@ class AgentKeeper:
         main.messages = last.messages
         main.blocks.pinned = state.settings.pinned
         sides = [self._line(line, state.agent_id) for line in own if line.number]
-        turns = _translated(last.turns, mains[0].turns if mains else ())
-        return Agent(state.agent_id, main, sides, turns, state.settings, foreign, model=state.model)
+        main.turns = _translated(last.turns, mains[0].turns if mains else ())
+        return Agent(
+            state.agent_id,
+            main,
+            sides,
+            state.settings,
+            foreign,
+            model=state.model,
+            has_fixed_main=state.has_fixed_main,
+        )
 
     def _line(self, state: LineState, agent_id: str) -> Line:
         blocks = self._new_blocks(agent_id)
         blocks.namespace = state.namespace
-        return Line(blocks, state.transcript, state.messages, number=state.number)
+        return Line(
+            blocks,
+            state.transcript,
+            state.messages,
+            number=state.number,
+            opened=state.number,
+            turns=list(state.turns),
+        )
 
-    def _state_of_line(self, line: Line, agent: Agent) -> LineState:
+    def _state_of_line(self, line: Line) -> LineState:
         return LineState(
             number=line.number,
             tokenizer=self._tokenizer,
             transcript=line.transcript,
             messages=line.messages,
-            turns=tuple(agent.turns) if line is agent.main else (),
+            turns=tuple(line.turns),
             block_hashes=self._block_hashes(line),
             last_used=line.blocks.last_used,
             namespace=line.blocks.namespace,

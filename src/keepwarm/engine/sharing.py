@@ -101,6 +101,12 @@ class StoreShare:
     def summaries(self) -> list[AgentSummary]:
         return self._store.summaries()
 
+    def models(self) -> dict[str, str]:
+        return self._store.models()
+
+    def num_stored(self, agent_id: str) -> int:
+        return self._store.num_stored(agent_id)
+
     def write_bundle(self, family: KVFamily, tokenizer: str, state: AgentState, path: Path) -> int:
         return self._expected(self._store.write_bundle(family, tokenizer, state, path))
 

@@ -147,7 +147,14 @@ class Turns:
         line.transcript = with_reply(active.prompt.transcript, reply)
         num_kept = active.prompt.num_shared
         receipt = active.receipt(reason)
-        self._book.record_turn(active.agent_id, line, num_kept, conversation, receipt)
+        self._book.record_turn(
+            active.agent_id,
+            line,
+            num_kept,
+            conversation,
+            receipt,
+            is_appended=active.is_appended,
+        )
         return True
 
     def _fail(self, active: ActiveRequest, error: Exception) -> None:

@@ -10,7 +10,6 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.responses import Response
 
 from keepwarm.engine.agents import AgentView
-from keepwarm.engine.fleet import Fleet
 from keepwarm.engine.snapshot import EngineSnapshot
 from keepwarm.server.agents.answers import AgentCard, card_of
 from keepwarm.server.answers import errors, json_answer
@@ -111,14 +110,19 @@ async def stats(
     serving: ServingOf, agents: Annotated[int, Query(ge=0, le=MAX_SHOWN_AGENTS)] = 50
 ) -> Response:
     """Everything at one moment; of the caller's agents those that were used last."""
-    snapshot, views = await serving.engine.call(lambda fleet: _look(fleet, agents))
     caller = serving.caller
-    mine = [view for view in views if caller.owns(view.agent_id)]
+    snapshot = await serving.engine.call(lambda fleet: fleet.snapshot())
+    num_agents = await serving.engine.call(lambda fleet: fleet.count_agents(caller.owns).total())
+    mine: list[AgentView] = []
+    if agents:
+        mine = await serving.engine.agents(
+            lambda views: [view for view in views if caller.owns(view.agent_id)][:agents]
+        )
     own = UserStats(
         version=VERSION,
         models=[ModelCard.of(model, caller) for model in serving.house.models.registry],
-        num_agents=len(mine),
-        agents=[_card(view, serving) for view in mine[:agents]],
+        num_agents=num_agents,
+        agents=[_card(view, serving) for view in mine],
     )
     if not caller.role.is_admin:
         return json_answer(own)
@@ -155,10 +159,6 @@ async def favicon() -> Response:
 def _card(view: AgentView, serving: Serving) -> AgentCard:
     shown = serving.caller.shown(view.agent_id)
     return card_of(view, shown, default_model=serving.default_model)
-
-
-def _look(fleet: Fleet, num_agents: int) -> tuple[EngineSnapshot, tuple[AgentView, ...]]:
-    return fleet.snapshot(), fleet.agents() if num_agents else ()
 
 
 def _fields(value: EngineSnapshot | UserStats) -> dict[str, Any]:

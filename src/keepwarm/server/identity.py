@@ -1,15 +1,17 @@
 """Whose request it is: the agent that a standard client names, in whichever way it does."""
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 
 from keepwarm.engine.requests import NAME, valid_name
 
 EXPLICIT = "x-agent-id"
-SESSION_HEADERS = ("x-session-id", "session-id", "session_id")
+SESSION_HEADERS = ("x-session-id", "session-id", "session_id", "x-claude-code-session-id")
 
 _MAX_READABLE = 96
+_SESSION_AT_END = re.compile(r"_session_([0-9a-f-]{36})")
 
 
 def agent_of(headers: Mapping[str, str], *fields: object) -> str | None:
@@ -22,6 +24,24 @@ def agent_of(headers: Mapping[str, str], *fields: object) -> str | None:
         return valid_name(explicit)
     named = (*(headers.get(name) for name in SESSION_HEADERS), *fields)
     return next((name_of(value) for value in named if isinstance(value, str) and value), None)
+
+
+def session_of(user_id: str | None) -> str | None:
+    """The session that Claude Code names in `metadata.user_id`, beside its device and account.
+
+    That is JSON with a `session_id`; before, it was one string that ended with the session.
+    """
+    if user_id is None:
+        return None
+    found = _SESSION_AT_END.search(user_id[-64:])
+    if found is not None and user_id.endswith(found[0]):
+        return found[1]
+    try:
+        named = json.loads(user_id)
+    except (ValueError, RecursionError):
+        return None
+    session = named.get("session_id") if isinstance(named, dict) else None
+    return session if isinstance(session, str) else None
 
 
 def name_of(value: str) -> str:

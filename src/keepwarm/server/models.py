@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -43,7 +43,8 @@ async def models(request: Request, serving: ServingOf) -> Response:
     if is_anthropic(request.scope):
         cards = [_anthropic_card(model, serving) for model in known]
         return json_answer(AnthropicModelPage(cards, cards[0].id, cards[-1].id))
-    return json_answer(ModelList([await _card(model, serving) for model in known]))
+    num_agents = await _num_agents(serving)
+    return json_answer(ModelList([_card_of(model, serving, num_agents) for model in known]))
 
 
 @router.get("/v1/models/{name:path}", response_model=ServedModel | AnthropicModel)
@@ -73,11 +74,18 @@ async def unload(name: str, request: Request, serving: AdminServingOf) -> Respon
 
 
 async def _card(model: Model, serving: Serving) -> ServedModel:
-    caller, created = serving.caller, serving.house.started
-    num_agents = await serving.engine.call(
-        lambda fleet: fleet.num_agents_at(model.name, caller.owns)
-    )
-    return ServedModel.of_model(model, caller, created=created, num_agents=num_agents)
+    return _card_of(model, serving, await _num_agents(serving))
+
+
+async def _num_agents(serving: Serving) -> Mapping[str, int]:
+    """By model, how many of the caller's agents talked to it last."""
+    return await serving.engine.call(lambda fleet: fleet.count_agents(serving.caller.owns))
+
+
+def _card_of(model: Model, serving: Serving, num_agents: Mapping[str, int]) -> ServedModel:
+    created = serving.house.started
+    number = num_agents.get(model.name, 0)
+    return ServedModel.of_model(model, serving.caller, created=created, num_agents=number)
 
 
 def _anthropic_card(model: Model, serving: Serving) -> AnthropicModel:

@@ -8,6 +8,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -288,6 +289,17 @@ class AgentCacheStore:
     def summaries(self) -> list[AgentSummary]:
         gone = self._commits.deleted()
         return [s for s in self._reader.summaries() if s.agent_id not in gone]
+
+    def models(self) -> dict[str, str]:
+        gone = self._commits.deleted()
+        return {name: model for name, model in self._reader.models().items() if name not in gone}
+
+    def num_stored(self, agent_id: str) -> int:
+        with suppress(CatalogCorrupt):  # nothing can be served of an agent that cannot be read
+            line = self._reader.main_line(agent_id)
+            if line is not None:
+                return self._index.num_stored(line.block_hashes, line.tail_ids, line.roots)
+        return 0
 
     # -- bundles ---------------------------------------------------------------------------------
 

@@ -128,4 +128,4 @@ def _encoded(path: Path, state: AgentState) -> Units[bytes]:
 def _plain(state: AgentState) -> AgentState:
     """Without what means nothing elsewhere."""
     lines = (replace(line, block_hashes=(), last_used=0) for line in state.lines)
-    return replace(state, lines=tuple(lines), model="")
+    return replace(state, lines=tuple(lines), model="", has_fixed_main=False)

@@ -20,7 +20,13 @@ from keepwarm.store import schema
 from keepwarm.store.bulk import without_gc
 from keepwarm.store.catalog_check import check_tables
 from keepwarm.store.catalog_errors import CatalogUnavailable
-from keepwarm.store.catalog_load import decoding, read_agent, read_summaries
+from keepwarm.store.catalog_load import (
+    MainLine,
+    decoding,
+    read_agent,
+    read_main_line,
+    read_summaries,
+)
 from keepwarm.store.catalog_plan import CommittedAgent, RowIds, plan_commit
 from keepwarm.store.catalog_rows import BlockUsage, RecordRow, decode_layout, encode_layout
 from keepwarm.store.schema import set_aside, translated
@@ -71,6 +77,16 @@ class _Connection:
         """All agents by name. Tokens and turns are those of the main line."""
         with translated(self.path, "summaries"):
             return read_summaries(self._db)
+
+    def models(self) -> dict[str, str]:
+        """By agent, the model that it talked to last."""
+        with translated(self.path, "models"):
+            return dict(self._db.execute("SELECT name, model FROM agents"))
+
+    def main_line(self, name: str) -> MainLine | None:
+        """As far as its KV is looked up by it. Raises CatalogCorrupt."""
+        with self._snapshot("main_line"):
+            return read_main_line(self._db, self.path, name)
 
     def load_agent(self, name: str) -> AgentState | None:
         """What was committed last, equal to it. Raises CatalogCorrupt."""

@@ -4,40 +4,78 @@ import sqlite3
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keepwarm.core.block import BlockHash
+from keepwarm.core.block import BlockHash, root_hash
+from keepwarm.core.layout import BLOCK_TOKENS
 from keepwarm.core.stored import AgentSettings, AgentState, AgentSummary, LineState, Overflow
 from keepwarm.core.transcript import Span, Transcript, Turn
 from keepwarm.store.catalog_errors import CatalogCorrupt
 from keepwarm.store.catalog_plan import CommittedAgent, CommittedLine, Head, MessageTree
-from keepwarm.store.catalog_rows import decode_message, decode_receipt, span_of_row
+from keepwarm.store.catalog_rows import decode_ids, decode_message, decode_receipt, span_of_row
 
 _SUMMARIES = """
     SELECT name, model, pinned, priority, quota_bytes, policy, overflow,
         coalesce(max(CASE number WHEN 0 THEN num_tokens END), 0),
         coalesce(max(CASE number WHEN 0 THEN num_turns END), 0),
-        count(line), coalesce(max(last_used), 0),
+        count(DISTINCT number), coalesce(max(last_used), 0),
         coalesce(max(CASE number WHEN 0 THEN namespace GLOB 'import:*' END), 0)
     FROM agents LEFT JOIN lines USING (agent) GROUP BY agents.agent ORDER BY name
 """
 
 
+_MAIN_LINE = """
+    SELECT line, num_tokens, lines.namespace FROM lines JOIN agents USING (agent)
+    WHERE name = ? AND number = 0 ORDER BY last_used DESC LIMIT 1
+"""
+_FAMILIES = "SELECT fingerprint, lineage FROM families WHERE namespace = ?"
+
+
+@dataclass(frozen=True, slots=True)
+class MainLine:
+    """What names a main line's KV: its whole blocks, and the ids behind them.
+
+    `roots` are those that it may begin with: the store does not know its model.
+    """
+
+    block_hashes: tuple[BlockHash, ...]
+    tail_ids: tuple[int, ...]
+    roots: tuple[BlockHash, ...]
+
+
+def read_main_line(db: sqlite3.Connection, path: Path, name: str) -> MainLine | None:
+    """Of the tokenizer that it was used in last; inside a transaction. Raises CatalogCorrupt."""
+    found = db.execute(_MAIN_LINE, (name,)).fetchone()
+    if found is None:
+        return None
+    line_id, num_tokens, namespace = found
+    with decoding(path, f"the main line of agent {name!r}"):
+        return MainLine(
+            _read_blocks(db, line_id),
+            _read_last_ids(db, line_id, num_tokens % BLOCK_TOKENS),
+            tuple(
+                root_hash(fingerprint=fingerprint, lineage=lineage, namespace=namespace)
+                for fingerprint, lineage in db.execute(_FAMILIES, (namespace,))
+            ),
+        )
+
+
 def read_agent(db: sqlite3.Connection, path: Path, name: str) -> CommittedAgent | None:
     """Inside a transaction, so that all rows are of one commit. Raises CatalogCorrupt."""
     found = db.execute(
-        "SELECT agent, model, pinned, priority, quota_bytes, policy, overflow FROM agents"
-        " WHERE name = ?",
+        "SELECT agent, model, has_fixed_main, pinned, priority, quota_bytes, policy, overflow"
+        " FROM agents WHERE name = ?",
         (name,),
     ).fetchone()
     if found is None:
         return None
-    agent_row, model, *settings = found
+    agent_row, model, has_fixed_main, *settings = found
     with decoding(path, f"the rows of agent {name!r}"):
         lines = list(_read_lines(db, agent_row))
         states = tuple(line.state for line in lines)
-        state = AgentState(name, _settings(*settings), states, model)
+        state = AgentState(name, _settings(*settings), states, model, bool(has_fixed_main))
     return CommittedAgent(agent_row, state, {line.state.key: line for line in lines})
 
 
@@ -125,6 +163,19 @@ def _read_transcript(db: sqlite3.Connection, line_id: int) -> Transcript:
     )
     spans: list[Span] = [span_of_row(*row) for row in rows]
     return Transcript(tuple(spans))
+
+
+def _read_last_ids(db: sqlite3.Connection, line_id: int, number: int) -> tuple[int, ...]:
+    """The line's last token ids, so many of them."""
+    rows = db.execute(
+        "SELECT token_ids FROM spans WHERE line = ? ORDER BY position DESC", (line_id,)
+    )
+    last: tuple[int, ...] = ()
+    for (data,) in rows if number else ():
+        last = (*decode_ids(data), *last)
+        if len(last) >= number:
+            break
+    return last[len(last) - number :]
 
 
 def _read_blocks(db: sqlite3.Connection, line_id: int) -> tuple[BlockHash, ...]:

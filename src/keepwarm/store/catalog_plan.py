@@ -18,11 +18,12 @@ Head = NodeId | None
 ROOT: NodeId = 0
 
 _PUT_AGENT = """
-    INSERT INTO agents (agent, name, pinned, priority, quota_bytes, policy, overflow, model)
-    VALUES (?, ?, ?, ?, ?, ?, ?, ?)
+    INSERT INTO agents
+        (agent, name, pinned, priority, quota_bytes, policy, overflow, model, has_fixed_main)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
     ON CONFLICT (agent) DO UPDATE SET pinned = excluded.pinned, priority = excluded.priority,
         quota_bytes = excluded.quota_bytes, policy = excluded.policy, overflow = excluded.overflow,
-        model = excluded.model
+        model = excluded.model, has_fixed_main = excluded.has_fixed_main
 """
 _PUT_LINE = """
     INSERT INTO lines
@@ -239,6 +240,7 @@ def _agent_row(agent_row: int, state: AgentState) -> tuple[Any, ...]:
         settings.policy,
         settings.overflow,
         state.model,
+        state.has_fixed_main,
     )
 
 

@@ -4,6 +4,7 @@ import heapq
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from keepwarm.core.block import BlockHash, child_hash
 from keepwarm.core.errors import InvariantBroken
@@ -65,6 +66,20 @@ class RecordIndex:
                 break
             parent = runs[-1].record.hash
         return found
+
+    def num_stored(
+        self,
+        block_hashes: Sequence[BlockHash],
+        tail_ids: Sequence[int],
+        roots: Sequence[BlockHash],
+    ) -> int:
+        """How many of a line's first tokens there are, by its blocks and the ids behind them."""
+        whole = list(takewhile(self._chain, block_hashes))
+        num_tokens = len(whole) * BLOCK_TOKENS
+        if len(whole) < len(block_hashes):
+            return num_tokens
+        runs = (self.runs_of_block(parent, tail_ids) for parent in whole[-1:] or roots)
+        return num_tokens + max((run[-1].record.stop for run in runs if run), default=0)
 
     def runs_of_block(self, parent: BlockHash, token_ids: Sequence[int]) -> list[Entry]:
         """The records that hold the most of one block's first tokens, in order."""

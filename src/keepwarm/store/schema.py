@@ -119,11 +119,16 @@ def _distrust_texts(db: sqlite3.Connection) -> None:
     db.execute("UPDATE spans SET is_whole = 0 WHERE is_special = 0")
 
 
+def _add_fixed_mains(db: sqlite3.Connection) -> None:
+    db.execute("ALTER TABLE agents ADD COLUMN has_fixed_main INTEGER NOT NULL DEFAULT 0")
+
+
 STEPS: tuple[Step, ...] = (
     _create_tables,
     _add_overflow_and_receipts,
     _add_models,
     _distrust_texts,
+    _add_fixed_mains,
 )
 """Step n takes version n to n + 1; an empty file has version 0."""
 

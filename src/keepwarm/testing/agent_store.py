@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 
 from keepwarm.core.agent import PRIVATE
@@ -168,6 +169,23 @@ class MemoryAgentStore:
             )
             for _, state in sorted(self._agents.items())
         ]
+
+    def models(self) -> dict[str, str]:
+        return {agent_id: state.model for agent_id, state in self._agents.items()}
+
+    def num_stored(self, agent_id: str) -> int:
+        state = self._agents.get(agent_id)
+        if state is None or not state.mains:
+            return 0
+        line = max(state.mains, key=lambda main: main.last_used)
+        whole = list(takewhile(self._kept.__contains__, line.block_hashes))
+        num_tokens = len(whole) * BLOCK_TOKENS
+        if len(whole) < len(line.block_hashes):
+            return num_tokens
+        tail_ids = line.transcript.token_ids[num_tokens:]
+        first = (kept.record for kept in self._kept.values() if not kept.record.first_position)
+        runs = [self._runs_of_block(p, tail_ids) for p in whole[-1:] or {r.before for r in first}]
+        return num_tokens + max((run[-1].stop for run in runs if run), default=0)
 
     def write_bundle(self, family: KVFamily, tokenizer: str, state: AgentState, path: Path) -> int:
         ticket = self._next_ticket()

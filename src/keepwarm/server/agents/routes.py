@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Annotated
@@ -18,6 +18,7 @@ from keepwarm.core.errors import (
     InvalidRequest,
 )
 from keepwarm.core.stored import DEFAULT_SETTINGS, AgentSettings
+from keepwarm.engine.agents import AgentView
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
 from keepwarm.engine.bundles import ExportSummary, ImportSummary
 from keepwarm.engine.fleet import Fleet
@@ -66,16 +67,16 @@ async def list_agents(
     after: str | None = None,
 ) -> Response:
     """The caller's agents by name, a page at a time: `after` is the last name one has."""
-    views = await serving.engine.call(lambda fleet: fleet.agents())
-    mine = {
-        serving.caller.shown(view.agent_id): view
-        for view in views
-        if serving.caller.owns(view.agent_id)
-    }
-    names = sorted(name for name in mine if after is None or name > after)
-    default = serving.default_model
-    page = [card_of(mine[name], name, default_model=default) for name in names[:limit]]
-    return json_answer(AgentPage(page, len(names) > limit))
+    caller, default = serving.caller, serving.default_model
+
+    def one_more(views: Sequence[AgentView]) -> list[AgentView]:
+        mine = {caller.shown(v.agent_id): v for v in views if caller.owns(v.agent_id)}
+        names = sorted(name for name in mine if after is None or name > after)
+        return [mine[name] for name in names[: limit + 1]]
+
+    views = await serving.engine.agents(one_more)
+    page = [card_of(v, caller.shown(v.agent_id), default_model=default) for v in views[:limit]]
+    return json_answer(AgentPage(page, len(views) > limit))
 
 
 @router.put(

@@ -18,6 +18,7 @@ from keepwarm.server.anthropic.schema import (
 )
 from keepwarm.server.caller import Caller
 from keepwarm.server.fields import limit_of, stops_of
+from keepwarm.server.identity import session_of
 from keepwarm.server.problems import Unsupported
 from keepwarm.server.settings import ServerConfig
 
@@ -53,7 +54,7 @@ def translate_messages(body: MessagesRequest, caller: Caller, config: ServerConf
     temperature = config.default_temperature if body.temperature is None else body.temperature
     user_id = body.metadata.user_id if body.metadata is not None else None
     request = GenerateRequest(
-        agent_id=caller.agent_of(user_id),
+        agent_id=caller.agent_of(session_of(user_id), user_id),
         namespace=caller.namespace,
         messages=messages,
         continue_final_message=is_begun(messages),
