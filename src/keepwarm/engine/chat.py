@@ -122,6 +122,8 @@ class TextContinuation:
         self._encoded: dict[int, Span] = {}
 
     def num_shared(self, known: Transcript) -> int:
+        if not known.num_tokens:  # most lines, where many requests come at once
+            return 0
         num_shared = 0
         for position, (stored, piece) in enumerate(zip(known.spans, self._wanted, strict=False)):
             if not stored.says(piece):
