@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keepwarm.core.block import BlockHash, child_hash
-from keepwarm.core.errors import InvariantBroken
+from keepwarm.core.errors import DamagedAgent, InvariantBroken
 from keepwarm.core.layout import CacheLayout, LayerLayout
 from keepwarm.core.ports import Message
 from keepwarm.core.stored import (
@@ -30,7 +30,7 @@ from keepwarm.core.stored import (
 )
 from keepwarm.core.transcript import NO_TEXT, Receipt, Span, Transcript, Turn
 from keepwarm.store import catalog as catalog_module
-from keepwarm.store import schema
+from keepwarm.store import schema, seals
 from keepwarm.store.catalog import Catalog, CatalogReader, RecordRow, set_aside
 from keepwarm.store.catalog_errors import (
     CatalogCorrupt,
@@ -478,11 +478,28 @@ def test_an_older_catalogue_is_migrated(path: Path) -> None:
 
 
 def test_agents_of_before_there_were_models_are_at_the_default_one(path: Path) -> None:
-    with Catalog.open(path, schema.STEPS[:2]) as old:
-        old._db.execute("INSERT INTO agents VALUES (1, 'ada', 1, 3, NULL, 'exact', 'error')")
-        old._db.commit()
+    old = schema.open_for_writing(path, schema.STEPS[:2])
+    old.execute("INSERT INTO agents VALUES (1, 'ada', 1, 3, NULL, 'exact', 'error')")
+    old.close()
     with Catalog.open(path) as catalog:
         assert catalog.load_agent("ada") == agent("ada", pinned=True, priority=3)
+        assert catalog.find_damaged() == {}
+
+
+def test_rows_of_before_there_were_seals_are_sealed_as_they_are(path: Path) -> None:
+    states = [last(chat("ada", 3)), last(chat("bob", 2))]
+    with Catalog.open(path) as catalog:
+        for state in states:
+            catalog.commit(state)
+        catalog.add_records([record_row(number) for number in range(3)])
+        for table in seals.COLUMNS:
+            catalog._db.execute(f"ALTER TABLE {table} DROP COLUMN seal")
+        catalog._db.execute("ALTER TABLE agents DROP COLUMN num_lines")
+        catalog._db.execute(f"PRAGMA user_version={len(schema.STEPS) - 1}")
+    with Catalog.open(path) as catalog:
+        assert [catalog.load_agent(state.agent_id) for state in states] == states
+        assert catalog.load_records() == [record_row(number) for number in range(3)]
+        catalog.check()
 
 
 def test_a_failed_migration_changes_nothing(path: Path) -> None:
@@ -541,16 +558,9 @@ def without_a_table(path: Path) -> None:
     db.close()
 
 
-def with_a_strange_layout(path: Path) -> None:
-    full_of_records(path)
-    db = sqlite3.connect(path, isolation_level=None)
-    db.execute("UPDATE families SET layout = '{}'")
-    db.close()
-
-
 @pytest.mark.parametrize(
     "damage",
-    [garbage, garbage_tables, cut_short, foreign, without_a_table, with_a_strange_layout],
+    [garbage, garbage_tables, cut_short, foreign, without_a_table],
     ids=lambda damage: damage.__name__,
 )
 def test_a_damaged_file_is_typed_and_can_be_set_aside(
@@ -589,14 +599,38 @@ def test_damage_in_the_middle_is_found_by_reading(path: Path) -> None:
         "UPDATE spans SET text = x'ff'",
     ],
 )
-def test_rows_that_cannot_be_decoded_are_damage(catalog: Catalog, damage: str) -> None:
+@pytest.mark.parametrize("is_sealed", [False, True])
+def test_rows_that_cannot_be_decoded_are_damage_and_are_written_anew(
+    catalog: Catalog, damage: str, is_sealed: bool
+) -> None:
+    catalog.commit(last(chat("bob", 2)))
     catalog.commit(last(chat("ada", 2)))
     catalog._recent.take("ada")
     catalog._db.execute(damage.replace("'{'", "x'7b'"))
-    with pytest.raises(CatalogCorrupt, match="ada"):
+    if is_sealed:
+        seals.seal_all(catalog._db)
+    with pytest.raises(DamagedAgent, match="ada"):
         catalog.load_agent("ada")
-    with pytest.raises(CatalogCorrupt, match="ada"):
-        catalog.commit(last(chat("ada", 1)))
+    state = last(chat("ada", 1))
+    catalog.commit(state)
+    catalog._recent.take("ada")
+    assert catalog.load_agent("ada") == state
+
+
+def test_damaged_rows_about_records_are_dropped(path: Path) -> None:
+    full_of_records(path)
+    with Catalog.open(path) as catalog:
+        catalog.add_records([record_row(5000, OTHER_FAMILY)])
+        catalog._db.execute("UPDATE records SET stop = 1 << 40 WHERE depth = 7")
+        catalog._db.execute("UPDATE records SET hash = x'00' WHERE depth = 8")
+        catalog._db.execute("UPDATE families SET layout = '{}' WHERE lineage = 'q8'")
+    with Catalog.open(path) as catalog:
+        rows = catalog.load_records()
+        assert rows == [record_row(number) for number in range(2000) if number not in (7, 8)]
+        catalog.add_records([record_row(7), record_row(5000, OTHER_FAMILY)])
+    with Catalog.open(path) as catalog:
+        assert len(catalog.load_records()) == 2000
+        catalog.check()
 
 
 def test_set_aside_takes_the_log_along_and_never_overwrites(path: Path) -> None:
@@ -771,7 +805,7 @@ def test_a_killed_process_loses_nothing_that_it_had_acknowledged(path: Path, see
         "DELETE FROM line_blocks WHERE depth = 0",
         "UPDATE line_blocks SET hash = x'00'",
         "DELETE FROM messages WHERE node = 1",
-        "INSERT INTO messages SELECT line, 99, node, json FROM messages LIMIT 1",
+        "INSERT INTO messages SELECT line, 99, node, json, 0 FROM messages LIMIT 1",
         "DELETE FROM agents",
         "UPDATE agents SET priority = 3",
     ],

@@ -46,6 +46,7 @@ PAGE = 1000
 MAX_COLUMNS = 10_000
 PIECE_BYTES = 1 << 20
 LEFT_OUT = "X-Keepwarm-Left-Out-Tokens"
+DAMAGE = "X-Keepwarm-Damage"
 
 
 class FileTrouble(KeepwarmError):
@@ -274,7 +275,7 @@ def rm(
     """Delete an agent and what only it owned, from the disk as well."""
     with Client(url) as client:
         if not yes:
-            _confirm(client.get(agent_path(name)))
+            _confirm(name, client)
         result = client.delete(agent_path(name))
     if as_json:
         write_json(result)
@@ -310,10 +311,16 @@ def _size(text: str) -> int:
         raise typer.BadParameter(error.problem, param_hint="--quota") from error
 
 
-def _confirm(agent: dict[str, Any]) -> None:
+def _confirm(name: str, client: Client) -> None:
+    try:
+        length = _length(client.get(agent_path(name)))
+    except Refused as error:
+        if error.kind != "agent_damaged":
+            raise
+        length = "damaged conversation"
     if not sys.stdin.isatty():
         raise typer.BadParameter("nobody can be asked here; add --yes to delete it")
-    typer.confirm(f"Delete {agent['id']} with its {_length(agent)}?", abort=True, err=True)
+    typer.confirm(f"Delete {name} with its {length}?", abort=True, err=True)
 
 
 # -- files -----------------------------------------------------------------------------------------
@@ -329,6 +336,9 @@ def _download(client: Client, name: str, path: Path, *, force: bool) -> int:
             for piece in answer.iter_bytes(PIECE_BYTES):
                 target.write(piece)
                 advance(len(piece))
+        if damage := answer.headers.get(DAMAGE):
+            text = f"{name} is damaged ({damage}): the file has what could be read"
+            Console(stderr=True).print(for_terminal(text), style="yellow", markup=False)
         return int(answer.headers.get(LEFT_OUT, 0))
 
 
@@ -447,6 +457,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     grid.add_column("")
     for row in rows:
         flags = [flag for flag in ("running", "pinned", "private") if row[flag]]
+        flags += ["damaged"] if row["damage"] else []
         grid.add_row(
             for_terminal(row["id"]),
             row["tier"],

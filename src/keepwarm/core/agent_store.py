@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 from keepwarm.core.block import BlockHash
-from keepwarm.core.errors import NoAgentStore
+from keepwarm.core.errors import DamagedAgent, NoAgentStore
 from keepwarm.core.stored import (
     AgentState,
     AgentSummary,
@@ -92,10 +92,16 @@ class AgentStore(Protocol):
         ...
 
     def load_agent(self, agent_id: str) -> AgentState | None:
-        """The agent as it was last committed, or is about to be."""
+        """The agent as it was last committed, or is about to be. Raises DamagedAgent."""
         ...
 
-    def summaries(self) -> list[AgentSummary]: ...
+    def salvage_agent(self, agent_id: str) -> AgentState:
+        """What can be read of a damaged agent. Raises DamagedAgent where that is nothing."""
+        ...
+
+    def summaries(self) -> list[AgentSummary]:
+        """All agents, damaged ones as well."""
+        ...
 
     def models(self) -> dict[str, str]:
         """By agent, the name of the model that it talked to last; empty for the default one."""
@@ -217,6 +223,9 @@ class NoStore:
 
     def load_agent(self, agent_id: str) -> AgentState | None:
         return None
+
+    def salvage_agent(self, agent_id: str) -> AgentState:
+        raise DamagedAgent(agent_id, "nothing of it is stored")
 
     def summaries(self) -> list[AgentSummary]:
         return []

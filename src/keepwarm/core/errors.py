@@ -140,6 +140,18 @@ class AgentExists(KeepwarmError):
         self.agent_id = agent_id
 
 
+class DamagedAgent(KeepwarmError):
+    """What is on disk of the agent cannot be read whole. Others are not affected."""
+
+    def __init__(self, agent_id: str, problem: str) -> None:
+        super().__init__(
+            f"agent {agent_id!r} is damaged on the disk and set aside: {problem}; export what can "
+            "be read of it, delete it, or use another name"
+        )
+        self.agent_id = agent_id
+        self.problem = problem
+
+
 class AgentBusy(KeepwarmError):
     """The agent has a request running, and what was asked for needs its main line at rest."""
 

@@ -159,7 +159,10 @@ class AgentState:
 
 @dataclass(frozen=True, slots=True)
 class AgentSummary:
-    """An agent as a listing shows it. `is_private`: its main line is not verified yet."""
+    """An agent as a listing shows it. `is_private`: its main line is not verified yet.
+
+    `damage`: why it cannot be read; what else is said of it means nothing then.
+    """
 
     agent_id: str
     settings: AgentSettings
@@ -169,6 +172,7 @@ class AgentSummary:
     last_used: int
     is_private: bool = False
     model: str = ""
+    damage: str = ""
 
 
 @dataclass(frozen=True, slots=True)

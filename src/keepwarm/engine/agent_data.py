@@ -7,9 +7,10 @@ from pathlib import Path
 
 from keepwarm.core.agent import in_namespace
 from keepwarm.core.agent_store import AgentStore
-from keepwarm.core.errors import AgentExists, InvariantBroken
+from keepwarm.core.errors import AgentExists, DamagedAgent, InvalidRequest, InvariantBroken
 from keepwarm.core.ports import LoadedModel
 from keepwarm.core.stored import (
+    AgentState,
     Bundle,
     BundleRead,
     BundleStored,
@@ -31,6 +32,9 @@ from keepwarm.engine.keeper import AgentKeeper
 from keepwarm.engine.requests import valid_agent_id
 from keepwarm.engine.store_link import StoreLink
 from keepwarm.engine.tiers import Tiers
+
+NAMELESS = "damaged"
+"""An agent's name in a bundle where its own is none any more."""
 
 
 class AgentPorter:
@@ -60,18 +64,19 @@ class AgentPorter:
     def exporting(self, agent_id: str, path: Path, timeout_s: float) -> Steps[ExportSummary]:
         """The agent as its last turn left it, whatever it does meanwhile.
 
-        What the disk has not taken within `timeout_s` is left out and counted.
+        What the disk has not taken within `timeout_s` is left out and counted; of a damaged agent,
+        what cannot be read.
         """
-        agent = self._book.get_staying(agent_id)
+        try:
+            agent = self._book.get_staying(agent_id)
+        except DamagedAgent as error:
+            return (yield from self._exporting_rest(agent_id, path, error.problem))
         # A bundle does not say which line was used last: it is the one that knows the most.
         foreign = tuple(line for line in agent.foreign if _is_part_of(agent.main, line))
         state = self._keeper.state_of(replace(agent, foreign=foreign))
         held = {line.number: line.num_held() for line in agent.lines}
         yield from self._saving(agent, timeout_s)
-        ticket = self._store.write_bundle(self._family, self._tokenizer.fingerprint, state, path)
-        written = yield from self._link.answered(
-            ticket, BundleWritten, undo=lambda: self._store.remove_bundle(path)
-        )
+        written = yield from self._writing(state, path)
         own = [line for line in state.lines if line.tokenizer == self._tokenizer.fingerprint]
         stored = {line.number: self._num_stored(line) for line in own}
         missing = (max(held[number] - num, 0) for number, num in stored.items())
@@ -127,6 +132,29 @@ class AgentPorter:
         return max(line.num_held() - stored(line.transcript.token_ids, line.blocks.namespace), 0)
 
     # -- inside ----------------------------------------------------------------------------------
+
+    def _exporting_rest(self, agent_id: str, path: Path, damage: str) -> Steps[ExportSummary]:
+        """Raises DamagedAgent where nothing can be read."""
+        state = self._store.salvage_agent(agent_id)
+        try:
+            valid_agent_id(agent_id)
+        except InvalidRequest:  # the name is what was damaged
+            state = replace(state, agent_id=NAMELESS)
+        written = yield from self._writing(state, path)
+        stored = self._tiers.saver.stored_tokens
+        own = [line for line in state.lines if line.tokenizer == self._tokenizer.fingerprint]
+        num_stored = sum(stored(line.transcript.token_ids, line.namespace) for line in own)
+        return ExportSummary(
+            agent_id, path, written.file_bytes, written.num_records, num_stored, 0, damage
+        )
+
+    def _writing(self, state: AgentState, path: Path) -> Steps[BundleWritten]:
+        ticket = self._store.write_bundle(self._family, self._tokenizer.fingerprint, state, path)
+        return (
+            yield from self._link.answered(
+                ticket, BundleWritten, undo=lambda: self._store.remove_bundle(path)
+            )
+        )
 
     def _saving(self, agent: Agent, timeout_s: float) -> Steps[None]:
         """Wait until the disk has taken the KV of what was said, unless it refuses or is slow."""

@@ -99,7 +99,8 @@ class AgentView:
 
     `slab_bytes` is 0 unless it is hot; bytes of shared blocks are the pool's affair. One that is
     not here is on disk only, and what that holds of it is still to be counted.
-    `is_private`: it was imported, and its KV is not verified yet. `model`: as an agent's.
+    `is_private`: it was imported, and its KV is not verified yet. `model`: as an agent's. `damage`:
+    why it cannot be read; what else is said of it means nothing then.
     """
 
     agent_id: str
@@ -113,6 +114,7 @@ class AgentView:
     pinned: bool
     is_private: bool = False
     model: str = ""
+    damage: str = ""
     is_here: bool = True
 
     def holding(self, num_stored: int) -> "AgentView":
@@ -132,8 +134,9 @@ class Choice:
 class AgentBook:
     """Owns agents and lines. Blocks belong to the tiers; `new_blocks` and `forget` reach them.
 
-    An agent that is not here is asked of `load` before it counts as unknown. `give_way` ends what
-    goes on with an agent though no request of it runs.
+    An agent that is not here is asked of `load` before it counts as unknown; that raises
+    DamagedAgent for one that cannot be read. `give_way` ends what goes on with an agent though no
+    request of it runs.
     """
 
     def __init__(
@@ -391,6 +394,7 @@ def view_of_summary(summary: AgentSummary) -> AgentView:
         is_private=summary.is_private,
         model=summary.model,
         is_here=False,
+        damage=summary.damage,
     )
 
 

@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from keepwarm.core.agent_store import AgentStore, NoStore
-from keepwarm.core.errors import AgentBusy, EngineStopped, InvalidRequest, QueueFull
+from keepwarm.core.errors import (
+    AgentBusy,
+    DamagedAgent,
+    EngineStopped,
+    InvalidRequest,
+    QueueFull,
+)
 from keepwarm.core.events import Event
 from keepwarm.core.fidelity import kv_bound
 from keepwarm.core.policies import EngineConfig
@@ -665,10 +671,13 @@ class BlockPoolBatchEngine:
     def delete(self, agent_id: str) -> Commit:
         """The agent and what only it owned go for good: from memory when the disk has let it go.
 
-        Until then it is busy. Where the disk refuses, it is as it was, in memory as well. Raises
-        UnknownAgent, AgentBusy.
+        Until then it is busy. Where the disk refuses, it is as it was, in memory as well. One that
+        is damaged can be deleted. Raises UnknownAgent, AgentBusy.
         """
-        agent = self._book.get_idle(agent_id, "delete it")
+        try:
+            agent = self._book.get_idle(agent_id, "delete it")
+        except DamagedAgent:
+            return self._link.delete(agent_id)
         agent.is_leaving = True
         commit = self._link.delete(agent_id)
         commit.then(partial(self._end_deletion, agent))

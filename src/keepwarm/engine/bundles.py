@@ -22,7 +22,7 @@ class ExportSummary:
     """An agent in a file.
 
     `num_tokens` of its lines have their KV in it; that of `num_left_out` more was in memory, and
-    the disk had not taken it.
+    the disk had not taken it. `damage`: why it is not all that was said.
     """
 
     agent_id: str
@@ -31,6 +31,7 @@ class ExportSummary:
     num_records: int
     num_tokens: int
     num_left_out: int
+    damage: str = ""
 
 
 @dataclass(frozen=True, slots=True)

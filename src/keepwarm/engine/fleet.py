@@ -230,6 +230,10 @@ class Fleet:
         summaries = (s for s in self.store.summaries() if s.agent_id not in here)
         return (*here.values(), *map(view_of_summary, summaries))
 
+    def is_damaged(self, agent_id: str) -> bool:
+        """Whether the agent is listed as damaged."""
+        return any(s.agent_id == agent_id and s.damage for s in self.store.summaries())
+
     def fork(self, agent_id: str, new_id: str, *, at_turn: int | None = None) -> Commit:
         """As the engine's own; a name that any engine knows is taken."""
         if self._holds(new_id):

@@ -98,6 +98,9 @@ class StoreShare:
     def load_agent(self, agent_id: str) -> AgentState | None:
         return self._store.load_agent(agent_id)
 
+    def salvage_agent(self, agent_id: str) -> AgentState:
+        return self._store.salvage_agent(agent_id)
+
     def summaries(self) -> list[AgentSummary]:
         return self._store.summaries()
 

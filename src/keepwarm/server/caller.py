@@ -30,6 +30,10 @@ class Caller:
         """The whole name of an agent that is named in a path. Raises InvalidRequest."""
         return in_namespace(self.namespace, valid_name(name))
 
+    def stored_agent(self, name: str) -> str:
+        """The same for one that is there already, whose name may have been damaged on the disk."""
+        return in_namespace(self.namespace, name)
+
     def must_be_admin(self) -> None:
         """Raises NotAllowed for a user's key."""
         if not self.role.is_admin:

@@ -14,6 +14,7 @@ from keepwarm.core.errors import (
     AgentExists,
     BadBundle,
     CalledOff,
+    DamagedAgent,
     DeadlineExceeded,
     DeletionRefused,
     EngineBroke,
@@ -59,6 +60,7 @@ class Kind(StrEnum):
     MODEL_UNAVAILABLE = "model_unavailable"
     TIMEOUT = "timeout"
     STORAGE = "storage_refused"
+    DAMAGED = "agent_damaged"
     INTERNAL = "internal_error"
 
 
@@ -119,6 +121,7 @@ _STATUS: tuple[tuple[type[Exception], int, Kind], ...] = (
     (NoAgentStore, 400, Kind.UNSUPPORTED),
     (TransferFailed, 507, Kind.INTERNAL),
     (DeletionRefused, 507, Kind.STORAGE),
+    (DamagedAgent, 410, Kind.DAMAGED),
     (GeneratorFailed, 500, Kind.INTERNAL),
     (RequestBroke, 500, Kind.INTERNAL),
 )

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Self
 
 from keepwarm.core.block import BlockHash
-from keepwarm.core.errors import ConfigError, InvariantBroken
+from keepwarm.core.errors import ConfigError, DamagedAgent, InvariantBroken
 from keepwarm.core.stored import (
     AgentState,
     AgentSummary,
@@ -34,6 +34,8 @@ from keepwarm.core.stored import (
 from keepwarm.store.bundle_jobs import BundleJobs
 from keepwarm.store.catalog import CatalogReader
 from keepwarm.store.catalog_errors import CatalogCorrupt, CatalogUnavailable
+from keepwarm.store.catalog_load import damaged_summary
+from keepwarm.store.catalog_opening import Opened
 from keepwarm.store.commits import Change, Commits
 from keepwarm.store.disk_room import DiskRoom
 from keepwarm.store.disk_store import (
@@ -44,7 +46,6 @@ from keepwarm.store.disk_store import (
     FetchDone,
     ImportDone,
     Limits,
-    Opened,
     Outcome,
     Probed,
     Reconciled,
@@ -94,6 +95,10 @@ class StoreConfig:
 
 
 MIN_BUDGET_BYTES = 8 << 20
+_UNLISTED = (
+    "agents that are only on disk cannot be listed: a page of the catalogue is damaged; start the "
+    "server again, which takes over those that can be read"
+)
 PROBE_BYTES = 64 << 10
 MAX_PROBE_BYTES = 16 << 20
 
@@ -148,6 +153,10 @@ class AgentCacheStore:
         )
         self._clock_ticks = opened.clock
         self._is_erasure_due = opened.needs_erasing
+        self._notices = opened.notices
+        self._damaged: dict[str, str] = {}
+        for agent_id, problem in opened.damaged.items():
+            self._note_damage(agent_id, problem)
         self._load(opened)
         self._reader = CatalogReader.open(self.path / CATALOG_NAME)
         self._look_on()
@@ -193,7 +202,7 @@ class AgentCacheStore:
         """The agent as the catalogue has it, as far as it can be read."""
         try:
             return self._reader.load_agent(change.agent_id)
-        except (CatalogCorrupt, CatalogUnavailable):
+        except (DamagedAgent, CatalogUnavailable):
             return None
 
     # -- KV --------------------------------------------------------------------------------------
@@ -270,7 +279,8 @@ class AgentCacheStore:
 
     def delete_agent(self, agent_id: str) -> int:
         ticket = next(self._tickets)
-        self.load_agent(agent_id)  # whose records are counted then
+        with suppress(DamagedAgent):
+            self.load_agent(agent_id)  # whose records are counted then
         self._post_commit(Change(ticket, agent_id, None))
         return ticket
 
@@ -281,21 +291,53 @@ class AgentCacheStore:
         change = self._commits.last_of(agent_id)
         if change is not None:
             return change.state
-        state = self._reader.load_agent(agent_id)
+        if agent_id in self._damaged:
+            raise DamagedAgent(agent_id, self._damaged[agent_id])
+        try:
+            state = self._reader.load_agent(agent_id)
+        except DamagedAgent as error:
+            self._note_damage(agent_id, error.problem)
+            raise
         if state is not None:
             self._index.usage.know(state)
         return state
 
+    def salvage_agent(self, agent_id: str) -> AgentState:
+        return self._reader.salvage_agent(agent_id)
+
     def summaries(self) -> list[AgentSummary]:
         gone = self._commits.deleted()
-        return [s for s in self._reader.summaries() if s.agent_id not in gone]
+        found = {s.agent_id: s for s in self._summaries() if s.agent_id not in gone}
+        for name, problem in self._damaged.items():
+            if name in found:
+                found[name] = damaged_summary(name, problem)
+        return list(found.values())
+
+    def _summaries(self) -> list[AgentSummary]:
+        """None where a page is damaged: the next start takes over what can be read of the rest."""
+        try:
+            return self._reader.summaries()
+        except CatalogCorrupt as error:
+            if _UNLISTED not in self._notices:
+                self._notices = (*self._notices, _UNLISTED)
+                log.error("%s; %s", error, _UNLISTED)
+            return []
+
+    def _note_damage(self, agent_id: str, problem: str) -> None:
+        log.error("%s. Other agents are not affected", DamagedAgent(agent_id, problem))
+        self._damaged[agent_id] = problem
 
     def models(self) -> dict[str, str]:
         gone = self._commits.deleted()
-        return {name: model for name, model in self._reader.models().items() if name not in gone}
+        try:
+            models = self._reader.models()
+        except CatalogCorrupt:  # said where agents are listed
+            return {}
+        models |= dict.fromkeys(self._damaged.keys() & models.keys(), "")
+        return {name: model for name, model in models.items() if name not in gone}
 
     def num_stored(self, agent_id: str) -> int:
-        with suppress(CatalogCorrupt):  # nothing can be served of an agent that cannot be read
+        with suppress(DamagedAgent):  # nothing can be served of an agent that cannot be read
             line = self._reader.main_line(agent_id)
             if line is not None:
                 return self._index.num_stored(line.block_hashes, line.tail_ids, line.roots)
@@ -350,7 +392,16 @@ class AgentCacheStore:
             num_queued=len(self._queued),
             written_bytes=self._health.written_bytes,
             evicted_bytes=self._health.evicted_bytes,
+            notices=(*self._notices, *self._damage_notices()),
         )
+
+    def _damage_notices(self) -> tuple[str, ...]:
+        """Without names: whoever asks for health may not know all agents."""
+        if not self._damaged:
+            return ()
+        number = len(self._damaged)
+        agents = "1 agent is" if number == 1 else f"{number} agents are"
+        return (f"{agents} damaged and set aside; the log and the list of agents name what is",)
 
     def check(self) -> None:
         self._index.check()
@@ -444,6 +495,7 @@ class AgentCacheStore:
         if done.fault is None and done.refusal is None:
             self._health.note_success(Work.COMMITS)
             self._commits.note_taken(change)
+            self._damaged.pop(change.agent_id, None)
             if change.state is None:
                 self._erase(change)
                 return
@@ -507,7 +559,10 @@ class AgentCacheStore:
     def _post_commit(self, change: Change, *, is_retry: bool = False) -> None:
         self._commits.begin(change, is_retry=is_retry)
         if change.state is None:
-            command = partial(self._disk.delete_agent, change.ticket, change.agent_id)
+            is_damaged = change.agent_id in self._damaged
+            command = partial(
+                self._disk.delete_agent, change.ticket, change.agent_id, is_damaged=is_damaged
+            )
         else:
             command = partial(self._disk.commit, change.ticket, change.state)
         self._thread.post(Priority.COMMIT, command)

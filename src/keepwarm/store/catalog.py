@@ -4,34 +4,40 @@ Agents are durable when `commit` returns. Records are rows about files that may 
 survive the process, and a power cut may take the last of them.
 """
 
+import logging
 import sqlite3
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import starmap
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
 from keepwarm.core.block import BlockHash
-from keepwarm.core.errors import InvariantBroken
+from keepwarm.core.errors import DamagedAgent, InvariantBroken
 from keepwarm.core.stored import AgentState, AgentSummary, KVFamily
 from keepwarm.store import schema
 from keepwarm.store.bulk import without_gc
 from keepwarm.store.catalog_check import check_tables
-from keepwarm.store.catalog_errors import CatalogUnavailable
+from keepwarm.store.catalog_errors import CatalogCorrupt, CatalogUnavailable
 from keepwarm.store.catalog_load import (
+    UNREADABLE,
     MainLine,
-    decoding,
+    find_damaged,
     read_agent,
     read_main_line,
     read_summaries,
 )
 from keepwarm.store.catalog_plan import CommittedAgent, RowIds, plan_commit
 from keepwarm.store.catalog_rows import BlockUsage, RecordRow, decode_layout, encode_layout
+from keepwarm.store.catalog_salvage import salvage
 from keepwarm.store.schema import set_aside, translated
+from keepwarm.store.seals import COLUMNS, insert, seal_of, sealed, select, sound
 
 __all__ = ["Catalog", "CatalogReader", "RecordRow", "set_aside"]
+
+log = logging.getLogger("keepwarm.store")
 
 Synchronous = Literal["FULL", "NORMAL"]
 
@@ -39,13 +45,27 @@ MAX_RECENT_AGENTS = 256
 MAX_RECENT_TOKENS = 2_000_000
 """About 80 MB where nobody else holds the states."""
 
-_RECORD_COLUMNS = "hash, before, parent, depth, start, stop, family, file_bytes, maker"
-_PUT_RECORD = f"INSERT OR REPLACE INTO records ({_RECORD_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?)"
+_PUT_RECORD = insert("records")
+_RECORDS = f"SELECT created, {COLUMNS['records']}, seal FROM records ORDER BY created"
+_DISOWN = f"""
+    UPDATE records SET maker = NULL, seal = seal_of({COLUMNS["records"].replace("maker", "NULL")})
+    WHERE maker = ?
+"""
 _SCRUB = "scrub"
 _PROBE = "probe"
-_ADD_FAMILY = """
-    INSERT INTO families (family, fingerprint, layout, lineage, namespace) VALUES (?, ?, ?, ?, ?)
+_ADD_FAMILY = insert("families")
+_USERS = """
+    SELECT hash, line FROM line_blocks WHERE typeof(hash) = 'blob' AND length(hash) = 32
 """
+_ORPHANS = (
+    "DELETE FROM lines WHERE agent NOT IN (SELECT agent FROM agents)",
+    *(
+        f"DELETE FROM {table} WHERE line NOT IN (SELECT line FROM lines)"
+        for table in ("spans", "messages", "turns", "line_blocks")
+    ),
+)
+_MAX_ID = 1 << 40
+"""Of agents and lines: larger ones are damage, and are not counted on from."""
 
 
 class _Connection:
@@ -84,24 +104,51 @@ class _Connection:
             return dict(self._db.execute("SELECT name, model FROM agents"))
 
     def main_line(self, name: str) -> MainLine | None:
-        """As far as its KV is looked up by it. Raises CatalogCorrupt."""
-        with self._snapshot("main_line"):
-            return read_main_line(self._db, self.path, name)
+        """As far as its KV is looked up by it. Raises DamagedAgent."""
+        try:
+            with self._snapshot("main_line"):
+                return read_main_line(self._db, name)
+        except CatalogCorrupt as error:
+            raise DamagedAgent(name, error.problem) from error
 
     def load_agent(self, name: str) -> AgentState | None:
-        """What was committed last, equal to it. Raises CatalogCorrupt."""
-        with self._snapshot("load_agent"):
-            found = read_agent(self._db, self.path, name)
+        """What was committed last, equal to it. Raises DamagedAgent."""
+        found = self._read(name, "load_agent")
         return None if found is None else found.state
 
-    def load_pinned(self) -> list[AgentState]:
-        """The pinned agents."""
+    def salvage_agent(self, name: str) -> AgentState:
+        """What can be read of a damaged agent. Raises DamagedAgent where that is nothing."""
+        with self._snapshot("salvage_agent"):
+            return salvage(self._db, name)
+
+    def _read(self, name: str, operation: str) -> CommittedAgent | None:
+        """A damaged page is a damage of those whose rows are on it."""
+        try:
+            with self._snapshot(operation):
+                return read_agent(self._db, name)
+        except CatalogCorrupt as error:
+            raise DamagedAgent(name, error.problem) from error
+
+    def find_damaged(self) -> dict[str, str]:
+        """Agents of which one knows without reading them that they cannot be read, and why."""
+        with self._snapshot("find_damaged"):
+            return find_damaged(self._db)
+
+    def load_pinned(self, damaged: dict[str, str]) -> list[AgentState]:
+        """The pinned agents. Those that cannot be read are entered among the damaged ones."""
         with translated(self.path, "load_pinned"):
             names = self._db.execute(
                 "SELECT name FROM agents WHERE pinned ORDER BY name"
             ).fetchall()
-        states = [self.load_agent(name) for (name,) in names]
-        return [state for state in states if state is not None]
+        states: list[AgentState] = []
+        for (name,) in names:
+            try:
+                state = self.load_agent(name)
+            except DamagedAgent as error:
+                damaged.setdefault(name, error.problem)
+            else:
+                states += [] if state is None else [state]
+        return states
 
     def size_bytes(self) -> int:
         """What the database, its log and its index take on disk."""
@@ -169,31 +216,45 @@ class Catalog(_Connection):
     def commit(self, state: AgentState) -> None:
         """Make the agent what the state says. When this returns, a power cut changes nothing.
 
-        Raises CatalogUnavailable, and then nothing of it is kept; UnstorableMessage.
+        Rows of it that turn out to be damaged are written anew. Raises CatalogUnavailable, and then
+        nothing of it is kept; UnstorableMessage.
         """
-        known = self._recent.take(state.agent_id) or self._read_committed(state.agent_id)
+        name = state.agent_id
+        try:
+            known, is_damaged = self._recent.take(name) or self._read(name, "commit"), False
+        except DamagedAgent as error:
+            log.warning("agent %r is written anew: %s", name, error.problem)
+            known, is_damaged = None, True
         plan = plan_commit(known, state, self._ids)
         if plan.writes:
             with self._transaction("commit", "FULL"):
+                if is_damaged:
+                    self._remove(name, is_damaged=True)
                 for write in plan.writes:
                     self._db.executemany(write.sql, write.rows)
         self._recent.put(plan.committed)
 
-    def delete_agent(self, name: str, *, scrub: bool = True) -> None:
+    def delete_agent(self, name: str, *, scrub: bool = True, is_damaged: bool = False) -> None:
         """Remove every trace of the agent. Its records stay, as nobody's.
 
         Without `scrub`, which takes as long as copying the whole file, traces stay until it is
-        called. After CatalogUnavailable a second call finishes the work.
+        called. After CatalogUnavailable a second call finishes the work. Rows of a damaged agent
+        may say that they are of nobody: those go as well.
         """
         self._recent.take(name)
         with self._transaction("delete_agent", "FULL"):
             changes = self._db.total_changes
-            self._db.execute("UPDATE records SET maker = NULL WHERE maker = ?", (name,))
-            self._db.execute("DELETE FROM agents WHERE name = ?", (name,))
+            self._db.execute(_DISOWN, (name,))
+            self._remove(name, is_damaged=is_damaged)
             if self._db.total_changes > changes:
                 self._db.execute("INSERT OR IGNORE INTO chores (chore) VALUES (?)", (_SCRUB,))
         if scrub and self.needs_scrub:
             self.scrub()
+
+    def _remove(self, name: str, *, is_damaged: bool) -> None:
+        self._db.execute("DELETE FROM agents WHERE name = ?", (name,))
+        for orphans in _ORPHANS if is_damaged else ():
+            self._db.execute(orphans)
 
     @property
     def needs_scrub(self) -> bool:
@@ -233,10 +294,10 @@ class Catalog(_Connection):
         families = self._families | new_families
         ids = {family.root: family_id for family_id, family in families.items()}
         with self._transaction("add_records", "NORMAL"):
-            self._db.executemany(_ADD_FAMILY, starmap(_family_row, new_families.items()))
+            self._db.executemany(_ADD_FAMILY, sealed(starmap(_family_row, new_families.items())))
             self._db.executemany(
                 _PUT_RECORD,
-                ((*row[:6], ids[row.family.root], row.file_bytes, row.maker) for row in rows),
+                sealed((*row[:6], ids[row.family.root], row.file_bytes, row.maker) for row in rows),
             )
         self._families = families
 
@@ -249,26 +310,72 @@ class Catalog(_Connection):
             self._db.executemany("DELETE FROM records WHERE hash = ?", rows)
 
     def load_records(self) -> list[RecordRow]:
-        """All records in the order of their creation."""
+        """All records in the order of their creation; damaged rows are dropped from the tables.
+
+        Their files are found again by what is in them. Raises CatalogCorrupt for a damaged page.
+        """
         families = self._families
-        with self._bulk_read("load_records"), decoding(self.path, "a record"):
-            return [
-                RecordRow(h, before, parent, depth, start, stop, families[family], size, maker)
-                for h, before, parent, depth, start, stop, family, size, maker in self._db.execute(
-                    f"SELECT {_RECORD_COLUMNS} FROM records ORDER BY created"
-                )
-            ]
+        rows: list[RecordRow] = []
+        damaged: list[int] = []
+        with self._bulk_read("load_records"):
+            for (
+                created,
+                h,
+                before,
+                parent,
+                depth,
+                start,
+                stop,
+                kin,
+                size,
+                maker,
+                seal,
+            ) in self._db.execute(_RECORDS):
+                family = families.get(kin)
+                sum_ = seal_of(h, before, parent, depth, start, stop, kin, size, maker)
+                if family is None or sum_ != seal:
+                    damaged.append(created)
+                    continue
+                rows.append(RecordRow(h, before, parent, depth, start, stop, family, size, maker))
+        self._drop_damaged(damaged)
+        return rows
+
+    def _drop_damaged(self, records: Sequence[int]) -> None:
+        """A disk that refuses leaves them, to be dropped another time."""
+        with self._snapshot("load_records"):
+            ids = {row[0] for row in self._db.execute("SELECT family FROM families")}
+        families = [(family_id,) for family_id in ids - self._families.keys()]
+        if not records and not families:
+            return
+        log.error(
+            "%d damaged rows about records and %d about their families are dropped; the records "
+            "are found again by their files",
+            len(records),
+            len(families),
+        )
+        with suppress(CatalogUnavailable), self._transaction("load_records", "NORMAL"):
+            rows = [(created,) for created in records]
+            self._db.executemany("DELETE FROM records WHERE created = ?", rows)
+            self._db.executemany("DELETE FROM families WHERE family = ?", families)
+
+    def begin_records_anew(self) -> None:
+        """Where a page of these tables is damaged: they say only where KV is, and who uses it."""
+        with self._transaction("begin_records_anew", "NORMAL"):
+            schema.begin_anew(self._db, ("records", "families", "line_blocks"))
+        self._families = {}
+        self._recent = _RecentAgents()
 
     def load_usage(self) -> BlockUsage:
         """Who uses which blocks, stored or not."""
         with self._bulk_read("load_usage"):
-            age_of = dict(self._db.execute("SELECT line, last_used FROM lines"))
-            users = self._db.execute("SELECT hash, line FROM line_blocks").fetchall()
+            age_of = {row[0]: row[7] for row in sound(self._db.execute(select("lines")))}
+            users = self._db.execute(_USERS).fetchall()
             num_lines = Counter(block_hash for block_hash, _ in users)
             last_used: dict[BlockHash, int] = {}
             for block_hash, line in users:
-                if age_of[line] > last_used.get(block_hash, 0):
-                    last_used[block_hash] = age_of[line]
+                age = age_of.get(line, 0)
+                if age > last_used.get(block_hash, 0):
+                    last_used[block_hash] = age
         return BlockUsage(num_lines, last_used)
 
     def namespaces(self) -> set[str]:
@@ -280,15 +387,15 @@ class Catalog(_Connection):
     def clock(self) -> int:
         """The latest `last_used` of any line; 0 without lines."""
         with translated(self.path, "clock"):
-            query = "SELECT coalesce(max(last_used), 0) FROM lines"
-            return int(self._db.execute(query).fetchone()[0])
+            rows = sound(self._db.execute(select("lines")))
+            return max((int(row[7]) for row in rows), default=0)
 
     def check(self) -> None:
         """The tables agree with one another, and with what is remembered of them."""
         with self._snapshot("check"):
             check_tables(self._db)
             for agent in self._recent:
-                stored = read_agent(self._db, self.path, agent.state.agent_id)
+                stored = read_agent(self._db, agent.state.agent_id)
                 if stored is None or stored.state != agent.state:
                     raise InvariantBroken(
                         f"{self!r}: {agent.state.agent_id!r} is not as remembered"
@@ -325,24 +432,23 @@ class Catalog(_Connection):
                 errorname="SQLITE_BUSY",
             )
 
-    def _read_committed(self, name: str) -> CommittedAgent | None:
-        with self._snapshot("commit"):
-            return read_agent(self._db, self.path, name)
-
     def _read_ids(self) -> RowIds:
-        query = "SELECT (SELECT max(agent) FROM agents), (SELECT max(line) FROM lines)"
-        last_agent, last_line = self._db.execute(query).fetchone()
+        query = """
+            SELECT (SELECT max(agent) FROM agents WHERE agent < ?),
+                (SELECT max(line) FROM lines WHERE line < ?)
+        """
+        last_agent, last_line = self._db.execute(query, (_MAX_ID, _MAX_ID)).fetchone()
         return RowIds(last_agent=last_agent or 0, last_line=last_line or 0)
 
     def _read_families(self) -> dict[int, KVFamily]:
-        rows = self._db.execute(
-            "SELECT family, fingerprint, layout, lineage, namespace FROM families"
-        )
-        with decoding(self.path, "a family"):
-            return {
-                family_id: KVFamily(fingerprint, decode_layout(layout), lineage, namespace)
-                for family_id, fingerprint, layout, lineage, namespace in rows
-            }
+        """Those that are sound."""
+        families: dict[int, KVFamily] = {}
+        for row in sound(self._db.execute(select("families"))):
+            family_id, fingerprint, layout, lineage, namespace = row
+            with suppress(*UNREADABLE):
+                layers = decode_layout(layout)
+                families[family_id] = KVFamily(fingerprint, layers, lineage, namespace)
+        return families
 
     def _new_families(self, rows: Iterable[RecordRow]) -> dict[int, KVFamily]:
         known = {family.root for family in self._families.values()}

@@ -3,8 +3,15 @@
 import sqlite3
 
 from keepwarm.core.errors import InvariantBroken
+from keepwarm.store.seals import COLUMNS
 
 _CONTRADICTIONS = {
+    **{
+        f"a row of {table} whose seal is wrong": f"""
+            SELECT {columns} FROM {table} WHERE seal IS NOT seal_of({columns})
+        """
+        for table, columns in COLUMNS.items()
+    },
     "a row whose owner is gone": "PRAGMA foreign_key_check",
     "a damaged page": "SELECT * FROM pragma_quick_check WHERE quick_check <> 'ok'",
     "spans (line, tokens, spans) that are not what the line says, or not contiguous": """

@@ -10,6 +10,7 @@ from keepwarm.core.ports import Message
 from keepwarm.core.stored import AgentState, LineKey, LineState
 from keepwarm.core.transcript import Receipt, Transcript, Turn
 from keepwarm.store.catalog_rows import encode_message, encode_receipt, span_row
+from keepwarm.store.seals import insert, sealed
 
 NodeId = int
 Head = NodeId | None
@@ -17,34 +18,26 @@ Head = NodeId | None
 
 ROOT: NodeId = 0
 
-_PUT_AGENT = """
-    INSERT INTO agents
-        (agent, name, pinned, priority, quota_bytes, policy, overflow, model, has_fixed_main)
-    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+_PUT_AGENT = f"""
+    {insert("agents", replace=False)}
     ON CONFLICT (agent) DO UPDATE SET pinned = excluded.pinned, priority = excluded.priority,
         quota_bytes = excluded.quota_bytes, policy = excluded.policy, overflow = excluded.overflow,
-        model = excluded.model, has_fixed_main = excluded.has_fixed_main
+        model = excluded.model, has_fixed_main = excluded.has_fixed_main,
+        num_lines = excluded.num_lines, seal = excluded.seal
 """
-_PUT_LINE = """
-    INSERT INTO lines
-        (line, agent, number, tokenizer, head, num_tokens, num_turns, last_used, namespace)
-    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+_PUT_LINE = f"""
+    {insert("lines", replace=False)}
     ON CONFLICT (line) DO UPDATE SET tokenizer = excluded.tokenizer, head = excluded.head,
         num_tokens = excluded.num_tokens, num_turns = excluded.num_turns,
-        last_used = excluded.last_used, namespace = excluded.namespace
+        last_used = excluded.last_used, namespace = excluded.namespace, seal = excluded.seal
 """
+_MOVE_STRAY = "UPDATE lines SET number = -line WHERE line = ?"
 _DROP_LINE = "DELETE FROM lines WHERE line = ?"
-_ADD_MESSAGE = "INSERT INTO messages (line, node, parent, json) VALUES (?, ?, ?, ?)"
+_PUT_MESSAGE = insert("messages")
 _DROP_MESSAGE = "DELETE FROM messages WHERE line = ? AND node = ?"
-_PUT_SPAN = """
-    INSERT OR REPLACE INTO spans (line, position, text, token_ids, is_whole, is_special)
-    VALUES (?, ?, ?, ?, ?, ?)
-"""
+_PUT_SPAN = insert("spans")
 _DROP_SPANS = "DELETE FROM spans WHERE line = ? AND position >= ?"
-_PUT_TURN = """
-    INSERT OR REPLACE INTO turns (line, position, num_tokens, head, receipt)
-    VALUES (?, ?, ?, ?, ?)
-"""
+_PUT_TURN = insert("turns")
 _DROP_TURNS = "DELETE FROM turns WHERE line = ? AND position >= ?"
 _PUT_BLOCK = "INSERT OR REPLACE INTO line_blocks (line, depth, hash) VALUES (?, ?, ?)"
 _DROP_BLOCKS = "DELETE FROM line_blocks WHERE line = ? AND depth >= ?"
@@ -170,11 +163,15 @@ class CommittedLine:
 
 @dataclass(slots=True, eq=False)
 class CommittedAgent:
-    """What the catalogue holds of an agent. A commit uses it up and makes the next one."""
+    """What the catalogue holds of an agent. A commit uses it up and makes the next one.
+
+    `strays` are lines that are damaged and somebody else's: their numbers must not be in the way.
+    """
 
     agent_row: int
     state: AgentState
     lines: dict[LineKey, CommittedLine]
+    strays: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -204,7 +201,9 @@ def plan_commit(known: CommittedAgent | None, state: AgentState, ids: RowIds) ->
     known_lines = {} if known is None else known.lines
     writes: list[Write] = []
     if known is None or _agent_row(agent_row, known.state) != _agent_row(agent_row, state):
-        writes.append(Write(_PUT_AGENT, [_agent_row(agent_row, state)]))
+        writes.append(Write(_PUT_AGENT, sealed([_agent_row(agent_row, state)])))
+    if known is not None and known.strays:
+        writes.append(Write(_MOVE_STRAY, [(line_id,) for line_id in known.strays]))
     gone = known_lines.keys() - {line.key for line in state.lines}
     if gone:
         writes.append(Write(_DROP_LINE, [(known_lines[n].line_id,) for n in sorted(gone)]))
@@ -241,6 +240,7 @@ def _agent_row(agent_row: int, state: AgentState) -> tuple[Any, ...]:
         settings.overflow,
         state.model,
         state.has_fixed_main,
+        len(state.lines),
     )
 
 
@@ -274,7 +274,8 @@ def _line_writes(
 ) -> Iterator[Write]:
     before = _nothing(line.line_id, line.state) if known is None else known
     if known is None or known.row != line.row:
-        yield Write(_PUT_LINE, [(line.line_id, agent_row, line.state.number, *line.row)])
+        row = (line.line_id, agent_row, line.state.number, *line.row)
+        yield Write(_PUT_LINE, sealed([row]))
     yield from _message_writes(line)
     yield from _span_writes(before, line)
     yield from _turn_writes(before, line)
@@ -287,7 +288,7 @@ def _message_writes(line: CommittedLine) -> Iterator[Write]:
         yield Write(_DROP_MESSAGE, [(line.line_id, node) for node in removed])
     if added:
         rows = [(line.line_id, node, parent, encode_message(m)) for node, parent, m in added]
-        yield Write(_ADD_MESSAGE, rows)
+        yield Write(_PUT_MESSAGE, sealed(rows))
 
 
 def _span_writes(known: CommittedLine, line: CommittedLine) -> Iterator[Write]:
@@ -297,7 +298,8 @@ def _span_writes(known: CommittedLine, line: CommittedLine) -> Iterator[Write]:
         yield Write(_DROP_SPANS, [(line.line_id, len(new))])
     if kept < len(new):
         numbered = enumerate(new[kept:], kept)
-        yield Write(_PUT_SPAN, [(line.line_id, i, *span_row(span)) for i, span in numbered])
+        rows = [(line.line_id, i, *span_row(span)) for i, span in numbered]
+        yield Write(_PUT_SPAN, sealed(rows))
 
 
 def _turn_writes(known: CommittedLine, line: CommittedLine) -> Iterator[Write]:
@@ -311,7 +313,7 @@ def _turn_writes(known: CommittedLine, line: CommittedLine) -> Iterator[Write]:
             (line.line_id, position, num_tokens, head, encode_receipt(receipt))
             for position, (num_tokens, head, receipt) in enumerate(new[kept:], kept)
         ]
-        yield Write(_PUT_TURN, rows)
+        yield Write(_PUT_TURN, sealed(rows))
 
 
 def _turn_rows(

@@ -14,6 +14,7 @@ from keepwarm.core.block import BlockHash
 from keepwarm.store.budget import DiskBudget
 from keepwarm.store.errors import DamagedRecord, DiskTooFull, OverBudget
 
+BLOCKS_FOLDER = "blocks"
 _SUFFIX = ".safetensors"
 _RECORD_NAME = re.compile(r"([0-9a-f]{64})\.safetensors")
 _ASIDE_NAME = re.compile(r"([0-9a-f]{64}\.[0-9a-f]{8})\.(?:safetensors|json)")
@@ -45,7 +46,7 @@ class RecordFiles:
         max_set_aside_bytes: int,
         records_bytes: int = 0,
     ) -> None:
-        self._blocks = root / "blocks"
+        self._blocks = root / BLOCKS_FOLDER
         self._tmp = root / "tmp"
         self._set_aside = root / "set-aside"
         self._budget = budget

@@ -6,7 +6,7 @@ Every command returns what came of it. A disk that refuses is an answer (`fault`
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,21 +14,19 @@ from itertools import islice
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from keepwarm.core.agent import PRIVATE
 from keepwarm.core.block import BlockHash
 from keepwarm.core.errors import BadBundle, BundleFailed, KeepwarmError
 from keepwarm.core.stored import AgentState, Bundle, BundleRead, BundleTerms, KVFamily, Record
 from keepwarm.store.budget import DiskBudget
 from keepwarm.store.bundle import Moved, read_bundle, read_records
 from keepwarm.store.bundle_export import Export, export_agent
-from keepwarm.store.catalog import Catalog
 from keepwarm.store.catalog_errors import CatalogCorrupt, CatalogUnavailable, UnstorableMessage
+from keepwarm.store.catalog_opening import Opened, is_unclaimed, open_catalog
 from keepwarm.store.catalog_rows import BlockUsage, RecordRow
-from keepwarm.store.disk import RecordFiles, StoredFile
+from keepwarm.store.disk import BLOCKS_FOLDER, RecordFiles, StoredFile
 from keepwarm.store.errors import BadRecord, DiskTooFull, OverBudget
 from keepwarm.store.home_lock import HomeLock
 from keepwarm.store.record import decode, encode, read_header
-from keepwarm.store.schema import set_aside
 from keepwarm.store.units import Units
 
 log = logging.getLogger("keepwarm.store")
@@ -54,20 +52,7 @@ class Limits:
     set_aside_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """What the catalogue knows; `unclaimed` records are of no agent and can be nobody's."""
-
-    rows: list[RecordRow]
-    usage: BlockUsage
-    pinned: list[AgentState]
-    clock: int
-    other_bytes: int
-    needs_erasing: bool = False
-    unclaimed: tuple[BlockHash, ...] = ()
-
-
-_NOTHING = Opened([], BlockUsage(Counter(), {}), [], 0, 0)
+_NOTHING = Opened([], BlockUsage(Counter(), {}), [], 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +180,8 @@ class DiskStore:
         self._between = between
         self._lock = HomeLock(root)
         try:
-            self._catalog, self._opened = _open_catalog(root / CATALOG_NAME)
+            was_used = (root / BLOCKS_FOLDER).is_dir()
+            self._catalog, self._opened = open_catalog(root / CATALOG_NAME, was_used=was_used)
             self._budget = DiskBudget(
                 root,
                 budget_bytes=limits.budget_bytes,
@@ -392,9 +378,10 @@ class DiskStore:
     def commit(self, ticket: int, state: AgentState) -> CommitDone:
         return self._committing(ticket, lambda: self._catalog.commit(state))
 
-    def delete_agent(self, ticket: int, agent_id: str) -> CommitDone:
+    def delete_agent(self, ticket: int, agent_id: str, *, is_damaged: bool) -> CommitDone:
         """Its rows are gone for good; what they leave in the file is for `erase`."""
-        return self._committing(ticket, lambda: self._catalog.delete_agent(agent_id, scrub=False))
+        delete = partial(self._catalog.delete_agent, agent_id, scrub=False, is_damaged=is_damaged)
+        return self._committing(ticket, delete)
 
     def erase(self, ticket: int | None) -> Erased:
         """Write the catalogue anew, without what was deleted from it."""
@@ -467,7 +454,7 @@ class DiskStore:
             self._budget.records_bytes += stored.size_bytes
             self._give_up(stored.record_hash, str(error))
             return []
-        if _is_unclaimed(header.family, self._catalog.namespaces()):
+        if is_unclaimed(header.family, self._catalog.namespaces()):
             self._budget.records_bytes += stored.size_bytes
             self._files.remove(stored.record_hash)
             return []
@@ -485,45 +472,6 @@ class DiskStore:
         return f"{type(error).__name__}: {error}".replace(f"{self._root}{os.sep}", "")
 
 
-def _open_catalog(path: Path) -> tuple[Catalog, Opened]:
-    """The catalogue and what it knows; a damaged one shows in what it was opened for."""
-    try:
-        return _read_catalog(path)
-    except CatalogCorrupt as error:
-        moved = set_aside(path)
-        log.error(
-            "%s. It was moved to %s and a new one is begun: the agents' conversations are lost, "
-            "their KV is found again by content",
-            error,
-            moved,
-        )
-        return _read_catalog(path)
-
-
-def _read_catalog(path: Path) -> tuple[Catalog, Opened]:
-    catalog = Catalog.open(path)
-    try:
-        rows, usage = catalog.load_records(), catalog.load_usage()
-        namespaces = catalog.namespaces()
-        return catalog, Opened(
-            rows,
-            usage,
-            catalog.load_pinned(),
-            catalog.clock(),
-            other_bytes=0,
-            needs_erasing=catalog.needs_scrub,
-            unclaimed=tuple(row.hash for row in rows if _is_unclaimed(row.family, namespaces)),
-        )
-    except BaseException:
-        catalog.close()
-        raise
-
-
 def _refused(path: Path, error: OSError) -> BundleFailed:
     """Without where it is: clients may read it."""
     return BundleFailed(path, error.strerror or str(error))
-
-
-def _is_unclaimed(family: KVFamily, namespaces: Collection[str]) -> bool:
-    """Whether it is KV of an import that was killed before its agent was there."""
-    return family.namespace.startswith(PRIVATE) and family.namespace not in namespaces

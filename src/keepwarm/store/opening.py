@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from keepwarm.core.errors import InvariantBroken, KeepwarmError
-from keepwarm.store.disk_store import DiskStore, Limits, Opened, OpenFailed, Outcome
+from keepwarm.store.catalog_opening import Opened
+from keepwarm.store.disk_store import DiskStore, Limits, OpenFailed, Outcome
 from keepwarm.store.io_thread import IOThread, Priority
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from keepwarm.core.errors import KeepwarmError
 from keepwarm.store.catalog_errors import CatalogCorrupt, CatalogTooNew, CatalogUnavailable
+from keepwarm.store.seals import COLUMNS, install, seal_all
 
 Step = Callable[[sqlite3.Connection], None]
 """Takes the tables from one version to the next; foreign keys are not enforced meanwhile."""
@@ -123,14 +124,27 @@ def _add_fixed_mains(db: sqlite3.Connection) -> None:
     db.execute("ALTER TABLE agents ADD COLUMN has_fixed_main INTEGER NOT NULL DEFAULT 0")
 
 
+def _add_seals(db: sqlite3.Connection) -> None:
+    db.execute("ALTER TABLE agents ADD COLUMN num_lines INTEGER NOT NULL DEFAULT 0")
+    db.execute(
+        "UPDATE agents SET num_lines = (SELECT count(*) FROM lines WHERE agent = agents.agent)"
+    )
+    for table in COLUMNS:
+        db.execute(f"ALTER TABLE {table} ADD COLUMN seal INTEGER")
+    seal_all(db)
+
+
 STEPS: tuple[Step, ...] = (
     _create_tables,
     _add_overflow_and_receipts,
     _add_models,
     _distrust_texts,
     _add_fixed_mains,
+    _add_seals,
 )
-"""Step n takes version n to n + 1; an empty file has version 0."""
+"""Step n takes version n to n + 1; an empty file has version 0. One that changes rows behind
+`_add_seals` must seal them again.
+"""
 
 
 def open_for_writing(path: Path, steps: Sequence[Step] = STEPS) -> sqlite3.Connection:
@@ -152,6 +166,29 @@ def open_for_reading(path: Path) -> sqlite3.Connection:
         _check_identity(db, path, supported=len(STEPS))
         _check_tables(db)
     return db
+
+
+def open_damaged(path: Path) -> sqlite3.Connection:
+    """A connection to what is left of a catalogue, also where the file was cut."""
+    db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
+    db.text_factory = _text
+    db.execute("PRAGMA writable_schema=ON")  # SQLite refuses a file that was cut otherwise
+    return db
+
+
+def is_current(db: sqlite3.Connection) -> bool:
+    """Whether it is a catalogue of this version."""
+    identity = _pragma(db, "application_id"), _pragma(db, "user_version")
+    return identity == (APPLICATION_ID, len(STEPS))
+
+
+def begin_anew(db: sqlite3.Connection, tables: Sequence[str]) -> None:
+    """Empty tables in the place of these, whatever is in them. Inside a transaction."""
+    for name in tables:
+        db.execute(f"DROP TABLE {name}")
+        db.execute(f"CREATE TABLE {name} {_TABLES[name]}")
+        if name in COLUMNS:
+            db.execute(f"ALTER TABLE {name} ADD COLUMN seal INTEGER")
 
 
 def set_aside(path: Path) -> Path:
@@ -181,6 +218,10 @@ def translated(path: Path, operation: str, *, opening: bool = False) -> Iterator
     """SQLite's complaints about the file or the disk as typed errors; others are bugs and pass."""
     try:
         yield
+    except UnicodeDecodeError as error:  # its complaint quotes what is damaged
+        raise CatalogCorrupt(
+            path, f"{operation} found what is no text: {error.object!r}"
+        ) from error
     except sqlite3.DatabaseError as error:
         typed = _typed(error, path, operation, opening=opening)
         if typed is None:
@@ -193,6 +234,8 @@ def _typed(
 ) -> KeepwarmError | None:
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & _PRIMARY_CODE
     if code in _DAMAGED or (opening and code == sqlite3.SQLITE_ERROR):
+        return CatalogCorrupt(path, str(error))
+    if isinstance(error, sqlite3.IntegrityError):  # a damaged row is in the way
         return CatalogCorrupt(path, str(error))
     if not isinstance(error, sqlite3.OperationalError) or code == sqlite3.SQLITE_ERROR:
         return None
@@ -220,11 +263,18 @@ def _connected(path: Path) -> Iterator[sqlite3.Connection]:
     with translated(path, "open", opening=True):
         uri = f"{path.absolute().as_uri()}?mode=rw"
         db = sqlite3.connect(uri, uri=True, isolation_level=None)
+        db.text_factory = _text
+        install(db)
         try:
             yield db
         except BaseException:
             db.close()
             raise
+
+
+def _text(data: bytes) -> str:
+    """A damaged text is read as another one, which no seal fits, instead of not at all."""
+    return data.decode("utf-8", "replace")
 
 
 def _check_identity(db: sqlite3.Connection, path: Path, *, supported: int) -> None:

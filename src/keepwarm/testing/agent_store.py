@@ -7,7 +7,7 @@ from pathlib import Path
 
 from keepwarm.core.agent import PRIVATE
 from keepwarm.core.block import BlockHash, child_hash
-from keepwarm.core.errors import BadBundle, BundleFailed
+from keepwarm.core.errors import BadBundle, BundleFailed, DamagedAgent
 from keepwarm.core.layout import BLOCK_TOKENS
 from keepwarm.core.stored import (
     AgentState,
@@ -52,7 +52,8 @@ class _Bundled:
 class MemoryAgentStore:
     """Implements `AgentStore`. An engine that is given it again finds what another one left.
 
-    `refuses` plays a disk that takes nothing; `unreadable` holds records that cannot be read.
+    `refuses` plays a disk that takes nothing; `unreadable` holds records that cannot be read, and
+    `damaged` agents that cannot.
     Bundles are no files: stores that are given the same `bundles` see one another's.
     """
 
@@ -60,6 +61,7 @@ class MemoryAgentStore:
         self._bundles = {} if bundles is None else bundles
         self.refuses = False
         self.unreadable: set[BlockHash] = set()
+        self.damaged: set[str] = set()
         self.num_written_bytes = 0
         self._kept: dict[BlockHash, _Kept] = {}
         self._agents: dict[str, AgentState] = {}
@@ -140,6 +142,7 @@ class MemoryAgentStore:
             return ticket
         self._agents.pop(agent_id, None)
         self._refused.discard(agent_id)
+        self.damaged.discard(agent_id)
         used = self._used()
         self._kept = {
             h: kept for h, kept in self._kept.items() if h in used or kept.maker != agent_id
@@ -151,7 +154,14 @@ class MemoryAgentStore:
         return agent_id not in self._refused
 
     def load_agent(self, agent_id: str) -> AgentState | None:
+        if agent_id in self.damaged:
+            raise DamagedAgent(agent_id, "it was said to be")
         return self._agents.get(agent_id)
+
+    def salvage_agent(self, agent_id: str) -> AgentState:
+        if agent_id not in self._agents:
+            raise DamagedAgent(agent_id, "nothing of it can be read")
+        return self._agents[agent_id]
 
     def summaries(self) -> list[AgentSummary]:
         return [
@@ -166,6 +176,7 @@ class MemoryAgentStore:
                     line.namespace.startswith(PRIVATE) for line in state.lines if line.number == 0
                 ),
                 model=state.model,
+                damage="it was said to be" if state.agent_id in self.damaged else "",
             )
             for _, state in sorted(self._agents.items())
         ]

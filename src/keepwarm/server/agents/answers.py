@@ -20,7 +20,8 @@ class AgentCard:
     """An agent at one moment; `context_tokens` are its conversation, `held_tokens` need no prefill.
 
     `slab_bytes` is 0 unless it is hot. `model`: the one that it talked to last. `private`: it was
-    imported, and nobody else reuses its KV before it is verified.
+    imported, and nobody else reuses its KV before it is verified. `damage`: why it cannot be read
+    from the disk; it can be listed, exported as far as it can be read, and deleted.
     """
 
     id: str
@@ -34,6 +35,7 @@ class AgentCard:
     running: bool
     pinned: bool
     private: bool
+    damage: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +207,7 @@ def card_of(view: AgentView, shown: str, *, default_model: str) -> AgentCard:
         running=view.in_use,
         pinned=view.pinned,
         private=view.is_private,
+        damage=view.damage or None,
     )
 
 

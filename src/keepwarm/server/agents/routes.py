@@ -22,7 +22,7 @@ from keepwarm.engine.agents import AgentView
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
 from keepwarm.engine.bundles import ExportSummary, ImportSummary
 from keepwarm.engine.fleet import Fleet
-from keepwarm.engine.requests import GenerateRequest, ReceiptKey
+from keepwarm.engine.requests import GenerateRequest, ReceiptKey, valid_name
 from keepwarm.engine.store_link import Commit
 from keepwarm.server.agents.answers import (
     AgentDeleted,
@@ -111,7 +111,7 @@ async def delete_agent(name: str, serving: ServingOf) -> Response:
 
     Where the disk refuses, the answer is 507, and the agent is as it was.
     """
-    agent_id = serving.caller.agent(name)
+    agent_id = await _stored_agent(serving, name)
     is_gone, _ = await serving.engine.change(lambda fleet: (fleet.delete(agent_id), None))
     if not is_gone:
         raise DeletionRefused(name, await serving.engine.call(lambda fleet: fleet.fault))
@@ -218,8 +218,9 @@ async def export(name: str, request: Request, serving: ServingOf) -> Response:
     """The agent with its KV as one file, for another machine; in a reply, as its last turn left it.
 
     The header `X-Keepwarm-Left-Out-Tokens` says of how many tokens the disk had not taken the KV.
+    Of a damaged agent the file has what can be read, and `X-Keepwarm-Damage` says what is wrong.
     """
-    agent_id = serving.caller.agent(name)
+    agent_id = await _stored_agent(serving, name)
     transfers = serving.house.transfers
     with transfers.failing():
         path = await transfers.new_path()
@@ -238,8 +239,9 @@ async def export(name: str, request: Request, serving: ServingOf) -> Response:
         path,
         media_type=BUNDLE_TYPE,
         headers={
-            "Content-Disposition": f'attachment; filename="{name}.keepwarm"',
+            "Content-Disposition": f'attachment; filename="{_file_name(name)}.keepwarm"',
             "X-Keepwarm-Left-Out-Tokens": str(summary.num_left_out),
+            **({"X-Keepwarm-Damage": _header_safe(summary.damage)} if summary.damage else {}),
         },
         patience_s=serving.config.slow_reader_s,
     )
@@ -277,6 +279,17 @@ async def import_agent(
 
 
 # -- inside ----------------------------------------------------------------------------------------
+
+
+async def _stored_agent(serving: Serving, name: str) -> str:
+    """The whole name of an agent, also of one whose name was damaged and is none any more."""
+    try:
+        return serving.caller.agent(name)
+    except InvalidRequest:
+        agent_id = serving.caller.stored_agent(name)
+        if not await serving.engine.call(lambda fleet: fleet.is_damaged(agent_id)):
+            raise
+        return agent_id
 
 
 def _put(engine: BlockPoolBatchEngine, agent_id: str, body: AgentBody) -> tuple[Commit, bool]:
@@ -337,6 +350,18 @@ def _details(engine: BlockPoolBatchEngine, serving: Serving, agent_id: str) -> A
         engine.system(agent_id),
         durable=engine.is_durable(agent_id),
     )
+
+
+def _header_safe(text: str) -> str:
+    return text.encode("unicode_escape").decode()
+
+
+def _file_name(name: str) -> str:
+    """The agent's, unless that was damaged and is none any more."""
+    try:
+        return valid_name(name)
+    except InvalidRequest:
+        return "agent"
 
 
 def _receipt_key(key: str | None, body: MessagesBody) -> ReceiptKey | None:

@@ -1,0 +1,82 @@
+"""Seals: each row of the catalogue carries a checksum of its columns, because SQLite has none.
+
+A row whose seal is wrong counts as not there: whoever reads it says what is missing then. Block
+tables have no seals: they say who uses which record of KV, and are written anew when they differ.
+"""
+
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from xxhash import xxh3_64_intdigest
+
+COLUMNS = {
+    "agents": (
+        "agent, name, pinned, priority, quota_bytes, policy, overflow, model, has_fixed_main, "
+        "num_lines"
+    ),
+    "lines": ("line, agent, number, tokenizer, head, num_tokens, num_turns, last_used, namespace"),
+    "spans": "line, position, text, token_ids, is_whole, is_special",
+    "messages": "line, node, parent, json",
+    "turns": "line, position, num_tokens, head, receipt",
+    "families": "family, fingerprint, layout, lineage, namespace",
+    "records": "hash, before, parent, depth, start, stop, family, file_bytes, maker",
+}
+"""What a row's seal is of, in this order."""
+
+Row = tuple[Any, ...]
+
+
+def seal_of(*values: object) -> int:
+    """A signed 64-bit checksum of a row; two rows that differ in a type differ in it as well."""
+    return xxh3_64_intdigest(b"".join(map(_encoded, values))) - (1 << 63)
+
+
+def sealed(rows: Iterable[Row]) -> list[Row]:
+    """The rows, each with its seal behind it."""
+    return [(*row, seal_of(*row)) for row in rows]
+
+
+def sound(rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows whose seal, their last column, is right; without it."""
+    for *row, seal in rows:
+        if seal_of(*row) == seal:
+            yield tuple(row)
+
+
+def select(table: str, rest: str = "") -> str:
+    """A query for the table's sealed columns and the seal."""
+    return f"SELECT {COLUMNS[table]}, seal FROM {table} {rest}"
+
+
+def insert(table: str, *, replace: bool = True) -> str:
+    """A statement for rows of the table that are sealed."""
+    columns = f"{COLUMNS[table]}, seal"
+    marks = ", ".join("?" * (columns.count(",") + 1))
+    verb = "INSERT OR REPLACE" if replace else "INSERT"
+    return f"{verb} INTO {table} ({columns}) VALUES ({marks})"
+
+
+def install(db: sqlite3.Connection) -> None:
+    """Let statements of this connection use `seal_of`."""
+    db.create_function("seal_of", -1, seal_of, deterministic=True)
+
+
+def seal_all(db: sqlite3.Connection, tables: Sequence[str] = tuple(COLUMNS)) -> None:
+    """Seal every row as it is: for a catalogue of before there were seals."""
+    install(db)
+    for table in tables:
+        db.execute(f"UPDATE {table} SET seal = seal_of({COLUMNS[table]})")
+
+
+def _encoded(value: object) -> bytes:
+    if value is None:
+        return b"-"
+    if isinstance(value, int):
+        return b"%d;" % value
+    if isinstance(value, str):
+        data = value.encode("utf-8", "surrogatepass")
+        return b"s%d:%b" % (len(data), data)
+    if isinstance(value, bytes):
+        return b"b%d:%b" % (len(value), value)
+    return repr(value).encode()
