@@ -64,6 +64,7 @@ class Setup:
         for _ in range(times):
             events += self.fleet.step()
             self.fleet.check()
+            self.fleet._builder.wait(60.0)
         for event in events:
             if isinstance(event, Completed | Failed):
                 self.ended[event.request_id] = event

@@ -110,6 +110,18 @@ class TestByName:
             assert states(c) == {"fake": "ready", "other": "ready", "third": "known"}
             assert source.loads == ["fake", "other"]
 
+    def test_what_is_too_long_does_not_wait_for_its_model(self, tmp_path: Path) -> None:
+        options = {"server__heartbeat_s": 1.0}
+        with served(tmp_path, **options) as (server, source), server.client() as c:
+            assert text_of(ask(c, "third")) == "tttt"
+            c.post("/v1/models/third/unload").raise_for_status()
+            source.open.clear()
+            answer = ask(c, "third", "x" * 2000, stream=True)
+            source.open.set()
+            assert answer.status_code == 400
+            assert "prompt is too long: " in answer.text
+            assert source.loads == ["fake", "third"]
+
     def test_swapped_where_there_is_not(self, tmp_path: Path) -> None:
         options = {"room": 100}
         with served(tmp_path, **options) as (server, source), server.client() as c:

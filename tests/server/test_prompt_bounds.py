@@ -1,12 +1,13 @@
 """What a request may be made of: refused in each dialect's shape, and nothing is done for it."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from engines import fake_loaded, user
+from engines import FakeFactory, fake_loaded, user
 from keepwarm.server.json_body import MAX_OBJECTS, MAX_VALUES
 from keepwarm.testing.tokenizer import FakeTokenizer
 from servers import FakeServer, fake_server
@@ -168,3 +169,37 @@ def test_braces_and_commas_in_text_are_text(server: FakeServer) -> None:
     body = {"model": "fake", "prompt": [1, 2], "max_tokens": 1, "user": "u", "unknown": text}
     with server.client() as client:
         assert client.post(TEXT, json=body).status_code == 200
+
+
+# -- before a stream's head is sent ----------------------------------------------------------------
+
+
+def test_what_waits_for_its_agent_s_turn_is_refused_before_it_waits(tmp_path: Path) -> None:
+    factory = FakeFactory(pause_s=0.001)
+    loaded = fake_loaded(factory=factory, max_context_tokens=8192)
+    options = {"server__heartbeat_s": 3.0, "memory__budget_bytes": 1 << 30}
+    with (
+        fake_server(tmp_path, loaded=loaded, **options) as server,
+        server.client() as client,
+        httpx.Client(base_url=server.url, trust_env=False) as other,
+    ):
+        client.put("/v1/agents/ada", json={}).raise_for_status()
+        running = other.stream("POST", SEND, json={"content": "Hello", "stream": True})
+        with running as reply:
+            parts = reply.iter_raw()
+            next(parts)
+            for content in (LARGE, "word " * 4000):
+                late = client.post(SEND, json={"content": content, "stream": True})
+                assert late.status_code == 400
+                assert "prompt is too long: " in late.json()["error"]["message"]
+            assert server.engine.num_requests == 1
+
+
+def test_so_is_the_last_of_several_prompts(server: FakeServer) -> None:
+    prompts = ["Hello", "word " * 4000]
+    with server.client() as client:
+        body = {"model": "fake", "prompt": prompts, "max_tokens": 50, "stream": True}
+        response = client.post(TEXT, json=body)
+        assert response.status_code == 400
+        assert response.json()["error"]["code"] == "context_length_exceeded"
+    assert server.engine.num_requests == 0

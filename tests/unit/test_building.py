@@ -187,7 +187,7 @@ def test_a_conversation_that_the_other_template_refuses(
     def refuse(*_: object) -> tuple[int, ...]:
         raise error
 
-    monkeypatch.setattr(setup.fleet.engine("small")._intake, "history_ids", refuse)
+    monkeypatch.setattr(setup.fleet.engine("small").reader, "history_ids", refuse)
     rest(setup, clock)
     assert not is_building(setup)
     assert setup.say("ada", "three", "other").turn == 3
@@ -239,15 +239,15 @@ def test_one_attempt_at_a_time(
         setup.say(name, "two", "other")
     looks: list[object] = []
 
-    def refuse(line: object) -> tuple[int, ...]:
-        looks.append(line)
+    def refuse(*read: object) -> tuple[int, ...]:
+        looks.append(read)
         raise InvalidRequest("messages", "roles must alternate")
 
-    monkeypatch.setattr(setup.fleet.engine("small")._intake, "history_ids", refuse)
+    monkeypatch.setattr(setup.fleet.engine("small").reader, "history_ids", refuse)
     setup.step()
     clock.advance(2 * IDLE_S)
     for number in range(1, 7):
-        setup.step()
+        setup.step(2)  # it is begun, and refused
         assert len(looks) == number
     setup.step(3)
     assert len(looks) == 6

@@ -47,11 +47,12 @@ TOO_LARGE: list[tuple[dict[str, Any], int]] = [
 @pytest.mark.parametrize(("request_", "least"), TOO_LARGE, ids=lambda value: type(value).__name__)
 def test_it_is_refused_by_its_size_alone(request_: dict[str, Any], least: int) -> None:
     engine = fake_engine(tokenizer=Untouched(), max_context_tokens=8192)
+    engine.create("ada")
     with pytest.raises(ContextTooLong) as caught:
         engine.submit(**request_)
     assert str(caught.value).startswith(f"prompt is too long: {least} tokens > 8191 maximum; ")
-    assert not engine.has_work
-    assert not engine.agents()
+    assert not engine.num_active
+    assert not engine.turns("ada")
 
 
 def test_so_it_is_by_what_the_memory_budget_holds() -> None:

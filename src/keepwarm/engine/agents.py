@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from operator import itemgetter
 
 from keepwarm.core.agent import AgentBlocks, Tier
 from keepwarm.core.block import common_prefix
@@ -16,10 +15,7 @@ from keepwarm.core.errors import (
 from keepwarm.core.ports import Message
 from keepwarm.core.stored import DEFAULT_SETTINGS, AgentSettings, AgentSummary, LineState
 from keepwarm.core.transcript import EMPTY, Receipt, Transcript, Turn
-from keepwarm.engine.chat import Continuation, Prompt, opening
-
-ANONYMOUS_SLACK_TOKENS = 8
-"""What a nameless continuation may drop of its line (a reply's end that a template trims)."""
+from keepwarm.engine.chat import opening
 
 
 @dataclass(slots=True, eq=False)
@@ -123,14 +119,6 @@ class AgentView:
         return replace(self, tier=tier, held_tokens=num_stored)
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """The line that a request continues (None: it needs one of its own) and its prompt."""
-
-    line: Line | None
-    prompt: Prompt
-
-
 class AgentBook:
     """Owns agents and lines. Blocks belong to the tiers; `new_blocks` and `forget` reach them.
 
@@ -221,24 +209,6 @@ class AgentBook:
             return [line for line in self._anonymous if line.blocks.namespace == namespace]
         agent = self.find(agent_id)
         return agent.lines if agent else []
-
-    def choose(self, agent_id: str | None, namespace: str, continuation: Continuation) -> Choice:
-        """The idle line with the longest shared prefix, if the request continues it.
-
-        A request that would throw away most of a line gets a line of its own, but takes over the
-        ids of whatever line it agrees with, so that their blocks are found.
-        """
-        lines = self.lines_of(agent_id, namespace)
-        if not lines:
-            return Choice(None, continuation.of(EMPTY))
-        shared = [(continuation.num_shared(line.transcript), line) for line in lines]
-        idle = [pair for pair in shared if not pair[1].in_use]
-        if idle:
-            num_shared, line = max(idle, key=itemgetter(0))
-            if _continues(line, num_shared, named=agent_id is not None):
-                return Choice(line, continuation.of(line.transcript))
-        _, line = max(shared, key=itemgetter(0))
-        return Choice(None, continuation.of(line.transcript))
 
     def open_line(self, agent_id: str | None, namespace: str = "") -> Line:
         """A new line: an anonymous one, the agent's main line, or a side line if it has that."""
@@ -410,13 +380,6 @@ def _begins_with(messages: tuple[Message, ...] | None, earlier: tuple[Message, .
     if messages is None or earlier is None or len(earlier) >= len(messages):
         return False
     return messages[: len(earlier)] == tuple(earlier)
-
-
-def _continues(line: Line, num_shared: int, *, named: bool) -> bool:
-    num_lost = line.transcript.num_tokens - num_shared
-    if not named:
-        return num_lost <= ANONYMOUS_SLACK_TOKENS and num_shared > num_lost
-    return num_shared >= num_lost
 
 
 def history(messages: Sequence[Message] | None, reply_text: str) -> tuple[Message, ...] | None:

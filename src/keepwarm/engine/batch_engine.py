@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -38,13 +38,16 @@ from keepwarm.engine.agents import Agent, AgentBook, AgentView, Line, view_of_su
 from keepwarm.engine.batch import Batch, Outcome
 from keepwarm.engine.bundles import ExportSummary, ImportSummary
 from keepwarm.engine.chat import opening, truncate, validate_messages
-from keepwarm.engine.intake import Intake
+from keepwarm.engine.encoding import Guard
+from keepwarm.engine.intake import Intake, Reading
 from keepwarm.engine.jobs import Jobs
 from keepwarm.engine.keeper import AgentKeeper
 from keepwarm.engine.model_seat import ModelSeat
 from keepwarm.engine.output import ReplyText
 from keepwarm.engine.prefetching import Prefetcher
+from keepwarm.engine.reading import PromptReader
 from keepwarm.engine.requests import (
+    GenerateRequest,
     PromptSource,
     ReceiptKey,
     valid_agent_id,
@@ -67,6 +70,14 @@ CANONICAL_LINEAGE = "exact-canonical"
 """Blocks computed in canonical shapes differ in their last bits: they have other hashes."""
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class BuildPlan:
+    """An agent's line whose KV is to be computed in advance, and what finds its ids."""
+
+    line: Line
+    read: Callable[[Guard], tuple[int, ...]]
 
 
 class BlockPoolBatchEngine:
@@ -190,6 +201,7 @@ class BlockPoolBatchEngine:
         priority: int | None = None,
         namespace: str = "",
         receipt_key: ReceiptKey | None = None,
+        reading: Reading | None = None,
     ) -> str:
         """Queue a request and return its id; its events come from `step`.
 
@@ -198,7 +210,8 @@ class BlockPoolBatchEngine:
         found by content, in the `namespace`; an agent's is a part of its name. With
         `continue_final_message` the last message is the beginning of the reply, which goes on
         with it. `max_tokens` None lets the reply fill the context; `priority` None is the agent's
-        own. `receipt_key` is kept with the turn, for `receipt`.
+        own. `receipt_key` is kept with the turn, for `receipt`. `reading` is for a thread that
+        others wait for: a long prompt raises ReadElsewhere, and comes again when it was read.
 
         Raises InvalidRequest (ContextTooLong, NeverFits), AgentBusy (`append` while the main line
         runs), UnknownAgent (`append` to nobody) and QueueFull; nothing is taken when it raises.
@@ -222,7 +235,7 @@ class BlockPoolBatchEngine:
             raise QueueFull(num_waiting=len(self.batch.waiting))
         namespace = valid_namespace(namespace)
         wanted = self._intake.choose(
-            agent_id, source, namespace=namespace, max_tokens=wanted_tokens
+            agent_id, source, namespace=namespace, max_tokens=wanted_tokens, reading=reading
         )
         prompt_ids = list(wanted.prompt.token_ids)
         max_tokens = self._intake.reply_tokens(len(prompt_ids), wanted_tokens)
@@ -269,7 +282,25 @@ class BlockPoolBatchEngine:
         source = PromptSource(
             messages=messages, text=text, continue_final_message=continue_final_message
         ).in_repair()
-        return self._intake.num_tokens(source)
+        return self.reader.num_tokens(source)
+
+    @property
+    def reader(self) -> PromptReader:
+        """Reads prompts for this model on any thread."""
+        return self._intake.reader
+
+    def check_length(self, request: GenerateRequest, reading: Reading | None = None) -> None:
+        """Refuse a prompt that is too long as things stand, for a request that has to wait.
+
+        Raises InvalidRequest, UnknownAgent, and ReadElsewhere as `submit` does.
+        """
+        self._intake.check_length(
+            request.agent_id,
+            request.source,
+            namespace=request.namespace,
+            max_tokens=request.max_tokens,
+            reading=reading,
+        )
 
     def cancel(self, request_id: str) -> bool:
         """End a request now; its Completed comes with the next step. False when it had ended."""
@@ -569,24 +600,30 @@ class BlockPoolBatchEngine:
         self._prefetches.begin(next(self._ids), line, line.transcript.token_ids)
         self._stalled = False
 
-    def build(self, state: AgentState) -> bool:
-        """Compute KV for an agent that talks to another engine's model, for when it comes here.
+    def begin_building(self, state: AgentState) -> BuildPlan | None:
+        """Take over an agent that talks to another engine's model, for when it comes here.
 
-        In the background, until `call_off_builds`, and only where nobody has to give way: memory
-        and disk have room, and the agent has no quota. Returns whether it was begun. Raises
-        AgentBusy, and InvalidRequest where the template refuses the conversation.
+        `read` of the plan can be called on any thread; `build` takes what it returns. None where
+        the agent has a quota, so that somebody would have to give way. Raises AgentBusy.
         """
         if state.settings.quota_bytes is not None:
-            return False
+            return None
         agent = self._take_over(state)
         agent.has_left = True
         line = agent.main
         line.blocks.pinned = False  # until it comes
-        token_ids = self._intake.history_ids(line)
-        if self._intake.would_drop_turns(len(token_ids)) or not self.has_room_for(len(token_ids)):
+        return BuildPlan(line, partial(self.reader.history_ids, line.messages, line.transcript))
+
+    def build(self, plan: BuildPlan, token_ids: tuple[int, ...]) -> bool:
+        """Compute its KV in the background, until `call_off_builds`, where nobody has to give way.
+
+        Memory and disk must have room. Returns whether it was begun.
+        """
+        num_tokens = len(token_ids)
+        if self._intake.would_drop_turns(num_tokens) or not self.has_room_for(num_tokens):
             return False
         self._stalled = False
-        return self._prefetches.begin(next(self._ids), line, token_ids, may_compute=True)
+        return self._prefetches.begin(next(self._ids), plan.line, token_ids, may_compute=True)
 
     def has_room_for(self, num_tokens: int) -> bool:
         """Whether KV of so many tokens fits into memory and onto the disk as they are."""

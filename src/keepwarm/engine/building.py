@@ -3,14 +3,27 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import wait
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from keepwarm.core.errors import InvariantBroken
-from keepwarm.engine.batch_engine import BlockPoolBatchEngine
+from keepwarm.engine.batch_engine import BlockPoolBatchEngine, BuildPlan
+from keepwarm.engine.readers import Readers, ReadingJob
 
 IDLE_S = 1.0
 """So long nobody has asked for anything before it begins."""
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A conversation that is being read for a model."""
+
+    model: str
+    plan: BuildPlan
+    job: ReadingJob[tuple[int, ...]]
 
 
 class IdleBuilder:
@@ -34,6 +47,8 @@ class IdleBuilder:
         self._idle_since_s: float | None = None
         self._built: dict[tuple[str, str], int] = {}
         self._latest: tuple[str, str] | None = None
+        self._readers = Readers(1)
+        self._reading: Reading | None = None
 
     def __repr__(self) -> str:
         return f"IdleBuilder({len(self._built)} built)"
@@ -41,11 +56,21 @@ class IdleBuilder:
     def stop(self) -> None:
         """Somebody asks for something; what is computed by now stays."""
         self._idle_since_s = None
+        is_stopped = self._reading is not None
+        if self._reading is not None:
+            self._reading.job.call_off()
+            self._reading = None
         for engine in self._engines.values():
             if engine.is_building:
                 engine.call_off_builds()
-                if self._latest is not None:
-                    self._built.pop(self._latest, None)
+                is_stopped = True
+        if is_stopped and self._latest is not None:
+            self._built.pop(self._latest, None)
+
+    def wait(self, timeout_s: float) -> None:
+        """Until a look goes on with the conversation that is being read, if there is one."""
+        if self._reading is not None:
+            wait([self._reading.job.answer], timeout_s)
 
     def forget(self, agent_id: str) -> None:
         """The agent is gone."""
@@ -57,7 +82,9 @@ class IdleBuilder:
         now = self._clock()
         if self._idle_since_s is None:
             self._idle_since_s = now
-        if now - self._idle_since_s >= IDLE_S:
+        if self._reading is not None:
+            self._go_on(self._reading)
+        elif now - self._idle_since_s >= IDLE_S:
             self._begin_one()
 
     def _begin_one(self) -> None:
@@ -68,13 +95,28 @@ class IdleBuilder:
         last_used, name, agent_id = lagging
         self._latest = name, agent_id
         self._built[self._latest] = last_used
-        try:
+        with self._nobody_suffers():
             state = self._engines[self._home(agent_id)].state_of(agent_id)
-            self._engines[name].build(state)
+            plan = self._engines[name].begin_building(state)
+            if plan is not None:
+                self._reading = Reading(name, plan, self._readers.begin(plan.read))
+
+    def _go_on(self, reading: Reading) -> None:
+        """Its conversation has been read, or will have been at another look."""
+        if not reading.job.answer.done():
+            return
+        self._reading = None
+        with self._nobody_suffers():
+            self._engines[reading.model].build(reading.plan, reading.job.answer.result())
+
+    @contextmanager
+    def _nobody_suffers(self) -> Iterator[None]:
+        try:
+            yield
         except InvariantBroken:
             raise
-        except Exception as error:  # noqa: BLE001 - nobody asked for it, so nobody may suffer
-            _log.info("no KV of %s on %s in advance: %r", agent_id, name, error)
+        except Exception as error:  # noqa: BLE001 - nobody asked for it
+            _log.info("no KV in advance: %r", error)
 
     def _lagging(self) -> Iterator[tuple[int, str, str]]:
         """When it was last used, the model, and the agent."""

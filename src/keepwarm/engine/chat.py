@@ -99,6 +99,10 @@ class Continuation(Protocol):
         """As the prompt's, for less."""
         ...
 
+    def most_shared(self, known: Transcript) -> int:
+        """It shares no more than that, which is found without encoding anything."""
+        ...
+
 
 class TextContinuation:
     """Splices what a line knows with the encoding of what it does not.
@@ -134,6 +138,18 @@ class TextContinuation:
                 break  # one of them is the other's beginning
             num_shared += len(stored.token_ids)
         return self.of(known).num_shared
+
+    def most_shared(self, known: Transcript) -> int:
+        """Ids that spell their text are not those of another one."""
+        most = 0
+        for stored, piece in zip(known.spans, self._wanted, strict=False):
+            if not stored.says(piece):
+                if stored.is_special:
+                    return most
+                spells = stored.is_whole and stored.text is not None
+                return most + len(stored.token_ids) if spells else known.num_tokens
+            most += len(stored.token_ids)
+        return most
 
     def of(self, known: Transcript) -> Prompt:
         spans = self._spliced(known)
@@ -190,6 +206,9 @@ class IdsContinuation:
 
     def num_shared(self, known: Transcript) -> int:
         return common_prefix(known.token_ids, self._token_ids)
+
+    def most_shared(self, known: Transcript) -> int:
+        return self.num_shared(known)
 
     def of(self, known: Transcript) -> Prompt:
         num_shared = self.num_shared(known)

@@ -29,10 +29,14 @@ from keepwarm.core.events import (
 from keepwarm.core.transcript import Turn
 from keepwarm.engine.agents import AgentView
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
+from keepwarm.engine.encoding import Guard
 from keepwarm.engine.fleet import Fleet
+from keepwarm.engine.intake import Reading
 from keepwarm.engine.loop import EngineLoop
 from keepwarm.engine.mailbox import Call
-from keepwarm.engine.requests import GenerateRequest, ReceiptKey
+from keepwarm.engine.readers import Readers
+from keepwarm.engine.reading import Draft, ReadElsewhere
+from keepwarm.engine.requests import GenerateRequest, PromptSource, ReceiptKey
 from keepwarm.engine.store_link import Commit
 from keepwarm.engine.stream import EventStream, replayed
 from keepwarm.engine.swapper import ModelSwapper
@@ -75,6 +79,7 @@ class Engine:
         self._on_end = on_end
         self._running: set[EventStream] = set()
         self._turnstile = Turnstile(max_waiting)
+        self._readers = Readers(max_waiting=max_waiting)
         self._once: dict[tuple[str | None, str], tuple[ReceiptKey, Beginning]] = {}
         self._is_stopping = False
         self.models: ModelSwapper | None = None
@@ -178,7 +183,7 @@ class Engine:
 
     async def call_computing(self, agent_id: str, call: Callable[[BlockPoolBatchEngine], T]) -> T:
         """The same with the model in memory. Raises what `submit` raises about that."""
-        name = await self._enter(GenerateRequest(agent_id=agent_id), None)
+        name = await self._enter(await self._name_for(GenerateRequest(agent_id=agent_id)), None)
         try:
             return await self.call(lambda fleet: call(fleet.bring(agent_id, name)))
         finally:
@@ -212,7 +217,7 @@ class Engine:
             self._results.add(result)
             result.add_done_callback(self._results.discard)
 
-        name = await self._enter(GenerateRequest(agent_id=agent_id), None)
+        name = await self._enter(await self._name_for(GenerateRequest(agent_id=agent_id)), None)
         try:
             await self.call(begin)
             return await asyncio.wrap_future(result)
@@ -229,7 +234,7 @@ class Engine:
         found = await self.call(look)
         if found is not None:
             return found
-        name = await self._enter(GenerateRequest(model=model), None)
+        name = await self._enter(model, None)
         try:
             return await self.call(lambda fleet: call(fleet.engine(name)))
         finally:
@@ -264,7 +269,10 @@ class Engine:
         arrived_s = asyncio.get_running_loop().time()
         if request.append is None or request.agent_id is None:
             return await self._submit(request, arrived_s)
-        await self._turnstile.enter(request.agent_id, request.queue_timeout_s)
+        if self._turnstile.is_taken(request.agent_id):
+            await self._wait_for_turn(request.agent_id, request)
+        else:
+            await self._turnstile.enter(request.agent_id, request.queue_timeout_s)
         try:
             stream = await self._submit(request, arrived_s)
         except BaseException:
@@ -273,12 +281,29 @@ class Engine:
         stream.end.add_done_callback(partial(self._leave, request.agent_id))
         return stream
 
+    async def _wait_for_turn(self, agent_id: str, request: GenerateRequest) -> None:
+        """In line from the start; that it is not too long already is looked at meanwhile."""
+        entering = asyncio.create_task(self._turnstile.enter(agent_id, request.queue_timeout_s))
+        checking = asyncio.create_task(self.check_length(request))
+        try:
+            await asyncio.wait({entering, checking}, return_when=asyncio.FIRST_COMPLETED)
+            if not entering.done():
+                await checking
+            await entering
+        except BaseException:
+            entering.cancel()
+            entering.add_done_callback(partial(self._leave_if_entered, agent_id))
+            raise
+        finally:
+            checking.cancel()
+            checking.add_done_callback(_is_fine)  # the submission will find the same
+
     async def _submit(self, request: GenerateRequest, arrived_s: float) -> EventStream:
         if self._is_stopping:
             raise EngineStopped
         name = await self._enter_in_time(request)
         try:
-            stream = await self._submit_to(replace(request, model=name))
+            stream = await self._submit_to(replace(request, model=name), arrived_s)
         except BaseException:
             self._leave_model(name)
             raise
@@ -287,31 +312,77 @@ class Engine:
         stream.limit(since_s=arrived_s, queue_s=request.queue_timeout_s, total_s=request.deadline_s)
         return stream
 
-    async def _submit_to(self, request: GenerateRequest) -> EventStream:
+    async def _submit_to(self, request: GenerateRequest, arrived_s: float) -> EventStream:
         stream = EventStream(self._cancel)
 
-        def command(fleet: Fleet) -> None:
-            request_id = fleet.submit(request)
+        def submit(fleet: Fleet, reading: Reading) -> None:
+            request_id = fleet.submit(request, reading)
             stream.request_id = request_id
             self._streams[request_id] = stream
 
         try:
-            await self.call(command)
+            await self._call_reading(submit, request, arrived_s)
         except asyncio.CancelledError:
             self._cancel(stream)
             raise
         return stream
 
+    async def check_length(self, request: GenerateRequest) -> None:
+        """Refuse a prompt that is too long as things stand, before the request has to wait.
+
+        Raises what `submit` raises about the prompt.
+        """
+
+        def check(fleet: Fleet, reading: Reading) -> None:
+            fleet.check_length(request, reading)
+
+        await self._call_reading(check, request, asyncio.get_running_loop().time())
+
+    async def count_tokens(self, model: str, source: PromptSource) -> int:
+        """How many tokens such a prompt has. Raises InvalidRequest."""
+        reader = await self.call_on(model, lambda engine: engine.reader)
+        return await self._readers.run(partial(reader.num_tokens, source))
+
+    async def _call_reading(
+        self,
+        call: Callable[[Fleet, Reading], None],
+        request: GenerateRequest,
+        arrived_s: float,
+    ) -> None:
+        """Call it on the engine's thread, which long prompts leave as soon as they are seen.
+
+        They come again when they were read, and again where the lines have changed meanwhile.
+        """
+        draft: Draft | None = None
+        while True:
+            try:
+                return await self.call(partial(_with_reading, call, Reading(draft)))
+            except ReadElsewhere as elsewhere:
+                draft = await self._read_in_time(elsewhere.work, request, arrived_s)
+
+    async def _read_in_time(
+        self, work: Callable[[Guard], Draft], request: GenerateRequest, arrived_s: float
+    ) -> Draft:
+        limit_s = request.queue_timeout_s
+        try:
+            async with asyncio.timeout_at(None if limit_s is None else arrived_s + limit_s):
+                return await self._readers.run(work)
+        except TimeoutError:
+            raise QueueTimeout(waited_s=limit_s or 0.0) from None
+
     async def _enter_in_time(self, request: GenerateRequest) -> str:
+        name = await self._name_for(request)
+        if self.models is not None and not self.models.is_ready(name):
+            await self.check_length(replace(request, model=name))
         deadline_s, queue_s = request.deadline_s, request.queue_timeout_s
         if deadline_s is None or (queue_s is not None and queue_s <= deadline_s):
-            return await self._enter(request, queue_s)
+            return await self._enter(name, queue_s)
         try:
-            return await self._enter(request, deadline_s)
+            return await self._enter(name, deadline_s)
         except QueueTimeout:
             raise DeadlineExceeded(deadline_s=deadline_s) from None
 
-    async def model_of(self, agent_id: str) -> str:
+    async def model_of(self, agent_id: str | None) -> str:
         """The name of the model that answers the agent; empty where there is no choice."""
         return "" if self.models is None else await self._model_of(self.models, agent_id)
 
@@ -328,12 +399,14 @@ class Engine:
         _log.warning("%s talked to %s, which cannot be had now", agent_id, name)
         return registry.default.name
 
-    async def _enter(self, request: GenerateRequest, timeout_s: float | None) -> str:
-        """The model that will answer is in memory, until `_leave_model`. Returns its name."""
-        if self.models is None:
-            return request.model
-        name = request.model or await self._model_of(self.models, request.agent_id)
-        await self.models.enter(name, timeout_s)
+    async def _name_for(self, request: GenerateRequest) -> str:
+        """Of the model that will answer; empty where there is no choice."""
+        return request.model or await self.model_of(request.agent_id)
+
+    async def _enter(self, name: str, timeout_s: float | None) -> str:
+        """The model is in memory, until `_leave_model`. Returns its name."""
+        if self.models is not None:
+            await self.models.enter(name, timeout_s)
         return name
 
     def _leave_model(self, name: str) -> None:
@@ -378,6 +451,10 @@ class Engine:
 
     def _leave(self, agent_id: str, _: object) -> None:
         self._turnstile.leave(agent_id)
+
+    def _leave_if_entered(self, agent_id: str, entering: "asyncio.Task[None]") -> None:
+        if _is_fine(entering):
+            self._turnstile.leave(agent_id)
 
     def _ended(
         self, stream: EventStream, model: str, end: "asyncio.Future[Completed | Failed]"
@@ -436,6 +513,15 @@ class Engine:
         if pairs and self._loop is not None:
             with suppress(RuntimeError):  # the loop has been closed, and nobody listens any more
                 self._loop.call_soon_threadsafe(_put_all, pairs)
+
+
+def _is_fine(task: "asyncio.Task[None]") -> bool:
+    """Whether it ended as it should; what it raised has been seen."""
+    return not task.cancelled() and task.exception() is None
+
+
+def _with_reading(call: Callable[[Fleet, Reading], None], reading: Reading, fleet: Fleet) -> None:
+    call(fleet, reading)
 
 
 def _put_all(pairs: Sequence[tuple[EventStream, Event]]) -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from keepwarm.engine.agents import AgentView, view_of_summary
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
 from keepwarm.engine.building import IdleBuilder
 from keepwarm.engine.bundles import ExportSummary, ImportSummary
+from keepwarm.engine.intake import Reading
 from keepwarm.engine.requests import GenerateRequest
 from keepwarm.engine.sharing import SharedStore
 from keepwarm.engine.snapshot import EngineSnapshot, merged
@@ -150,7 +151,7 @@ class Fleet:
 
     # -- requests --------------------------------------------------------------------------------
 
-    def submit(self, request: GenerateRequest) -> str:
+    def submit(self, request: GenerateRequest, reading: Reading | None = None) -> str:
         """Raises what `BlockPoolBatchEngine.submit` raises, and UnknownModel.
 
         While an agent talks to one model, what is asked in its name of another is answered without
@@ -159,21 +160,38 @@ class Fleet:
         self._builder.stop()
         agent_id = request.agent_id
         engine = self.engine(request.model or self.model_of(agent_id))
+        arguments = {**request.arguments(), "reading": reading}
         if agent_id is None:
-            return engine.submit(**request.arguments())
+            return engine.submit(**arguments)
         if self._talks_elsewhere(agent_id, engine):
             if request.append is not None:
                 raise AgentBusy(agent_id, "send it another message")
             namespace = home_namespace(agent_id)
-            nameless = {"agent_id": None, "namespace": namespace}
-            return engine.submit(**{**request.arguments(), **nameless})
+            return engine.submit(**{**arguments, "agent_id": None, "namespace": namespace})
         former = self.of(agent_id)
         self._move(agent_id, engine)
         try:
-            return engine.submit(**request.arguments())
+            return engine.submit(**arguments)
         except BaseException:
             self._move(agent_id, former)
             raise
+
+    def check_length(self, request: GenerateRequest, reading: Reading | None = None) -> None:
+        """As the engine's own, for what is known of the agent there; nothing moves.
+
+        Of a model that was never loaded nothing is known.
+        """
+        agent_id = request.agent_id
+        name = request.model or self.model_of(agent_id)
+        if name not in self._engines:
+            return
+        engine = self._engines[name]
+        if agent_id is not None and not engine.holds(agent_id):
+            if request.append is not None:
+                return
+            namespace = home_namespace(agent_id)
+            request = replace(request, agent_id=None, namespace=namespace)
+        engine.check_length(request, reading)
 
     def cancel(self, request_id: str) -> bool:
         """End a request now. False when it had ended."""

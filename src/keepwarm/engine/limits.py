@@ -61,10 +61,10 @@ def least_tokens(source: PromptSource, tokenizer: Tokenizer) -> int:
     text may have special tokens, so of that nothing is known before it is cut at them.
     """
     if source.token_ids is not None:
-        return _num_items(source.token_ids)
+        return num_items(source.token_ids)
     messages = source.append if source.append is not None else source.messages
-    num_messages = _num_items(messages)
-    texts = chain.from_iterable(map(_texts_of, (messages or ()) if num_messages else ()))
+    num_messages = num_items(messages)
+    texts = chain.from_iterable(map(texts_of, (messages or ()) if num_messages else ()))
     return max(num_messages, sum(map(tokenizer.least_tokens, texts)))
 
 
@@ -75,11 +75,17 @@ def least_tokens_of(pieces: Iterable[Piece], tokenizer: Tokenizer) -> int:
     )
 
 
-def _num_items(items: object) -> int:
+def num_characters(text: object) -> int:
+    """None where it is no text, which is refused elsewhere."""
+    return len(text) if isinstance(text, str) else 0
+
+
+def num_items(items: object) -> int:
+    """None where it is no list, which is refused elsewhere."""
     return len(items) if isinstance(items, Sequence) and not isinstance(items, str | bytes) else 0
 
 
-def _texts_of(message: object) -> Iterator[str]:
+def texts_of(message: object) -> Iterator[str]:
     """What there is of them: what should not be there is refused elsewhere."""
     content = message.get("content") if isinstance(message, Mapping) else None
     parts = [{"text": content}] if isinstance(content, str) else content

@@ -67,6 +67,17 @@ class GenerateRequest:
     queue_timeout_s: float | None = None
     deadline_s: float | None = None
 
+    @property
+    def source(self) -> "PromptSource":
+        """Raises InvalidRequest where there is not exactly one."""
+        return PromptSource(
+            messages=self.messages,
+            append=self.append,
+            text=self.text,
+            token_ids=self.token_ids,
+            continue_final_message=self.continue_final_message,
+        )
+
     def arguments(self) -> dict[str, Any]:
         """For `BlockPoolBatchEngine.submit`."""
         limits = ("model", "queue_timeout_s", "deadline_s")

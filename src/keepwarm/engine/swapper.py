@@ -153,6 +153,10 @@ class ModelSwapper:
                 raise QueueTimeout(waited_s=timeout_s) from None
             raise
 
+    def is_ready(self, name: str) -> bool:
+        """Whether a request for it need not wait. Raises UnknownModel."""
+        return self.registry.resolve(name).state is ModelState.READY
+
     def can_be_had(self, model: Model) -> bool:
         """Whether a request for it would have a chance now."""
         return model.state not in AWAY or (self._may_load and model.state is not ModelState.FAILED)

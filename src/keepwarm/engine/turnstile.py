@@ -18,6 +18,10 @@ class Turnstile:
     def __repr__(self) -> str:
         return f"Turnstile({len(self._locks)} agents, {self.num_waiting} waiting)"
 
+    def is_taken(self, agent_id: str) -> bool:
+        """Whether one would have to wait."""
+        return agent_id in self._locks
+
     async def enter(self, agent_id: str, timeout_s: float | None) -> None:
         """Raises QueueTimeout and QueueFull. Whoever entered must leave."""
         lock = self._locks.setdefault(agent_id, asyncio.Lock())

@@ -32,6 +32,7 @@ class Choices:
         The task that iterates owns the requests: closing the iterator ends them. Raises what
         `submit` raises, and the error that a reply failed with.
         """
+        await self._check_lengths()
         async with self._engine.generate(self._first, self._key) as first:
             if not self._others:
                 async for event in first:
@@ -40,6 +41,12 @@ class Choices:
             async with aclosing(self._merged(first)) as merged:
                 async for choice, event in merged:
                     yield choice, _checked(event)
+
+    async def _check_lengths(self) -> None:
+        """Of prompts that would be submitted when a stream has begun."""
+        for request in self._others:
+            if request.source != self._first.source:
+                await self._engine.check_length(request)
 
     async def _merged(self, first: EventStream) -> AsyncGenerator[tuple[int, Event], None]:
         merged: Merged = asyncio.Queue(maxsize=1)

@@ -5,6 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
+from keepwarm.engine.requests import PromptSource
 from keepwarm.server.answers import STREAMS, errors, json_answer
 from keepwarm.server.anthropic.encode import (
     AnthropicErrorBody,
@@ -44,10 +45,6 @@ async def count_tokens(body: Conversation, serving: ServingOf) -> Response:
     """How many tokens the prompt has; tools are not in it, as they are not in the prompt."""
     model = serving.model(body.model)
     conversation = messages_of(body, left_out=[])
-    num_tokens = await serving.engine.call_on(
-        model.name,
-        lambda engine: engine.count_tokens(
-            messages=conversation, continue_final_message=is_begun(conversation)
-        ),
-    )
+    source = PromptSource(messages=conversation, continue_final_message=is_begun(conversation))
+    num_tokens = await serving.engine.count_tokens(model.name, source)
     return json_answer(TokenCount(num_tokens))
