@@ -166,7 +166,7 @@ def test_an_edit_says_where_and_why() -> None:
 
 @pytest.mark.parametrize("agent_id", [None, "ada"])
 def test_more_of_a_message_is_an_edit(agent_id: str | None) -> None:
-    engine = fake_engine()
+    engine = fake_engine(factory=FakeFactory(vocab_size=128))
     question = "x" * 600
     first = run(engine, agent_id=agent_id, messages=[user(question)], max_tokens=5)
     told = [user(question), assistant(first.text), user("And?")]

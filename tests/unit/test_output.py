@@ -78,7 +78,8 @@ def test_a_reply_ended_in_mid_character_by_a_token_with_text_is_not_whole() -> N
     text = ReplyText(Words(["Hello", "a", ""], pending_after={1}), ())
     push_all(text, [0, 1])
     assert text.finish() == Emitted("", (1,))
-    assert text.reply == Reply("Helloa", (0, 1), is_whole=False, num_silent=1)
+    assert text.reply == Reply("Helloa", (0, 1), is_whole=False)
+    assert text.reply.spoken == text.reply
 
 
 def test_a_silent_token_in_the_middle_says_so() -> None:

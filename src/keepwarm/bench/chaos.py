@@ -520,10 +520,13 @@ class Verification:
         if actual is None or len(actual["turns"]) != doing["num_turns"] + 1:
             return False
         cold = self._cold_reply(prompt, doing["max_tokens"])
-        if actual["ids"] != [*prompt, *kept_ids(cold)]:
+        messages = doing["messages"]
+        detokenizer = self._loaded.tokenizer.detokenizer()
+        kept = kept_ids(cold, detokenizer, is_of_ids=messages is None)
+        if actual["ids"] != [*prompt, *kept]:
             return False
         reply = {"role": "assistant", "content": cold.text}
-        return doing["messages"] is None or bool(actual["messages"] == [*doing["messages"], reply])
+        return messages is None or bool(actual["messages"] == [*messages, reply])
 
     def _compare_replies(self, engine: BlockPoolBatchEngine) -> None:
         """Every agent speaks, all at once, and says what it would say with nothing cached."""

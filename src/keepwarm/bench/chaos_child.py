@@ -22,7 +22,7 @@ from keepwarm.core.events import Completed, Failed
 from keepwarm.core.layout import BLOCK_TOKENS, CacheLayout, LayerLayout
 from keepwarm.core.policies import EngineConfig
 from keepwarm.core.pool import BlockPool
-from keepwarm.core.ports import LoadedModel, Payload
+from keepwarm.core.ports import Detokenizer, LoadedModel, Payload
 from keepwarm.core.stored import AgentState
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
 from keepwarm.store.agent_cache_store import AgentCacheStore, StoreConfig
@@ -157,9 +157,15 @@ def plain_state(state: AgentState) -> State:
     }
 
 
-def kept_ids(completed: Completed) -> tuple[int, ...]:
-    """Of a reply as its line remembers it: of one that has no text, nothing."""
-    return completed.token_ids if completed.text else ()
+def kept_ids(completed: Completed, detokenizer: Detokenizer, *, is_of_ids: bool) -> tuple[int, ...]:
+    """The reply's ids as its line remembers them: of a reply to messages, those of its text."""
+    if is_of_ids:
+        return completed.token_ids
+    text, num_kept = "", 0
+    while text != completed.text:
+        text += detokenizer.push(completed.token_ids[num_kept])
+        num_kept += 1
+    return completed.token_ids[:num_kept]
 
 
 def after_turns(state: State, num_turns: int) -> State:
@@ -386,7 +392,9 @@ class Player:
 
     def _complete(self, running: _Running, completed: Completed) -> None:
         state = self._states[running.name] = self._state(running.name)
-        said = state["ids"] == [*running.prompt_ids, *kept_ids(completed)]
+        detokenizer = self._engine._tokenizer.detokenizer()
+        kept = kept_ids(completed, detokenizer, is_of_ids=running.messages is None)
+        said = state["ids"] == [*running.prompt_ids, *kept]
         if running.messages is not None:
             reply = {"role": "assistant", "content": completed.text}
             said = said and state["messages"] == [*running.messages, reply]

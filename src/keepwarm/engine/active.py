@@ -151,9 +151,10 @@ class ActiveRequest:
         divergence = self.prompt.divergence
         if divergence is None or self.agent_id is not None:
             return divergence is None and self.is_new_line and num_lacking > 0
-        if self.is_new_line and num_lacking > 0:
-            return True
-        return divergence.reason in ANOTHER_TEXT and not self._shares_a_reply(divergence)
+        is_apart = self.is_new_line and num_lacking > 0
+        if is_apart or divergence.reason in ANOTHER_TEXT:
+            return not self._shares_a_reply(divergence)
+        return False
 
     def _shares_a_reply(self, divergence: Divergence) -> bool:
         message = self.locate(divergence.token_index)

@@ -1,7 +1,7 @@
 """The text side of one reply: deltas, stop strings, and which ids the delivered text stands on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from keepwarm.core.ports import Detokenizer
 from keepwarm.engine.stops import StopMatch, StopSearch
@@ -45,11 +45,17 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class _HeldToken:
-    """`end`: how many characters of the reply must be sent before its text is wholly sent."""
+    """`is_heard`: text came with it, its own or that of tokens before it.
+
+    `ends_amid`: a character has begun and not ended. `end`: how many characters of the reply must
+    be sent before its text is wholly sent.
+    """
 
     token_id: int
-    end: int
     has_text: bool
+    is_heard: bool
+    ends_amid: bool
+    end: int = 0
 
 
 class ReplyText:
@@ -67,7 +73,7 @@ class ReplyText:
         self._stops = StopSearch(stop)
         self._held_text = ""
         self._held_tokens: list[_HeldToken] = []
-        self._undecoded: list[int] = []
+        self._undecoded: list[_HeldToken] = []
         self._sent_text: list[str] = []
         self._sent: list[_HeldToken] = []
         self._num_sent = 0
@@ -88,14 +94,15 @@ class ReplyText:
     def reply(self) -> Reply:
         """What was sent so far."""
         num_silent = next(
-            (n for n, token in enumerate(reversed(self._sent)) if token.has_text), len(self._sent)
+            (n for n, token in enumerate(reversed(self._sent)) if token.is_heard), len(self._sent)
         )
         spoken = self._sent[: len(self._sent) - num_silent]
-        num_carried = spoken[-1].end if spoken else 0
+        is_all = (spoken[-1].end if spoken else 0) == self._num_sent
+        ends_amid = bool(spoken) and spoken[-1].ends_amid
         return Reply(
             text="".join(self._sent_text),
             token_ids=tuple(token.token_id for token in self._sent),
-            is_whole=num_carried == self._num_sent and all(t.has_text for t in spoken),
+            is_whole=is_all and not ends_amid and all(token.has_text for token in spoken),
             num_silent=num_silent,
         )
 
@@ -108,7 +115,7 @@ class ReplyText:
 
     def finish(self) -> Emitted:
         """The reply ended by length or EOS: send all that was held back, and every id."""
-        self._settle_undecoded(is_broken_off=self._detokenizer.pending)
+        self._settle_undecoded()
         return self._send(len(self._held_text))
 
     def cancel(self) -> None:
@@ -121,17 +128,15 @@ class ReplyText:
         """Returns the text that the token completes."""
         text = self._detokenizer.push(token_id)
         self._held_text += text
-        self._undecoded.append(token_id)
+        has_text, ends_amid = self._detokenizer.has_text(token_id), self._detokenizer.pending
+        self._undecoded.append(_HeldToken(token_id, has_text, bool(text), ends_amid))
         if not self._detokenizer.pending:
             self._settle_undecoded()
         return text
 
-    def _settle_undecoded(self, *, is_broken_off: bool = False) -> None:
+    def _settle_undecoded(self) -> None:
         end = self._num_sent + len(self._held_text)
-        self._held_tokens += [
-            _HeldToken(token_id, end, not is_broken_off and self._detokenizer.has_text(token_id))
-            for token_id in self._undecoded
-        ]
+        self._held_tokens += [replace(token, end=end) for token in self._undecoded]
         self._undecoded.clear()
 
     def _stop_at(self, match: StopMatch) -> Emitted:
