@@ -237,7 +237,7 @@ def _agent_row(agent_row: int, state: AgentState) -> tuple[Any, ...]:
         settings.priority,
         settings.quota_bytes,
         settings.policy,
-        settings.overflow,
+        str(settings.overflow),
         state.model,
         state.has_fixed_main,
         len(state.lines),
