@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import httpx
 import pytest
 
+from commands import keepwarm
 from keepwarm.store.catalog import Catalog
 from keepwarm.store.catalog_errors import CatalogUnavailable
 from servers import FakeServer, fake_server
@@ -148,6 +149,19 @@ def test_a_refused_deletion_names_the_callers_agent_not_the_servers(
     assert "'ada' was not deleted" in error["message"]
     assert "team" not in error["message"]
     assert str(tmp_path) not in error["message"]
+
+
+def test_the_command_line_says_so(server: FakeServer, client: httpx.Client, disk: Disk) -> None:
+    done = keepwarm("agents", "pin", "ada", url=server.url)
+    assert (done.code, done.err) == (0, "")
+    disk.fill()
+    done = keepwarm("agents", "unpin", "ada", url=server.url)
+    assert done.code == 0
+    assert "durable: false" in done.err
+    refused = keepwarm("agents", "rm", "ada", "--yes", url=server.url)
+    assert refused.code == 1
+    assert "was not deleted" in refused.err
+    disk.free()
 
 
 class TestHealth:

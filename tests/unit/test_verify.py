@@ -269,6 +269,19 @@ class TestImported:
         assert run(engine, token_ids=[*said, 1], max_tokens=1).cache.cached_tokens >= 512
         assert two.health().num_records == len(records_of(engine, [*said, 1, *turn.token_ids]))
 
+    def test_that_it_became_shared_waits_for_the_disk(self, tmp_path: Path) -> None:
+        bundles: dict[Path, Any] = {}
+        store = MemoryAgentStore(bundles)
+        engine = fake_engine(store=store)
+        say(engine)
+        engine.export("ada", tmp_path / "ada")
+        engine.import_agent(tmp_path / "ada", "eve")
+        engine.import_agent(tmp_path / "ada", "bob")
+        assert verified(engine, "eve").is_durable
+        store.refuses = True
+        report = verified(engine, "bob")
+        assert (report.became_shared, report.is_durable) == (True, False)
+
     def test_one_without_kv_is_shared_at_once(self, tmp_path: Path) -> None:
         engine = fake_engine(store=MemoryAgentStore())
         say(engine)

@@ -190,6 +190,7 @@ def verify(name: AgentName, url: Url = DEFAULT_URL, as_json: AsJson = False) -> 
     elif report["passed"]:
         compared, tokens = report["compared_tokens"], report["context_tokens"]
         _say(f"{name} is what it was computed to be: {compared:,} of {tokens:,} tokens compared")
+    _warn_unless(report["durable"])
     if not report["passed"]:
         blocks = _list(report["differing_blocks"])
         raise Refused(

@@ -10,7 +10,7 @@ from keepwarm.core.errors import AgentBusy, CalledOff, InvariantBroken
 from keepwarm.core.ports import BatchGenerator
 from keepwarm.engine.agents import Agent, Line
 from keepwarm.engine.batch import Batch
-from keepwarm.engine.store_link import StoreLink
+from keepwarm.engine.store_link import Commit, StoreLink
 from keepwarm.engine.tiers import Tiers
 from keepwarm.engine.verifying import ColdRun, Pause, UnitTokens, Verifier, VerifyReport
 
@@ -52,9 +52,10 @@ class AgentVerifier:
                 raise
             report = self._report(agent, cold)
             self._drop_differing(main, cold, report)
-            if report.became_shared:
-                self._share(agent, cold)
-        return report
+            commit = self._share(agent, cold) if report.became_shared else None
+        while commit is not None and commit.durable is None:
+            yield Pause.WAITS_FOR_DISK
+        return replace(report, is_durable=commit is None or bool(commit.durable))
 
     def _report(self, agent: Agent, cold: ColdRun) -> VerifyReport:
         main = agent.main
@@ -75,7 +76,7 @@ class AgentVerifier:
         self._tiers.distrust(main.blocks, depth)
         self._store.drop(cold.records_at(report.differing))
 
-    def _share(self, agent: Agent, cold: ColdRun) -> None:
+    def _share(self, agent: Agent, cold: ColdRun) -> Commit:
         """What was computed here takes the place of what was imported.
 
         Lines and forks that still use imported blocks keep those to themselves.
@@ -84,8 +85,9 @@ class AgentVerifier:
         agent.main.blocks = self._verifier.take(cold)
         agent.main.blocks.pinned = imported.pinned
         self._tiers.forget(imported)
-        self._link.commit(agent)
+        commit = self._link.commit(agent)
         self._store.drop([record.hash for record in cold.records], if_unused=True)
+        return commit
 
 
 @dataclass(slots=True, eq=False)

@@ -45,7 +45,7 @@ class VerifyReport:
     """What `verify` found out about an agent's main line; blocks that differ were dropped.
 
     `num_compared` tokens of `num_tokens` had KV somewhere. `became_shared`: the agent was imported,
-    and its KV can be found by everyone now.
+    and its KV can be found by everyone now; `is_durable`: the disk has that as well.
     """
 
     agent_id: str
@@ -54,6 +54,7 @@ class VerifyReport:
     bound: float
     blocks: tuple[BlockCheck, ...]
     became_shared: bool = False
+    is_durable: bool = True
 
     @property
     def differing(self) -> tuple[int, ...]:

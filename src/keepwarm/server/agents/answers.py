@@ -151,7 +151,8 @@ class AgentTurns:
 class AgentVerified:
     """Kept KV beside that of a cold run: blocks that differ by more than `bound` were dropped.
 
-    `became_shared`: the agent was imported, and its KV can be found by everyone now.
+    `became_shared`: the agent was imported, and its KV can be found by everyone now; `durable`: the
+    disk has that as well.
     """
 
     agent: str
@@ -162,6 +163,7 @@ class AgentVerified:
     bound: float
     differing_blocks: Sequence[int]
     became_shared: bool
+    durable: bool
 
     @classmethod
     def of(cls, report: VerifyReport, shown: str) -> "AgentVerified":
@@ -174,6 +176,7 @@ class AgentVerified:
             bound=report.bound,
             differing_blocks=report.differing,
             became_shared=report.became_shared,
+            durable=report.is_durable,
         )
 
 
