@@ -266,7 +266,9 @@ def test_when_memory_comes_free(tmp_path: Path, clock: FakeClock) -> None:
         assert num_prefilled(setup, "small") == before
         setup.fleet.delete("bob")
         setup.settle()
-        rest(setup, clock)
+        for _ in range(3):  # what the disk is still taking holds memory, too
+            rest(setup, clock)
+            setup.settle()
         assert num_prefilled(setup, "small") > before + 700
 
 

@@ -107,7 +107,11 @@ class IdleBuilder:
             return
         self._reading = None
         with self._nobody_suffers():
-            self._engines[reading.model].build(reading.plan, reading.job.answer.result())
+            token_ids = reading.job.answer.result()
+            if not self._engines[reading.model].build(reading.plan, token_ids) and self._latest:
+                # Its room went while it was read: once more after another rest.
+                self._built.pop(self._latest, None)
+                self._idle_since_s = None
 
     @contextmanager
     def _nobody_suffers(self) -> Iterator[None]:
