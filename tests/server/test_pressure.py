@@ -108,7 +108,7 @@ def test_a_wait_that_is_too_long_answers_503(tmp_path: Path, dialect: str, strea
     options = {
         "factory": factory,
         "engine__max_rows": 1,
-        "server__queue_timeout_s": 0.2,
+        "server__queue_timeout_s": 1.0,
         "server__heartbeat_s": 5.0,
     }
     with fake_server(tmp_path, **options) as server, ExitStack() as clients:

@@ -137,7 +137,7 @@ def test_whatever_raises_for_a_request_ends_that_request(
     beside = engine.submit(messages=[user("Good")], max_tokens=9)
     broken = engine.submit(agent_id="ada", messages=[user("Hello")], max_tokens=3)
 
-    def fail(*arguments: object) -> None:
+    def fail(*arguments: object, **named: object) -> None:
         raise LookupError(place)
 
     events: list[Event] = []
@@ -158,7 +158,7 @@ def test_what_raises_when_a_client_hangs_up_ends_that_request(
     request_id = engine.submit(agent_id="ada", messages=[user("Hello")], max_tokens=9)
     step(engine, 3)
 
-    def fail(*arguments: object) -> None:
+    def fail(*arguments: object, **named: object) -> None:
         raise LookupError
 
     with monkeypatch.context() as patch:
@@ -172,7 +172,7 @@ def test_bookkeeping_that_contradicts_itself_is_everybodys(monkeypatch: pytest.M
     engine = fake_engine()
     engine.submit(messages=[user("Hello")], max_tokens=3)
 
-    def fail(*arguments: object) -> None:
+    def fail(*arguments: object, **named: object) -> None:
         raise InvariantBroken("lost")
 
     monkeypatch.setattr(engine._book, "record_turn", fail)
@@ -183,7 +183,7 @@ def test_bookkeeping_that_contradicts_itself_is_everybodys(monkeypatch: pytest.M
 def test_a_reply_that_cannot_begin_takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = fake_engine()
 
-    def fail(*arguments: object) -> None:
+    def fail(*arguments: object, **named: object) -> None:
         raise LookupError
 
     with monkeypatch.context() as patch:
