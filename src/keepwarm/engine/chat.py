@@ -124,6 +124,7 @@ class TextContinuation:
         self._encode = encode
         self._ends_amid = ends_amid
         self._encoded: dict[int, Span] = {}
+        self._latest: Prompt | None = None
 
     def num_shared(self, known: Transcript) -> int:
         if not known.num_tokens:  # most lines, where many requests come at once
@@ -152,6 +153,12 @@ class TextContinuation:
         return most
 
     def of(self, known: Transcript) -> Prompt:
+        """The same again for the line that was asked about last: it is, once it is chosen."""
+        if self._latest is None or self._latest.known is not known:
+            self._latest = self._prompt(known)
+        return self._latest
+
+    def _prompt(self, known: Transcript) -> Prompt:
         spans = self._spliced(known)
         last = spans[-1]
         if last.token_ids and self._ends_amid(last.token_ids):

@@ -49,10 +49,12 @@ def choose_line(
     A request that would throw away most of a line gets a line of its own (None), but takes over
     the ids of whatever line it agrees with, so that their blocks are found.
     """
-    best = _most_like([line for line in lines if not line.in_use], continuation)
+    idle = [line for line in lines if not line.in_use]
+    best = _most_like(idle, continuation)
     if best is not None and _continues(*best, named=named):
         return best[0], continuation.of(best[0].transcript)
-    best = _most_like(lines, continuation)
+    if len(idle) < len(lines):
+        best = _most_like(lines, continuation)
     return None, continuation.of(EMPTY if best is None else best[0].transcript)
 
 
