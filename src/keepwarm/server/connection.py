@@ -20,6 +20,9 @@ from keepwarm.server.settings import ServerConfig
 LINGER_S = 5.0
 """How long a client may go on sending what is not read any more; a connection that is closed while
 something is unread is reset, and the client would lose its answer."""
+DRAIN_PAUSE_S = 0.05
+"""Between two looks at what is not read any more: it may come as fast as memory copies, and the
+processor is the model's."""
 MAX_HEADERS = 256
 """A short one takes more memory than bytes on the wire."""
 MAX_PIPELINED = 16
@@ -69,8 +72,10 @@ class Connection(HttpToolsProtocol):
         # Whole bodies come in larger parts than these, and a head that is too long is noticed late.
         for start in range(0, len(data), _PIECE_BYTES):
             if self._is_deaf or self.transport.is_closing():
-                return
+                break
             self._read(data[start : start + _PIECE_BYTES])
+        if self._is_deaf:
+            self._drain_slowly()
 
     def _read(self, piece: bytes) -> None:
         if self._is_too_many:
@@ -195,6 +200,15 @@ class Connection(HttpToolsProtocol):
             self.transport.write_eof()
         self._met()
         self._expect_within(LINGER_S)
+
+    def _drain_slowly(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.pause_reading()
+            self.loop.call_later(DRAIN_PAUSE_S, self._drain_on)
+
+    def _drain_on(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.resume_reading()
 
     def _stop_parser(self, problem: Problem) -> NoReturn:
         """Out of one of its callbacks: it raises, and uvicorn calls `send_400_response`."""
