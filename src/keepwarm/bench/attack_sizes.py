@@ -27,7 +27,8 @@ HOST = "127.0.0.1"
 MAX_ROWS = 8
 MEBIBYTE = 1 << 20
 CLAIM_BYTES = 64 << 30
-STREAM_TOKENS = 400
+STREAM_TOKENS = 2_000
+"""More than a stream says meanwhile: one that begins anew makes the others wait, attack or not."""
 PROBE_S = 0.05
 SAMPLE_S = 0.01
 CALM_S = 2.0
