@@ -156,7 +156,7 @@ class _Campaign:
 
 
 async def _hang_ups(port: int, model: str, size: int, rng: random.Random) -> None:
-    """So many clients; in half of the rounds all of them go at the same moment."""
+    """Run `size` clients that hang up; in four of five rounds all go at the same moment."""
     together = rng.random() < 0.8
     moment_s = rng.uniform(0.0, 0.4)
     loop = asyncio.get_running_loop()
@@ -208,7 +208,7 @@ def _go(writer: asyncio.StreamWriter, *, reset: bool) -> None:
 
 
 def _request(model: str, rng: random.Random) -> Request:
-    """Of any dialect, streamed or not. None has a key: with one it would rightly run on."""
+    """Draw a request of any dialect, streamed or not; without a key, as those run on rightly."""
     text = f"{rng.random()} " + "x" * rng.choice([1, 40, 2_000])
     body: dict[str, Any] = {
         "model": model,
