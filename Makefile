@@ -13,7 +13,7 @@ else
 EXTRAS := dev
 endif
 
-.PHONY: serve demo test clients check bench install clean
+.PHONY: serve demo test clients check bench file-map install clean
 
 serve: $(STAMP)
 	$(BIN)/keepwarm serve
@@ -36,6 +36,10 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/keepwarm bench all
+
+# docs/files.md, out of the modules' docstrings.
+file-map:
+	$(PYTHON) tools/file_map.py
 
 install: $(STAMP)
 

@@ -18,9 +18,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from keepwarm.core.errors import ConfigError
 from keepwarm.core.policies import EngineConfig
-from keepwarm.engine.models import DTYPES, AutoLoad, ModelSettings
 from keepwarm.home import keepwarm_home
 from keepwarm.server.settings import ServerConfig
+from keepwarm.service.model_registry import DTYPES, AutoLoad, ModelSettings
 from keepwarm.store.agent_cache_store import StoreConfig
 
 FILE_NAME = "keepwarm.toml"

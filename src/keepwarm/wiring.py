@@ -17,14 +17,14 @@ from keepwarm.core.errors import ModelUnavailable
 from keepwarm.core.pool import BlockPool
 from keepwarm.core.ports import LoadedModel
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
-from keepwarm.engine.engine import Engine
-from keepwarm.engine.fleet import Fleet, NewEngine, Weights
-from keepwarm.engine.models import AutoLoad, Model, ModelRegistry, ModelSettings
-from keepwarm.engine.swapper import ModelSource, ModelSwapper
+from keepwarm.fleet.fleet import Fleet, NewEngine, Weights
 from keepwarm.server.app import build_app
 from keepwarm.server.metrics import Metrics
 from keepwarm.server.serving import House
 from keepwarm.server.transfers import Transfers
+from keepwarm.service.async_engine import AsyncEngine
+from keepwarm.service.model_registry import AutoLoad, Model, ModelRegistry, ModelSettings
+from keepwarm.service.model_swapper import ModelSource, ModelSwapper
 from keepwarm.store.agent_cache_store import AgentCacheStore
 
 STORE_FOLDER = "agents"
@@ -71,7 +71,7 @@ class RunningServer:
     """The application with its engine running; `num_agents` were there when it was opened."""
 
     app: ASGIApp
-    engine: Engine
+    engine: AsyncEngine
     model: str
     num_agents: int
 
@@ -88,7 +88,7 @@ async def start_server(
     sys.setswitchinterval(SWITCH_S)
     metrics = Metrics()
     source = source or MLXSource()
-    engine = Engine(
+    engine = AsyncEngine(
         _fleet_opener(settings, home, memory_budget(settings, source.memory_bytes())),
         on_end=metrics.observe_end,
         max_waiting=settings.engine.max_waiting,
@@ -148,7 +148,7 @@ def memory_budget(settings: Settings, memory_bytes: int) -> int:
     return settings.memory.budget_bytes or memory_bytes // SHARE_OF_MEMORY
 
 
-def _swapper(settings: Settings, source: ModelSource, engine: Engine) -> ModelSwapper:
+def _swapper(settings: Settings, source: ModelSource, engine: AsyncEngine) -> ModelSwapper:
     given_bytes, memory_bytes = settings.model.memory_bytes, source.memory_bytes()
     return ModelSwapper(
         registry_of(settings),

@@ -29,7 +29,7 @@ from keepwarm.core.stored import (
     StoreEvent,
 )
 from keepwarm.core.transcript import Span, Transcript, Turn
-from keepwarm.engine.sharing import SharedStore
+from keepwarm.fleet.shared_store import SharedStore
 from keepwarm.store.agent_cache_store import AgentCacheStore
 from keepwarm.testing.agent_store import MemoryAgentStore
 

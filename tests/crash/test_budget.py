@@ -10,9 +10,9 @@ from engines import ids, settle
 from keepwarm import AgentCacheStore, BlockPoolBatchEngine
 from keepwarm.bench.chaos_child import FAKE, load_world, new_engine
 from keepwarm.core.events import Completed, Failed
-from keepwarm.store import disk
 from keepwarm.store.agent_cache_store import StoreConfig
-from keepwarm.store.catalog import Catalog
+from keepwarm.store.catalog.catalog import Catalog
+from keepwarm.store.disk import files as record_files
 from stores import disk_bytes
 
 BUDGET_BYTES = 10 << 20
@@ -30,7 +30,7 @@ class Scales:
         self.folder = folder
         self.most_bytes = 0
         self.num_weighings = 0
-        self._watch(monkeypatch, disk, "_write_all")
+        self._watch(monkeypatch, record_files, "_write_all")
         for name in ("commit", "add_records", "remove_records", "delete_agent"):
             self._watch(monkeypatch, Catalog, name)
         self._watch(monkeypatch, Catalog, "_empty_log", before=True)

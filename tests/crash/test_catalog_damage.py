@@ -16,9 +16,9 @@ import pytest
 
 from engines import completed, drain, user
 from keepwarm.core.errors import DamagedAgent, InvalidRequest
-from keepwarm.store import schema, seals
-from keepwarm.store.catalog import Catalog
-from keepwarm.store.disk_store import CATALOG_NAME
+from keepwarm.store.catalog import schema, seals
+from keepwarm.store.catalog.catalog import Catalog
+from keepwarm.store.disk.disk_store import CATALOG_NAME
 from stores import Setup, opened
 
 NAMES = ("ada", "bob", "eve", "pinned")

@@ -15,8 +15,8 @@ from keepwarm.bench.chaos_child import FAKE, load_world, new_engine, open_store
 from keepwarm.core.errors import DamagedAgent
 from keepwarm.core.events import Completed, Failed
 from keepwarm.core.stored import KVFamily, Record
-from keepwarm.store.catalog_errors import CatalogTooNew
-from keepwarm.store.disk_store import CATALOG_NAME
+from keepwarm.store.catalog.errors import CatalogTooNew
+from keepwarm.store.disk.disk_store import CATALOG_NAME
 from keepwarm.testing.generator import FAKE_LAYOUT
 from stores import Setup, opened, record_files, set_aside_files
 

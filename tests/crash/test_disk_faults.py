@@ -16,10 +16,10 @@ from keepwarm import AgentCacheStore
 from keepwarm.bench.chaos_child import FAKE, load_world, new_engine
 from keepwarm.core.errors import KeepwarmError
 from keepwarm.core.events import Completed
-from keepwarm.store import disk
 from keepwarm.store.agent_cache_store import StoreConfig
-from keepwarm.store.catalog import Catalog
-from keepwarm.store.catalog_errors import CatalogUnavailable
+from keepwarm.store.catalog.catalog import Catalog
+from keepwarm.store.catalog.errors import CatalogUnavailable
+from keepwarm.store.disk import files as record_files
 from stores import MEGABYTE, Setup, opened, set_aside_files
 
 REFUSES = "the disk refuses writes"
@@ -93,7 +93,7 @@ def wait_a_minute(setup: Setup) -> None:
 def says_it_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a disk does that others fill between question and write: the kernel is who refuses."""
     roomy = os.statvfs("/")
-    monkeypatch.setattr("keepwarm.store.budget.os.statvfs", lambda _folder: roomy)
+    monkeypatch.setattr("keepwarm.store.disk.budget.os.statvfs", lambda _folder: roomy)
 
 
 @pytest.fixture(params=["asked", "not asked"])
@@ -233,7 +233,7 @@ class TestBrokenDisk:
     ) -> None:
         caplog.set_level(logging.WARNING)
         with opened(tmp_path) as setup:
-            monkeypatch.setattr(disk, place, refuse(code))
+            monkeypatch.setattr(record_files, place, refuse(code))
             for _ in range(6):
                 assert say(setup, "ada").durable
                 setup.settle_or_refused()
@@ -278,7 +278,7 @@ class TestBrokenDisk:
                 say(setup, "ada")
             assert setup.engine.close()
         with opened(tmp_path) as setup:
-            monkeypatch.setattr(disk, "_read_whole", refuse(errno.EIO))
+            monkeypatch.setattr(record_files, "_read_whole", refuse(errno.EIO))
             assert say(setup, "ada").cache.cached_tokens == 0
             assert setup.store.health().num_faults >= 1
             assert setup.store.health().num_damaged == 0

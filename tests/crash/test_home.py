@@ -13,7 +13,7 @@ import pytest
 
 from engines import ids
 from keepwarm import AgentCacheStore
-from keepwarm.store.home_lock import HomeInUse
+from keepwarm.store.disk.home_lock import HomeInUse
 from stores import opened, record_files
 
 HOLD = """

@@ -15,9 +15,9 @@ import pytest
 from engines import fake_engine, run, settle, step, user
 from keepwarm import AgentCacheStore, BlockPoolBatchEngine
 from keepwarm.core.errors import BundleFailed
-from keepwarm.store import bundle
 from keepwarm.store.agent_cache_store import StoreConfig
-from keepwarm.store.disk import RecordFiles
+from keepwarm.store.bundle import archive
+from keepwarm.store.disk.files import RecordFiles
 from stores import record_files
 
 NUM_TOKENS = 900
@@ -28,8 +28,8 @@ import os, signal, sys
 from pathlib import Path
 from engines import fake_engine
 from keepwarm import AgentCacheStore
-from keepwarm.store.catalog import Catalog
-from keepwarm.store.disk import RecordFiles
+from keepwarm.store.catalog.catalog import Catalog
+from keepwarm.store.disk.files import RecordFiles
 
 home, path, place, visit = sys.argv[1:]
 owner, name, moment = {
@@ -144,8 +144,8 @@ def test_a_disk_that_refuses_an_export_leaves_no_file(
     with opened(tmp_path / "home") as store:
         engine = fake_engine(store=store)
         talk(engine)
-        writing = refusing(bundle._write_member, num_good, code)
-        monkeypatch.setattr(bundle, "_write_member", writing)
+        writing = refusing(archive._write_member, num_good, code)
+        monkeypatch.setattr(archive, "_write_member", writing)
         with pytest.raises(BundleFailed) as caught:
             engine.export("ada", out / "ada")
         assert caught.value.problem == os.strerror(code)

@@ -1,6 +1,7 @@
 """What the documentation names exists, and the README's example runs."""
 
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,18 @@ def test_every_command_that_is_named_exists(page: Path) -> None:
 
 def test_every_file_that_the_architecture_names_exists() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text()
-    present = {path.name for path in (ROOT / "src").rglob("*.py")}
-    assert set(re.findall(r"\b([a-z_]+\.py)\b", text)) <= present
+    package = ROOT / "src" / "keepwarm"
+    present = {str(path.relative_to(package)) for path in package.rglob("*.py")}
+    names = {path.rpartition("/")[2] for path in present}
+    named = set(re.findall(r"\b([a-z0-9_/]+\.py)\b", text))
+    assert {name for name in named if "/" not in name} <= names
+    assert {name for name in named if "/" in name} <= present
+
+
+def test_the_page_of_files_names_every_file_of_the_package() -> None:
+    """`make file-map` writes it."""
+    script = runpy.run_path(str(ROOT / "tools" / "file_map.py"))
+    assert script["page"]() == (ROOT / "docs" / "files.md").read_text()
 
 
 @pytest.mark.usefixtures("keepwarm_home")

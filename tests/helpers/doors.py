@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 from engines import DEVICE_S, FakeFactory, fake_engine
 from keepwarm import AgentCacheStore, BlockPoolBatchEngine
 from keepwarm.core.events import Completed, Event, Failed
-from keepwarm.engine.engine import Engine
-from keepwarm.engine.fleet import Fleet
 from keepwarm.engine.requests import GenerateRequest
-from keepwarm.engine.stream import EventStream
+from keepwarm.fleet.fleet import Fleet
+from keepwarm.service.async_engine import AsyncEngine
+from keepwarm.service.event_stream import EventStream
 from keepwarm.testing.generator import FakeBatchGenerator
 
 T = TypeVar("T")
@@ -118,8 +118,8 @@ class Opener:
 @asynccontextmanager
 async def engine_of(
     opener: Opener, *, grace_s: float = 0.0, **options: Any
-) -> AsyncIterator[Engine]:
-    engine = Engine(opener, **options)
+) -> AsyncIterator[AsyncEngine]:
+    engine = AsyncEngine(opener, **options)
     await engine.start()
     try:
         yield engine
@@ -170,13 +170,13 @@ async def end_of(stream: EventStream) -> Completed | Failed:
     return await asyncio.shield(stream.end)
 
 
-async def reply(engine: Engine, request: GenerateRequest) -> Completed:
+async def reply(engine: AsyncEngine, request: GenerateRequest) -> Completed:
     end = await end_of(await engine.submit(request))
     assert isinstance(end, Completed), end
     return end
 
 
-async def hold(engine: Engine) -> threading.Event:
+async def hold(engine: AsyncEngine) -> threading.Event:
     """The engine's thread waits until the event is set."""
     holding, released = threading.Event(), threading.Event()
 

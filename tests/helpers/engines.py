@@ -10,7 +10,7 @@ from keepwarm.core.events import Completed, Delta, Event, Failed
 from keepwarm.core.layout import BLOCK_TOKENS
 from keepwarm.core.policies import EngineConfig
 from keepwarm.core.ports import LoadedModel, RowInput
-from keepwarm.engine.tiers import Tiers
+from keepwarm.kv.tiers import Tiers
 from keepwarm.testing.clock import FakeClock
 from keepwarm.testing.generator import (
     FAKE_LAYOUT,

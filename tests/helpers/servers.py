@@ -20,8 +20,8 @@ import uvicorn
 from description import check_described
 from engines import DEVICE_S, FakeFactory, fake_loaded
 from keepwarm.config import load_settings
-from keepwarm.engine.engine import Engine
-from keepwarm.server.sockets import uvicorn_config
+from keepwarm.server.edge.sockets import uvicorn_config
+from keepwarm.service.async_engine import AsyncEngine
 from keepwarm.testing.models import FixedSource
 from keepwarm.wiring import start_server
 
@@ -34,7 +34,7 @@ class FakeServer:
     """A server in a thread of this process, on the fake generator and a real store."""
 
     url: str
-    engine: Engine
+    engine: AsyncEngine
     factory: FakeFactory
     loop: asyncio.AbstractEventLoop
     server: uvicorn.Server

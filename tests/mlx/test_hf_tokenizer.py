@@ -15,8 +15,8 @@ from hf_tokenizers import sentencepiece_tokenizer, smollm2_tokenizer
 from keepwarm.core.errors import InvalidRequest
 from keepwarm.core.ports import Piece
 from keepwarm.core.transcript import EMPTY
-from keepwarm.engine.chat import TextContinuation, with_reply
-from keepwarm.engine.output import Reply, ReplyText
+from keepwarm.engine.prompt.continuation import TextContinuation, with_reply
+from keepwarm.engine.prompt.reply_text import Reply, ReplyText
 from keepwarm.mlx_backend.detokenizer import bytes_of_token
 from keepwarm.mlx_backend.tokenizer import HFTokenizer, Shield
 

@@ -8,7 +8,7 @@ import pytest
 
 from keepwarm.core.errors import UnsupportedModel
 from keepwarm.core.ports import LoadedModel
-from keepwarm.mlx_backend import seam
+from keepwarm.mlx_backend import attention_hook
 from keepwarm.mlx_backend.probe import check_seam
 
 
@@ -27,12 +27,12 @@ def test_smollm2_fits(smollm2: LoadedModel) -> None:
 def test_attention_that_passes_the_seam_by_is_found(
     smollm2: LoadedModel, attention_module: object
 ) -> None:
-    original = getattr(attention_module.scaled_dot_product_attention, seam._MARK)
+    original = getattr(attention_module.scaled_dot_product_attention, attention_hook._MARK)
 
     def past_the_seam(q: mx.array, k: mx.array, v: mx.array, cache: object, **more: object):  # noqa: ANN202
         return original(q, k, v, cache=None, **more)
 
-    setattr(past_the_seam, seam._MARK, original)
+    setattr(past_the_seam, attention_hook._MARK, original)
     attention_module.scaled_dot_product_attention = past_the_seam
     with pytest.raises(UnsupportedModel, match="two rows in a batch differ"):
         check_seam(smollm2.model, smollm2.layout, "smollm2")

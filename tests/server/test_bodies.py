@@ -11,7 +11,7 @@ import httpx
 import pytest
 from starlette.types import Message
 
-from keepwarm.server.decoding import PIECE_BYTES, readable, zstd
+from keepwarm.server.edge.decoding import PIECE_BYTES, readable, zstd
 from keepwarm.server.problems import NotAllowed
 from servers import FakeServer, fake_server
 

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from keepwarm.core.errors import KeepwarmError
-from keepwarm.server import connection
+from keepwarm.server.edge import connection
 from servers import START_S, FakeServer, fake_server
 from sockets import RawClient
 

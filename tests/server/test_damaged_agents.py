@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from commands import Done, keepwarm
-from keepwarm.store.disk_store import CATALOG_NAME
+from keepwarm.store.disk.disk_store import CATALOG_NAME
 from keepwarm.wiring import STORE_FOLDER
 from servers import FakeServer, fake_server
 

@@ -12,8 +12,8 @@ import httpx
 import pytest
 
 from commands import keepwarm
-from keepwarm.store.catalog import Catalog
-from keepwarm.store.catalog_errors import CatalogUnavailable
+from keepwarm.store.catalog.catalog import Catalog
+from keepwarm.store.catalog.errors import CatalogUnavailable
 from servers import FakeServer, fake_server
 
 WAIT_S = 30.0

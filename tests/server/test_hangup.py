@@ -12,8 +12,8 @@ import pytest
 
 from doors import GatedFactory, check_is_empty
 from keepwarm.core.stored import Fetched, StoreEvent
-from keepwarm.engine.fleet import Fleet
-from keepwarm.engine.stream import EventStream
+from keepwarm.fleet.fleet import Fleet
+from keepwarm.service.event_stream import EventStream
 from servers import FakeServer, fake_server
 from sockets import RawClient
 

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from doors import Opener, check_is_empty, engine_of, message, run, text, until
-from keepwarm.engine.engine import Engine
 from keepwarm.engine.requests import GenerateRequest
 from keepwarm.server.agents.encode import AgentEncoder
 from keepwarm.server.choices import Choices
 from keepwarm.server.reply import StreamedReply, WholeReply
 from keepwarm.server.settings import ServerConfig
+from keepwarm.service.async_engine import AsyncEngine
 
 LONG = 50_000
 TURNS = range(-6, 7)
@@ -24,7 +24,7 @@ Call = Callable[..., Any]
 class HeldAnswers:
     """The engine's thread has done what it was asked, and its answers do not arrive yet."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: AsyncEngine) -> None:
         self._arrive = asyncio.Event()
         call = engine.call
 
@@ -40,7 +40,7 @@ class HeldAnswers:
 
 
 async def _hang_up_around(
-    engine: Engine, requests: Sequence[GenerateRequest], turns: int, *, stream: bool
+    engine: AsyncEngine, requests: Sequence[GenerateRequest], turns: int, *, stream: bool
 ) -> None:
     held, gone = HeldAnswers(engine), asyncio.Event()
     choices, encoder = Choices(engine, requests), AgentEncoder("ada")

@@ -32,8 +32,8 @@ from keepwarm.core.errors import (
     UnknownAgent,
 )
 from keepwarm.core.events import Completed, Event, Failed, FinishReason
-from keepwarm.engine.engine import Engine
-from keepwarm.engine.loop import MAX_REBUILDS
+from keepwarm.service.async_engine import AsyncEngine
+from keepwarm.service.engine_thread import MAX_REBUILDS
 
 
 class Bug(Exception):
@@ -178,7 +178,7 @@ class TestBugs:
             raise OSError("there is no model")
 
         async def test() -> None:
-            engine = Engine(Opener(change=change))
+            engine = AsyncEngine(Opener(change=change))
             with pytest.raises(OSError, match="there is no model"):
                 await engine.start()
             assert engine.has_ended
@@ -199,7 +199,7 @@ class TestBugs:
 
                 return engine, fails
 
-            engine = Engine(open_engine)
+            engine = AsyncEngine(open_engine)
             await engine.start()
             assert isinstance(await end_of(await engine.submit(text(max_tokens=50))), Failed)
             assert isinstance(await end_of(await engine.submit(text())), Completed)
@@ -434,7 +434,7 @@ def _until_waiting(factory: GatedFactory) -> None:
         pass
 
 
-async def _submit_many(engine: Engine, number: int) -> list[BaseException]:
+async def _submit_many(engine: AsyncEngine, number: int) -> list[BaseException]:
     """What was refused; the others end."""
     streams = await asyncio.gather(
         *(engine.submit(text()) for _ in range(number)), return_exceptions=True

@@ -18,10 +18,10 @@ from commands import keepwarm
 from engines import DEVICE_S, FakeFactory, fake_loaded
 from keepwarm.core.errors import EngineStopped, ModelLoadError
 from keepwarm.core.ports import LoadedModel
-from keepwarm.engine.fleet import Fleet
-from keepwarm.engine.models import ModelState
 from keepwarm.engine.requests import GenerateRequest
-from keepwarm.engine.stream import EventStream
+from keepwarm.fleet.fleet import Fleet
+from keepwarm.service.event_stream import EventStream
+from keepwarm.service.model_registry import ModelState
 from keepwarm.testing.models import FixedSource
 from servers import FakeServer, fake_server
 from sockets import RawClient

@@ -10,14 +10,14 @@ from doors import GatedFactory, Opener, cancel, end_of, engine_of, events_of, me
 from engines import FakeFactory
 from keepwarm.core.errors import GeneratorFailed, KeyReused, UnknownAgent
 from keepwarm.core.events import Completed, Delta, Failed
-from keepwarm.engine.engine import Engine
 from keepwarm.engine.requests import ReceiptKey
-from keepwarm.engine.stream import EventStream
+from keepwarm.service.async_engine import AsyncEngine
+from keepwarm.service.event_stream import EventStream
 
 KEY = ReceiptKey("k", "digest")
 
 
-async def with_ada(engine: Engine) -> None:
+async def with_ada(engine: AsyncEngine) -> None:
     await engine.call_at("ada", lambda e: e.create("ada"))
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from keepwarm.server.paths import tidy
+from keepwarm.server.edge.paths import tidy
 from servers import FakeServer, fake_server
 
 BODY = {"model": "fake", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}

@@ -21,7 +21,7 @@ from keepwarm.core.events import (
     Timing,
     Usage,
 )
-from keepwarm.engine.stream import EventStream, replayed
+from keepwarm.service.event_stream import EventStream, replayed
 
 CACHE = CacheReport(Tier.NONE, 0, 3, 0, "new", 0.0)
 STARTED = Started("r", None, CACHE)

@@ -14,7 +14,7 @@ import pytest
 
 from engines import FakeFactory
 from keepwarm.server.transfers import Transfers
-from keepwarm.store.disk import RecordFiles
+from keepwarm.store.disk.files import RecordFiles
 from servers import FakeServer, fake_server
 from sockets import RawClient
 

@@ -6,10 +6,10 @@ import pytest
 
 from doors import cancel, run
 from keepwarm.core.errors import QueueFull, QueueTimeout
-from keepwarm.engine.turnstile import Turnstile
+from keepwarm.service.agent_queue import AgentQueue
 
 
-def check_is_empty(turnstile: Turnstile) -> None:
+def check_is_empty(turnstile: AgentQueue) -> None:
     assert not turnstile._locks
     assert not turnstile._num_inside_or_waiting
     assert turnstile.num_waiting == 0
@@ -17,7 +17,7 @@ def check_is_empty(turnstile: Turnstile) -> None:
 
 def test_they_pass_in_the_order_in_which_they_came() -> None:
     async def test() -> None:
-        turnstile, passed = Turnstile(100), list[int]()
+        turnstile, passed = AgentQueue(100), list[int]()
 
         async def pass_through(number: int) -> None:
             await turnstile.enter("ada", None)
@@ -34,7 +34,7 @@ def test_they_pass_in_the_order_in_which_they_came() -> None:
 
 def test_agents_do_not_wait_for_each_other() -> None:
     async def test() -> None:
-        turnstile = Turnstile(0)
+        turnstile = AgentQueue(0)
         await turnstile.enter("ada", None)
         await turnstile.enter("eve", None)
         turnstile.leave("ada")
@@ -46,7 +46,7 @@ def test_agents_do_not_wait_for_each_other() -> None:
 
 def test_waiting_ends_with_the_time() -> None:
     async def test() -> None:
-        turnstile = Turnstile(10)
+        turnstile = AgentQueue(10)
         await turnstile.enter("ada", None)
         with pytest.raises(QueueTimeout, match=r"0\.01"):
             await turnstile.enter("ada", 0.01)
@@ -61,7 +61,7 @@ def test_waiting_ends_with_the_time() -> None:
 
 def test_no_more_than_so_many_wait() -> None:
     async def test() -> None:
-        turnstile = Turnstile(1)
+        turnstile = AgentQueue(1)
         await turnstile.enter("ada", None)
         waiting = asyncio.ensure_future(turnstile.enter("ada", None))
         await asyncio.sleep(0)
@@ -80,7 +80,7 @@ def test_whoever_is_cancelled_makes_way(position: int) -> None:
     """Also the one whose turn has just come."""
 
     async def test() -> None:
-        turnstile = Turnstile(10)
+        turnstile = AgentQueue(10)
         await turnstile.enter("ada", None)
         waiting = [asyncio.ensure_future(turnstile.enter("ada", None)) for _ in range(4)]
         await asyncio.sleep(0)

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from keepwarm import BlockPoolBatchEngine
-from keepwarm.engine.intake import Wanted
+from keepwarm.engine.turn.intake import Wanted
 from servers import FakeServer, fake_server
 from sockets import RawClient
 from sse import DONE, events_of

@@ -12,8 +12,15 @@ from hypothesis import strategies as st
 from engines import assistant, fake_engine, run, user
 from keepwarm.core.errors import InvalidRequest, TemplateRefused
 from keepwarm.core.ports import Message, Piece
-from keepwarm.engine.adapting import JOINT, ChatRenderer, adapt
-from keepwarm.engine.traits import ABSENT, AS_SENT, Beside, CallTraits, Traits, traits_of
+from keepwarm.engine.prompt.adaptation import JOINT, ChatRenderer, adapt
+from keepwarm.engine.prompt.template_traits import (
+    ABSENT,
+    AS_SENT,
+    Beside,
+    CallTraits,
+    Traits,
+    traits_of,
+)
 from keepwarm.testing.tokenizer import FakeTokenizer
 
 TOOLS = [

@@ -26,7 +26,7 @@ from fleets import Setup, opened
 from keepwarm import BlockPoolBatchEngine
 from keepwarm.core.agent import Tier
 from keepwarm.core.errors import AgentBusy, CalledOff, GeneratorFailed, PoolExhausted
-from keepwarm.engine.verifying import SCRATCH_ROW, VerifyReport
+from keepwarm.kv.verifier import SCRATCH_ROW, VerifyReport
 from keepwarm.testing.agent_store import MemoryAgentStore
 from keepwarm.testing.generator import FakePayload, FakeSlab
 

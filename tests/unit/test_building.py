@@ -10,7 +10,7 @@ from engines import BLOCK_BYTES, ids
 from fleets import NAMES, Setup, create, opened
 from keepwarm.core.agent import Tier
 from keepwarm.core.errors import InvalidRequest
-from keepwarm.engine.building import IDLE_S
+from keepwarm.fleet.idle_builder import IDLE_S
 from keepwarm.testing.clock import FakeClock
 
 

@@ -50,15 +50,15 @@ from keepwarm.core.stored import (
 )
 from keepwarm.core.transcript import EMPTY, Receipt, Span, Transcript, Turn
 from keepwarm.store.agent_cache_store import StoreConfig
-from keepwarm.store.bundle import Exported, Manifest, write_bundle
-from keepwarm.store.bundle_agent import (
+from keepwarm.store.bundle.agent_json import (
     MAX_SIBLINGS,
     Unsound,
     decode_agent,
     encode_agent,
 )
-from keepwarm.store.record import encode
-from keepwarm.store.units import finish
+from keepwarm.store.bundle.archive import Exported, Manifest, write_bundle
+from keepwarm.store.disk.record import encode
+from keepwarm.store.disk.units import finish
 from keepwarm.testing.generator import FAKE_LAYOUT
 from keepwarm.testing.tokenizer import FakeTokenizer
 

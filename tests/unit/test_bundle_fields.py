@@ -17,7 +17,7 @@ from keepwarm.core.events import FinishReason
 from keepwarm.core.stored import AgentSettings, AgentState, LineState
 from keepwarm.core.transcript import MAX_KEY_CHARS, Receipt, Span, Transcript, Turn
 from keepwarm.engine.requests import ReceiptKey, valid_settings
-from keepwarm.store.bundle_agent import decode_agent, encode_agent
+from keepwarm.store.bundle.agent_json import decode_agent, encode_agent
 
 LEFT_OUT: dict[type, dict[str, Any]] = {
     AgentState: {"model": "", "has_fixed_main": False},

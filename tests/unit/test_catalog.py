@@ -29,10 +29,10 @@ from keepwarm.core.stored import (
     Record,
 )
 from keepwarm.core.transcript import NO_TEXT, Receipt, Span, Transcript, Turn
-from keepwarm.store import catalog as catalog_module
-from keepwarm.store import schema, seals
-from keepwarm.store.catalog import Catalog, CatalogReader, RecordRow, set_aside
-from keepwarm.store.catalog_errors import (
+from keepwarm.store.catalog import catalog as catalog_module
+from keepwarm.store.catalog import schema, seals
+from keepwarm.store.catalog.catalog import Catalog, CatalogReader, RecordRow, set_aside
+from keepwarm.store.catalog.errors import (
     CatalogCorrupt,
     CatalogTooNew,
     CatalogUnavailable,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from keepwarm.core.errors import InvalidRequest, InvariantBroken
 from keepwarm.core.ports import Message, Piece
 from keepwarm.core.transcript import EMPTY, Span, Transcript
-from keepwarm.engine.chat import (
+from keepwarm.engine.prompt.continuation import (
     IdsContinuation,
     Prompt,
     Reason,
@@ -20,7 +20,7 @@ from keepwarm.engine.chat import (
     vouching,
     with_reply,
 )
-from keepwarm.engine.output import Reply, ReplyText
+from keepwarm.engine.prompt.reply_text import Reply, ReplyText
 from keepwarm.testing.tokenizer import IM_END, IM_START, FakeTokenizer, special_piece
 
 TOKENIZER = FakeTokenizer()

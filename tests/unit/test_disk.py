@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keepwarm.core.block import BlockHash
-from keepwarm.store import disk as disk_module
-from keepwarm.store.budget import DiskBudget
-from keepwarm.store.disk import RecordFiles, StoredFile
+from keepwarm.store.disk import files as disk_module
+from keepwarm.store.disk.budget import DiskBudget
+from keepwarm.store.disk.files import RecordFiles, StoredFile
 from keepwarm.store.errors import DamagedRecord, DiskTooFull, OverBudget
 
 MEGABYTE = 1 << 20

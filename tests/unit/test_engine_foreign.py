@@ -22,7 +22,7 @@ from keepwarm.core.errors import InvariantBroken, RequestBroke, TemplateRefused
 from keepwarm.core.events import Event, Failed, FinishReason
 from keepwarm.core.ports import Message, Piece
 from keepwarm.engine import batch_engine
-from keepwarm.engine.building import IdleBuilder
+from keepwarm.fleet.idle_builder import IdleBuilder
 from keepwarm.testing.tokenizer import FakeDetokenizer, FakeTokenizer
 
 EXCEPTIONS = [

@@ -21,7 +21,7 @@ from keepwarm import BlockPool
 from keepwarm.core.agent import Tier
 from keepwarm.core.errors import PoolExhausted
 from keepwarm.core.stored import KVFamily
-from keepwarm.engine.tiers import Tiers
+from keepwarm.kv.tiers import Tiers
 from keepwarm.testing.generator import FAKE_LAYOUT, FakeBatchGenerator
 
 SHARED = ids(512, 9)

@@ -29,7 +29,7 @@ from keepwarm.core.errors import (
     UnknownAgent,
 )
 from keepwarm.core.events import Completed, Delta, Event, Failed, FinishReason
-from keepwarm.engine.verifying import VerifyReport
+from keepwarm.kv.verifier import VerifyReport
 
 REFUSALS = (AgentBusy, AgentExists, InvalidRequest, QueueFull, UnknownAgent)
 SYSTEMS = ["x" * 290, "y" * 530, "short"]

@@ -6,7 +6,7 @@ import pytest
 
 from engines import completed, drain, fake_engine, run, user
 from keepwarm.core.errors import InvalidRequest
-from keepwarm.engine.history import kept_messages, mend, placeholder
+from keepwarm.engine.prompt.old_messages import kept_messages, mend, placeholder
 
 HALF = "\ud83d"
 IMAGE = {"type": "image_url", "image_url": {"url": "data:,"}}

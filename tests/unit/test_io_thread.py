@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable
 
-from keepwarm.store.io_thread import IOThread, Priority
+from keepwarm.store.disk.io_thread import IOThread, Priority
 
 
 def held_thread() -> tuple[IOThread[str], threading.Event]:

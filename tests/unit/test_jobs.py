@@ -31,7 +31,7 @@ from keepwarm.core.errors import (
     UnknownAgent,
 )
 from keepwarm.core.stored import BundleRead
-from keepwarm.engine.bundles import (
+from keepwarm.engine.agents.bundles import (
     VOUCH_TOKENS,
     ExportSummary,
     ImportSummary,
@@ -39,7 +39,7 @@ from keepwarm.engine.bundles import (
     vouched_for,
 )
 from keepwarm.store.agent_cache_store import StoreConfig
-from keepwarm.store.io_thread import Priority
+from keepwarm.store.disk.io_thread import Priority
 from keepwarm.testing.agent_store import MemoryAgentStore
 
 PATIENCE_S = 30.0

@@ -6,7 +6,7 @@ import pytest
 
 from engines import fake_engine, user
 from keepwarm.core.errors import ContextTooLong, InvalidRequest, NeverFits
-from keepwarm.engine.limits import least_tokens, least_tokens_of
+from keepwarm.engine.prompt.limits import least_tokens, least_tokens_of
 from keepwarm.engine.requests import PromptSource
 from keepwarm.testing.tokenizer import FakeTokenizer
 

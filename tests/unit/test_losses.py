@@ -9,8 +9,8 @@ import pytest
 from engines import ids
 from keepwarm.core.stored import DEFAULT_SETTINGS, AgentState, LineState
 from keepwarm.core.transcript import Span, Transcript, Turn
-from keepwarm.store.catalog import Catalog
-from keepwarm.store.catalog_errors import CatalogUnavailable
+from keepwarm.store.catalog.catalog import Catalog
+from keepwarm.store.catalog.errors import CatalogUnavailable
 from keepwarm.store.commits import Change
 from keepwarm.store.losses import loss_of
 from stores import opened

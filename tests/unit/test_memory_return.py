@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from doors import run, until
-from keepwarm.server.memory import LARGE_BYTES, MemoryReturn, give_back
+from keepwarm.server.edge.memory import LARGE_BYTES, MemoryReturn, give_back
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from keepwarm.core.errors import (
     NoRoomForModel,
     UnknownModel,
 )
-from keepwarm.engine.models import (
+from keepwarm.service.model_registry import (
     MOVES,
     Model,
     ModelFacts,

@@ -5,8 +5,8 @@ import time
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keepwarm.server import rate
-from keepwarm.server.rate import WINDOW_S, RateLimit
+from keepwarm.server.edge import rate
+from keepwarm.server.edge.rate import WINDOW_S, RateLimit
 
 
 class Clock:

@@ -24,11 +24,11 @@ from engines import assistant, fake_engine, user
 from keepwarm.core.errors import ContextTooLong, InvalidRequest, QueueFull, QueueTimeout
 from keepwarm.core.events import Completed
 from keepwarm.core.stored import AgentSettings, Overflow
-from keepwarm.engine.encoding import ENCODED_HERE, NobodyWaits
-from keepwarm.engine.intake import Reading
-from keepwarm.engine.readers import Readers
-from keepwarm.engine.reading import READ_HERE_CHARACTERS, ReadElsewhere
+from keepwarm.engine.prompt.encoding import ENCODED_HERE, NobodyWaits
+from keepwarm.engine.prompt.prompt_reader import READ_HERE_CHARACTERS, ReadElsewhere
+from keepwarm.engine.prompt.reader_threads import Readers
 from keepwarm.engine.requests import GenerateRequest, PromptSource
+from keepwarm.engine.turn.intake import Reading
 from keepwarm.testing.tokenizer import FakeTokenizer
 
 ENGINE_THREAD = "keepwarm-engine"
@@ -448,8 +448,5 @@ def test_what_a_reader_raises_is_raised_where_it_was_asked_for() -> None:
     def fail(guard: Any) -> None:
         raise InvalidRequest("messages", "are wrong")
 
-    async def test() -> None:
-        with pytest.raises(InvalidRequest):
-            await Readers(1).run(fail)
-
-    run(test())
+    with pytest.raises(InvalidRequest):
+        Readers(1).begin(fail).answer.result(TEST_S)

@@ -17,9 +17,8 @@ from keepwarm.core.block import BlockHash, child_hash
 from keepwarm.core.errors import InvariantBroken
 from keepwarm.core.layout import BLOCK_TOKENS, CacheLayout, LayerLayout
 from keepwarm.core.stored import KVFamily, Record
-from keepwarm.store import record as record_module
-from keepwarm.store.errors import BadRecord, DamagedRecord, ForeignRecord
-from keepwarm.store.record import (
+from keepwarm.store.disk import record as record_module
+from keepwarm.store.disk.record import (
     MAX_HEADER_BYTES,
     Decoded,
     Header,
@@ -30,6 +29,7 @@ from keepwarm.store.record import (
     max_file_bytes,
     read_header,
 )
+from keepwarm.store.errors import BadRecord, DamagedRecord, ForeignRecord
 
 DTYPES = ["float32", "float16", "bfloat16"]
 LAYOUT = CacheLayout(layers=(LayerLayout(2, 3, 5), LayerLayout(1, 4, 4)), dtype="float16")

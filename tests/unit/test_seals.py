@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keepwarm.store.seals import install, seal_of, sealed, sound
+from keepwarm.store.catalog.seals import install, seal_of, sealed, sound
 
 VALUES = st.one_of(
     st.none(), st.integers(-(1 << 63), (1 << 63) - 1), st.text(), st.binary(), st.booleans()

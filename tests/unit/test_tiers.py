@@ -6,7 +6,7 @@ from keepwarm.core.layout import capacity_for
 from keepwarm.core.pool import BlockPool
 from keepwarm.core.ports import RowId
 from keepwarm.core.stored import KVFamily
-from keepwarm.engine.tiers import Tiers
+from keepwarm.kv.tiers import Tiers
 from keepwarm.testing.generator import FAKE_LAYOUT, FakeBatchGenerator
 
 ROW = RowId(1)

@@ -12,7 +12,7 @@ from keepwarm.core.layout import BLOCK_TOKENS, capacity_for
 from keepwarm.core.pool import BlockPool
 from keepwarm.core.ports import RowId
 from keepwarm.core.stored import KVFamily
-from keepwarm.engine.tiers import Tiers
+from keepwarm.kv.tiers import Tiers
 from keepwarm.testing.generator import FAKE_LAYOUT, FakeBatchGenerator
 
 FAMILY = KVFamily("fake", FAKE_LAYOUT)

@@ -11,12 +11,12 @@ import pytest
 from engines import fake_engine, ids, run, settle
 from keepwarm import AgentCacheStore, BlockPoolBatchEngine
 from keepwarm.core.stored import BundleRead, BundleStored, BundleTerms, BundleWritten
-from keepwarm.store import disk_store
 from keepwarm.store.agent_cache_store import StoreConfig
-from keepwarm.store.bundle_export import export_agent
-from keepwarm.store.catalog import Catalog
-from keepwarm.store.disk import RecordFiles
-from keepwarm.store.units import Units, UnitWork, finish
+from keepwarm.store.bundle.export import export_agent
+from keepwarm.store.catalog.catalog import Catalog
+from keepwarm.store.disk import disk_store
+from keepwarm.store.disk.files import RecordFiles
+from keepwarm.store.disk.units import Units, UnitWork, finish
 
 PATIENCE_S = 30.0
 NUM_BLOCKS = 12

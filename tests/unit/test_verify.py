@@ -26,7 +26,7 @@ from keepwarm.core.agent_store import AgentStore
 from keepwarm.core.errors import AgentBusy, GeneratorFailed, PoolExhausted, UnknownAgent
 from keepwarm.core.fidelity import kv_bound
 from keepwarm.core.stored import Record, Saved
-from keepwarm.engine.verifying import SCRATCH_ROW, VerifyReport
+from keepwarm.kv.verifier import SCRATCH_ROW, VerifyReport
 from keepwarm.testing.agent_store import MemoryAgentStore
 from keepwarm.testing.generator import FakePayload, FakeSlab
 

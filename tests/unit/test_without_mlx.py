@@ -17,9 +17,16 @@ sys.meta_path.insert(0, Blocked())
 sys.path.insert(0, sys.argv[1])
 
 import pkgutil
-import keepwarm, keepwarm.core, keepwarm.engine, keepwarm.store, keepwarm.testing
+import keepwarm.core, keepwarm.engine, keepwarm.fleet, keepwarm.kv, keepwarm.store, keepwarm.testing
 
-for package in (keepwarm.core, keepwarm.engine, keepwarm.store, keepwarm.testing):
+for package in (
+    keepwarm.core,
+    keepwarm.engine,
+    keepwarm.fleet,
+    keepwarm.kv,
+    keepwarm.store,
+    keepwarm.testing,
+):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         __import__(module.name)
 

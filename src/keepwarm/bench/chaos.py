@@ -47,10 +47,10 @@ from keepwarm.core.ports import LoadedModel
 from keepwarm.core.stored import KVFamily
 from keepwarm.engine.batch_engine import CANONICAL_LINEAGE, BlockPoolBatchEngine
 from keepwarm.store.agent_cache_store import AgentCacheStore
-from keepwarm.store.catalog import Catalog
-from keepwarm.store.disk_store import CATALOG_NAME
+from keepwarm.store.catalog.catalog import Catalog
+from keepwarm.store.disk.disk_store import CATALOG_NAME
+from keepwarm.store.disk.record import decode
 from keepwarm.store.errors import BadRecord
-from keepwarm.store.record import decode
 
 KILLS_PER_HOME = 10
 SMALL_DISK_BYTES = 8 << 20

@@ -18,12 +18,13 @@ from typing import Any
 
 from keepwarm.core.ports import LoadedModel
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
-from keepwarm.engine.tiers import Tiers
-from keepwarm.store import disk, schema
-from keepwarm.store.catalog import Catalog
-from keepwarm.store.disk import RecordFiles
-from keepwarm.store.disk_store import DiskStore
-from keepwarm.store.home_lock import HomeLock
+from keepwarm.kv.tiers import Tiers
+from keepwarm.store.catalog import schema
+from keepwarm.store.catalog.catalog import Catalog
+from keepwarm.store.disk import files as record_files
+from keepwarm.store.disk.disk_store import DiskStore
+from keepwarm.store.disk.files import RecordFiles
+from keepwarm.store.disk.home_lock import HomeLock
 
 Tell = Callable[[dict[str, Any]], None]
 
@@ -117,7 +118,7 @@ def _in_generator(trap: Trap, loaded: LoadedModel) -> None:
 
 
 def _in_write(trap: Trap, _loaded: LoadedModel) -> None:
-    original = disk._write_all
+    original = record_files._write_all
 
     def write_some(
         descriptor: int, parts: Sequence[bytes | memoryview], between: Callable[[], None]
@@ -128,18 +129,18 @@ def _in_write(trap: Trap, _loaded: LoadedModel) -> None:
             trap.spring()
         original(descriptor, parts, between)
 
-    _replace(disk, "_write_all", write_some)
+    _replace(record_files, "_write_all", write_some)
 
 
 def _at_rename(trap: Trap, _loaded: LoadedModel) -> None:
     if trap.phase is Phase.BEFORE_RENAME:
-        _before(disk, "_move_into_place", trap.visit)
+        _before(record_files, "_move_into_place", trap.visit)
     else:
-        _after(disk, "_move_into_place", trap.visit)
+        _after(record_files, "_move_into_place", trap.visit)
 
 
 def _in_read(trap: Trap, _loaded: LoadedModel) -> None:
-    original = disk._read_whole
+    original = record_files._read_whole
 
     def read_some(descriptor: int, buffer: memoryview) -> memoryview:
         if trap.is_due():
@@ -147,7 +148,7 @@ def _in_read(trap: Trap, _loaded: LoadedModel) -> None:
             trap.spring()
         return original(descriptor, buffer)
 
-    _replace(disk, "_read_whole", read_some)
+    _replace(record_files, "_read_whole", read_some)
 
 
 def _in_restore(trap: Trap, _loaded: LoadedModel) -> None:
@@ -258,7 +259,7 @@ def _at_start(trap: Trap, _loaded: LoadedModel) -> None:
 def _in_reconciling(trap: Trap, _loaded: LoadedModel) -> None:
     original = RecordFiles.scan
 
-    def scan(files: RecordFiles) -> Iterator[disk.StoredFile]:
+    def scan(files: RecordFiles) -> Iterator[record_files.StoredFile]:
         for stored in original(files):
             trap.visit()
             yield stored

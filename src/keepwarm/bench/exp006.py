@@ -23,7 +23,7 @@ from keepwarm.core.layout import BLOCK_TOKENS, CacheLayout, LayerLayout
 from keepwarm.core.pool import BlockPool
 from keepwarm.core.ports import GREEDY, RowId, RowInput
 from keepwarm.core.stored import KVFamily
-from keepwarm.engine.tiers import Tiers
+from keepwarm.kv.tiers import Tiers
 from keepwarm.mlx_backend.arrays import KVPayload, RawArray, RowSlab
 from keepwarm.mlx_backend.row_batch import RowBatchGenerator
 

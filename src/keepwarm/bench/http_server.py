@@ -21,8 +21,8 @@ from uvicorn.loops.auto import auto_loop_factory
 from keepwarm.bench.requiring import require
 from keepwarm.config import Settings, load_settings
 from keepwarm.core.ports import BatchGenerator, LoadedModel, RowInput
-from keepwarm.engine.swapper import ModelSource
-from keepwarm.server.sockets import uvicorn_config
+from keepwarm.server.edge.sockets import uvicorn_config
+from keepwarm.service.model_swapper import ModelSource
 from keepwarm.testing.generator import FAKE_LAYOUT, FakeBatchGenerator
 from keepwarm.testing.models import FixedSource
 from keepwarm.testing.tokenizer import FakeTokenizer

@@ -17,11 +17,11 @@ from keepwarm.core.ports import Message
 from keepwarm.core.stored import DEFAULT_SETTINGS, AgentState, KVFamily, LineState, Record
 from keepwarm.core.transcript import NO_TEXT, Span, Transcript, Turn
 from keepwarm.store.agent_cache_store import AgentCacheStore
-from keepwarm.store.budget import DiskBudget
-from keepwarm.store.catalog import Catalog, CatalogReader, RecordRow
-from keepwarm.store.disk import RecordFiles
-from keepwarm.store.disk_store import CATALOG_NAME
-from keepwarm.store.record import encode
+from keepwarm.store.catalog.catalog import Catalog, CatalogReader, RecordRow
+from keepwarm.store.disk.budget import DiskBudget
+from keepwarm.store.disk.disk_store import CATALOG_NAME
+from keepwarm.store.disk.files import RecordFiles
+from keepwarm.store.disk.record import encode
 from keepwarm.testing.generator import FAKE_LAYOUT
 
 BLOCKS_PER_AGENT = 10

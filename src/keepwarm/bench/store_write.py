@@ -15,8 +15,8 @@ from keepwarm.bench.store_feed import FedStore
 from keepwarm.bench.timing import Percentiles
 from keepwarm.core.ports import LoadedModel
 from keepwarm.store.agent_cache_store import AgentCacheStore, StoreConfig
-from keepwarm.store.disk_store import CATALOG_NAME
-from keepwarm.store.schema import size_bytes as catalog_bytes
+from keepwarm.store.catalog.schema import size_bytes as catalog_bytes
+from keepwarm.store.disk.disk_store import CATALOG_NAME
 from keepwarm.testing.generator import FAKE_LAYOUT
 
 MAX_BYTES_RATIO = 1.15

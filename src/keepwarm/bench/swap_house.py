@@ -14,12 +14,12 @@ import mlx.core as mx
 from keepwarm.bench.lab import require
 from keepwarm.config import Settings, load_settings
 from keepwarm.core.ports import LoadedModel, Tokenizer
-from keepwarm.engine.engine import Engine
-from keepwarm.engine.models import Model, ModelState
-from keepwarm.engine.swapper import ModelSwapper
 from keepwarm.home import keepwarm_home
 from keepwarm.mlx_backend.loader import resolve
 from keepwarm.mlx_backend.memory import estimate_bytes
+from keepwarm.service.async_engine import AsyncEngine
+from keepwarm.service.model_registry import Model, ModelState
+from keepwarm.service.model_swapper import ModelSwapper
 from keepwarm.wiring import MLXSource, start_server
 
 OTHER = "other"
@@ -105,7 +105,7 @@ class House:
     """A server on both models, of which one fits into memory: the first, to begin with."""
 
     pair: ModelPair
-    engine: Engine
+    engine: AsyncEngine
     models: ModelSwapper
     source: WatchedSource
 

@@ -12,8 +12,8 @@ from keepwarm.bench.lab import require
 from keepwarm.bench.prompts import passages
 from keepwarm.core.errors import KeepwarmError
 from keepwarm.core.events import Completed, Delta, Failed, FinishReason
-from keepwarm.engine.engine import Engine
 from keepwarm.engine.requests import GenerateRequest
+from keepwarm.service.async_engine import AsyncEngine
 
 HANG_S = 120.0
 """A request that has not ended by then is lost."""
@@ -47,7 +47,7 @@ class _Tally:
 
 
 async def load_figure(
-    engine: Engine, models: Sequence[str], plan: LoadPlan
+    engine: AsyncEngine, models: Sequence[str], plan: LoadPlan
 ) -> tuple[Figure, tuple[str, ...]]:
     """The figure, and what was wrong with the first answers that were."""
     clients = await _clients_with_answers(engine, models, plan)
@@ -75,7 +75,7 @@ async def load_figure(
     return figure, tuple(tally.problems[:MAX_SHOWN])
 
 
-async def reply_of(engine: Engine, request: GenerateRequest) -> Completed:
+async def reply_of(engine: AsyncEngine, request: GenerateRequest) -> Completed:
     """Read to its end. Raises what the request ends with."""
     stream = await engine.submit(request)
     text = "".join([event.text async for event in stream if isinstance(event, Delta)])
@@ -89,7 +89,9 @@ async def reply_of(engine: Engine, request: GenerateRequest) -> Completed:
 class _Client:
     """Talks to one model: with one agent after another, which all hear the same messages."""
 
-    def __init__(self, engine: Engine, model: str, name: str, number: int, plan: LoadPlan) -> None:
+    def __init__(
+        self, engine: AsyncEngine, model: str, name: str, number: int, plan: LoadPlan
+    ) -> None:
         self._engine = engine
         self._model = model
         self._name = name
@@ -161,7 +163,7 @@ class _Client:
 
 
 async def _clients_with_answers(
-    engine: Engine, models: Sequence[str], plan: LoadPlan
+    engine: AsyncEngine, models: Sequence[str], plan: LoadPlan
 ) -> list[_Client]:
     """They know what their models say; the models must not say the same."""
     numbers = range(1, plan.num_clients + 1)
@@ -175,7 +177,7 @@ async def _clients_with_answers(
     return [client for some in by_model for client in some]
 
 
-async def _look_for_lost_turns(engine: Engine, tally: _Tally) -> None:
+async def _look_for_lost_turns(engine: AsyncEngine, tally: _Tally) -> None:
     for agent_id, num_told in tally.turns.items():
         turns = await engine.call_at(agent_id, methodcaller("turns", agent_id))
         # A turn that was answered wrongly has been counted, and is not told.
@@ -190,5 +192,5 @@ def _messages(number: int, num_turns: int) -> list[str]:
     return [" ".join(words[start % spread :][:WORDS_PER_MESSAGE]) for start in starts]
 
 
-def _num_loads(engine: Engine) -> int:
+def _num_loads(engine: AsyncEngine) -> int:
     return sum(model.num_loads for model in engine.models.registry) if engine.models else 0

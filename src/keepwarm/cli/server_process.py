@@ -18,9 +18,9 @@ from uvicorn.server import HANDLED_SIGNALS
 from keepwarm.config import Settings
 from keepwarm.core.errors import ConfigError
 from keepwarm.home import keepwarm_home
+from keepwarm.server.edge.sockets import uvicorn_config
 from keepwarm.server.logs import configure_logs
 from keepwarm.server.settings import ServerConfig
-from keepwarm.server.sockets import uvicorn_config
 from keepwarm.wiring import RunningServer, start_server
 
 FILES_BESIDE_CONNECTIONS = 512

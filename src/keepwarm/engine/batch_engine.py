@@ -32,20 +32,18 @@ from keepwarm.core.stored import (
     Overflow,
 )
 from keepwarm.core.transcript import Turn
-from keepwarm.engine.active import ActiveRequest
-from keepwarm.engine.agent_data import AgentPorter
-from keepwarm.engine.agents import Agent, AgentBook, AgentView, Line, view_of_summary
-from keepwarm.engine.batch import Batch, Outcome
-from keepwarm.engine.bundles import ExportSummary, ImportSummary
-from keepwarm.engine.chat import opening, truncate, validate_messages
-from keepwarm.engine.encoding import Guard
-from keepwarm.engine.intake import Intake, Reading
+from keepwarm.engine.agents.agent_keeper import AgentKeeper
+from keepwarm.engine.agents.book import Agent, AgentBook, AgentView, Line, view_of_summary
+from keepwarm.engine.agents.bundles import ExportSummary, ImportSummary
+from keepwarm.engine.agents.store_inbox import Commit, StoreInbox
+from keepwarm.engine.agents.transfer import AgentPorter
+from keepwarm.engine.agents.verification import AgentVerifier, VerifyQueue
 from keepwarm.engine.jobs import Jobs
-from keepwarm.engine.keeper import AgentKeeper
-from keepwarm.engine.model_seat import ModelSeat
-from keepwarm.engine.output import ReplyText
-from keepwarm.engine.prefetching import Prefetcher
-from keepwarm.engine.reading import PromptReader
+from keepwarm.engine.prompt.continuation import opening, truncate, validate_messages
+from keepwarm.engine.prompt.encoding import Guard
+from keepwarm.engine.prompt.prompt_reader import PromptReader
+from keepwarm.engine.prompt.reply_text import ReplyText
+from keepwarm.engine.prompt.stop_strings import validate_stop
 from keepwarm.engine.requests import (
     GenerateRequest,
     PromptSource,
@@ -57,12 +55,14 @@ from keepwarm.engine.requests import (
     valid_settings,
 )
 from keepwarm.engine.snapshot import EngineSnapshot
-from keepwarm.engine.stops import validate_stop
-from keepwarm.engine.store_link import Commit, StoreLink
-from keepwarm.engine.tiers import Tiers
-from keepwarm.engine.turns import Turns
-from keepwarm.engine.verify_queue import AgentVerifier, VerifyQueue
-from keepwarm.engine.verifying import VerifyReport
+from keepwarm.engine.turn.active_request import ActiveRequest
+from keepwarm.engine.turn.intake import Intake, Reading
+from keepwarm.engine.turn.prefetcher import Prefetcher
+from keepwarm.engine.turn.turns import Turns
+from keepwarm.kv.batch import Batch, Outcome
+from keepwarm.kv.generator_source import GeneratorSource
+from keepwarm.kv.tiers import Tiers
+from keepwarm.kv.verifier import VerifyReport
 
 T = TypeVar("T")
 
@@ -109,7 +109,7 @@ class BlockPoolBatchEngine:
         recorded_as: str = "",
     ) -> None:
         self.config = config or EngineConfig()
-        self._model = ModelSeat(loaded, batch_gen_factory, deterministic=deterministic)
+        self._model = GeneratorSource(loaded, batch_gen_factory, deterministic=deterministic)
         loaded = self._model.facts
         self._loaded = loaded
         self._tokenizer = loaded.tokenizer
@@ -141,7 +141,7 @@ class BlockPoolBatchEngine:
             max_anonymous_lines=self.config.max_anonymous_lines,
             model=recorded_as,
         )
-        self._link = StoreLink(self._store, self.tiers, self._keeper, emit=self._emit)
+        self._link = StoreInbox(self._store, self.tiers, self._keeper, emit=self._emit)
         self._porter = AgentPorter(
             loaded,
             family,

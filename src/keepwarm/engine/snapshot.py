@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from keepwarm.core.pool import PoolSnapshot
 from keepwarm.core.stored import StoreHealth
-from keepwarm.engine.counters import BatchCounters, TierCounters
+from keepwarm.kv.counters import BatchCounters, TierCounters
 
 Counters = TypeVar("Counters", TierCounters, BatchCounters)
 

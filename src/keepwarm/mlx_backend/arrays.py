@@ -55,8 +55,8 @@ def starts_early(index: int) -> bool:
     """Whether the layers so far are set going while Python still builds the graph of the others.
 
     Building SmolLM2's graph takes a tenth of a decode step. For single rows and chunks only: with
-    many rows (seam.py) it does not pay, because Python and MKL's threads then want the same cores.
-    A GPU's command buffers are left alone.
+    many rows (attention_hook.py) it does not pay, because Python and MKL's threads then want the
+    same cores. A GPU's command buffers are left alone.
     """
     return mx.default_device() == mx.cpu and index % EARLY_START_LAYERS == 0
 

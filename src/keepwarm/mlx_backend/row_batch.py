@@ -1,7 +1,7 @@
 """RowBatchGenerator: every row owns its contiguous KV, and joining a batch copies nothing.
 
-Decode runs the model once for all rows; only attention loops over them (`seam.py`). A single row
-takes mlx-lm's own path, so one agent costs what bare mlx-lm costs.
+Decode runs the model once for all rows; only attention loops over them (`attention_hook.py`). A
+single row takes mlx-lm's own path, so one agent costs what bare mlx-lm costs.
 """
 
 import math
@@ -26,8 +26,8 @@ from keepwarm.mlx_backend.arrays import (
     largest_difference,
     unpack,
 )
+from keepwarm.mlx_backend.attention_hook import RowsLayer, open_seam
 from keepwarm.mlx_backend.sampling import sample
-from keepwarm.mlx_backend.seam import RowsLayer, open_seam
 
 Sampler = Callable[[mx.array, Sequence[RowInput]], mx.array]
 

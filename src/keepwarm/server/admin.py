@@ -9,11 +9,11 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.responses import Response
 
-from keepwarm.engine.agents import AgentView
+from keepwarm.engine.agents.book import AgentView
 from keepwarm.engine.snapshot import EngineSnapshot
 from keepwarm.server.agents.answers import AgentCard, card_of
 from keepwarm.server.answers import errors, json_answer
-from keepwarm.server.guard import DOCS_FILES
+from keepwarm.server.edge.guard import DOCS_FILES
 from keepwarm.server.model_cards import ModelCard
 from keepwarm.server.openai.encode import OpenAIErrorBody
 from keepwarm.server.serving import CONNECTIONS, VERSION, Serving, admin_serving_of, serving_of

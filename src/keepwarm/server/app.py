@@ -17,10 +17,10 @@ from keepwarm.server import admin, models
 from keepwarm.server.agents import routes as agents
 from keepwarm.server.anthropic import routes as anthropic
 from keepwarm.server.dialects import error_response
+from keepwarm.server.edge.guard import DOCS_FOLDER, Guard
+from keepwarm.server.edge.paths import TidyPaths
 from keepwarm.server.facts import HEADERS
-from keepwarm.server.guard import DOCS_FOLDER, Guard
 from keepwarm.server.openai import routes as openai
-from keepwarm.server.paths import TidyPaths
 from keepwarm.server.problems import problem_of
 from keepwarm.server.serving import VERSION, House
 

@@ -5,10 +5,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 
 from keepwarm.core.events import Completed, Delta, Event, Failed
-from keepwarm.engine.engine import Engine
 from keepwarm.engine.requests import GenerateRequest, ReceiptKey
-from keepwarm.engine.stream import EventStream
 from keepwarm.server.tasks import ended
+from keepwarm.service.async_engine import AsyncEngine
+from keepwarm.service.event_stream import EventStream
 
 Merged = asyncio.Queue[tuple[int, Event]]
 
@@ -20,7 +20,10 @@ class Choices:
     """
 
     def __init__(
-        self, engine: Engine, requests: Sequence[GenerateRequest], key: ReceiptKey | None = None
+        self,
+        engine: AsyncEngine,
+        requests: Sequence[GenerateRequest],
+        key: ReceiptKey | None = None,
     ) -> None:
         self._engine = engine
         self._first, *self._others = requests

@@ -5,7 +5,7 @@ import sys
 
 import structlog
 
-from keepwarm.server.guard import request_id_of_context
+from keepwarm.server.edge.guard import request_id_of_context
 from keepwarm.server.settings import LogFormat
 
 TRACEBACKS = ("exception", "stack")

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from keepwarm.engine.models import Model, ModelState
 from keepwarm.server.caller import Caller
+from keepwarm.service.model_registry import Model, ModelState
 
 
 @dataclass(frozen=True, slots=True)

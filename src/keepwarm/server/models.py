@@ -10,7 +10,6 @@ import msgspec
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response, StreamingResponse
 
-from keepwarm.engine.models import Model
 from keepwarm.server.agents.encode import error_body
 from keepwarm.server.answers import STREAMS, errors, json_answer
 from keepwarm.server.anthropic.encode import AnthropicErrorBody
@@ -25,6 +24,7 @@ from keepwarm.server.openai.encode import OpenAIErrorBody
 from keepwarm.server.problems import problem_of
 from keepwarm.server.reply import HEARTBEAT, STREAM_HEADERS
 from keepwarm.server.serving import Serving, admin_serving_of, serving_of
+from keepwarm.service.model_registry import Model
 
 router = APIRouter(tags=["models"], responses=errors(OpenAIErrorBody | AnthropicErrorBody))
 

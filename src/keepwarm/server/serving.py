@@ -8,19 +8,19 @@ from importlib.metadata import version
 from starlette.requests import Request
 from starlette.responses import Response
 
-from keepwarm.engine.engine import Engine
-from keepwarm.engine.models import Model
 from keepwarm.engine.requests import GenerateRequest, ReceiptKey
-from keepwarm.engine.swapper import ModelSwapper
 from keepwarm.server.caller import Caller
 from keepwarm.server.choices import Choices
+from keepwarm.server.edge.keys import NOBODY, ROLE
+from keepwarm.server.edge.memory import MemoryReturn
 from keepwarm.server.facts import IGNORED, names_of
-from keepwarm.server.keys import NOBODY, ROLE
-from keepwarm.server.memory import MemoryReturn
 from keepwarm.server.metrics import Metrics
 from keepwarm.server.reply import Encoder, StreamedReply, WholeReply
 from keepwarm.server.settings import ServerConfig
 from keepwarm.server.transfers import Transfers
+from keepwarm.service.async_engine import AsyncEngine
+from keepwarm.service.model_registry import Model
+from keepwarm.service.model_swapper import ModelSwapper
 
 VERSION = version("keepwarm")
 CONNECTIONS = "keepwarm.connections"
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 class House:
     """What all requests share. Belongs to the event loop's thread."""
 
-    engine: Engine
+    engine: AsyncEngine
     models: ModelSwapper
     config: ServerConfig
     metrics: Metrics
@@ -51,7 +51,7 @@ class Serving:
     caller: Caller
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> AsyncEngine:
         return self.house.engine
 
     @property

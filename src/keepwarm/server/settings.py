@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from keepwarm.core.errors import ConfigError, InvalidRequest
-from keepwarm.engine.models import MAX_TEMPERATURE
 from keepwarm.engine.requests import valid_namespace
+from keepwarm.service.model_registry import MAX_TEMPERATURE
 
 DEFAULT_NAMESPACE = "default"
 """The one that is used without keys."""

@@ -31,14 +31,13 @@ from keepwarm.core.stored import (
     StoreEvent,
     StoreHealth,
 )
-from keepwarm.store.bundle_jobs import BundleJobs
-from keepwarm.store.catalog import CatalogReader
-from keepwarm.store.catalog_errors import CatalogCorrupt, CatalogUnavailable
-from keepwarm.store.catalog_load import damaged_summary
-from keepwarm.store.catalog_opening import Opened
+from keepwarm.store.bundle.jobs import BundleJobs
+from keepwarm.store.catalog.catalog import CatalogReader
+from keepwarm.store.catalog.errors import CatalogCorrupt, CatalogUnavailable
+from keepwarm.store.catalog.load import damaged_summary
+from keepwarm.store.catalog.opening import Opened
 from keepwarm.store.commits import Change, Commits
-from keepwarm.store.disk_room import DiskRoom
-from keepwarm.store.disk_store import (
+from keepwarm.store.disk.disk_store import (
     CATALOG_NAME,
     CommitDone,
     Erased,
@@ -51,11 +50,12 @@ from keepwarm.store.disk_store import (
     Reconciled,
     SaveDone,
 )
+from keepwarm.store.disk.io_thread import IOThread, Priority
+from keepwarm.store.disk.record import max_file_bytes
+from keepwarm.store.disk_room import DiskRoom
 from keepwarm.store.health import DiskHealth, Work
-from keepwarm.store.io_thread import IOThread, Priority
 from keepwarm.store.losses import loss_of
 from keepwarm.store.opening import open_disk
-from keepwarm.store.record import max_file_bytes
 from keepwarm.store.record_index import Entry, RecordIndex
 
 log = logging.getLogger("keepwarm.store")

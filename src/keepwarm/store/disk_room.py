@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from functools import partial
 
 from keepwarm.core.block import BlockHash
-from keepwarm.store.disk_store import REMOVALS_PER_COMMAND, DiskStore, Outcome
+from keepwarm.store.disk.disk_store import REMOVALS_PER_COMMAND, DiskStore, Outcome
+from keepwarm.store.disk.io_thread import IOThread, Priority
 from keepwarm.store.health import DiskHealth
-from keepwarm.store.io_thread import IOThread, Priority
 from keepwarm.store.record_index import Entry, RecordIndex
 
 

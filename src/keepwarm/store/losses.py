@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from keepwarm.core.block import common_prefix
 from keepwarm.core.errors import InvariantBroken
 from keepwarm.core.stored import AgentState, LineState
-from keepwarm.store.catalog_plan import common_start
+from keepwarm.store.catalog.plan import common_start
 from keepwarm.store.commits import Change
 
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from keepwarm.core.errors import InvariantBroken, KeepwarmError
-from keepwarm.store.catalog_opening import Opened
-from keepwarm.store.disk_store import DiskStore, Limits, OpenFailed, Outcome
-from keepwarm.store.io_thread import IOThread, Priority
+from keepwarm.store.catalog.opening import Opened
+from keepwarm.store.disk.disk_store import DiskStore, Limits, OpenFailed, Outcome
+from keepwarm.store.disk.io_thread import IOThread, Priority
 
 
 def open_disk(thread: IOThread[Outcome], path: Path, limits: Limits) -> tuple[DiskStore, Opened]:

@@ -8,8 +8,8 @@ from keepwarm.core.agent import Tier
 from keepwarm.core.events import Completed, FinishReason, Timing, Usage
 from keepwarm.core.stored import AgentSettings, Overflow
 from keepwarm.core.transcript import Turn
-from keepwarm.engine.agents import AgentView
-from keepwarm.engine.verifying import VerifyReport
+from keepwarm.engine.agents.book import AgentView
+from keepwarm.kv.verifier import VerifyReport
 from keepwarm.server.cache_report import CacheFields
 from keepwarm.server.facts import notes_of
 from keepwarm.server.problems import Kind

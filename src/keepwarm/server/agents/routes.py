@@ -18,12 +18,12 @@ from keepwarm.core.errors import (
     InvalidRequest,
 )
 from keepwarm.core.stored import DEFAULT_SETTINGS, AgentSettings
-from keepwarm.engine.agents import AgentView
+from keepwarm.engine.agents.book import AgentView
+from keepwarm.engine.agents.bundles import ExportSummary, ImportSummary
+from keepwarm.engine.agents.store_inbox import Commit
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
-from keepwarm.engine.bundles import ExportSummary, ImportSummary
-from keepwarm.engine.fleet import Fleet
 from keepwarm.engine.requests import GenerateRequest, ReceiptKey, valid_name
-from keepwarm.engine.store_link import Commit
+from keepwarm.fleet.fleet import Fleet
 from keepwarm.server.agents.answers import (
     AgentDeleted,
     AgentDetails,
@@ -39,8 +39,8 @@ from keepwarm.server.agents.answers import (
 from keepwarm.server.agents.encode import AgentEncoder
 from keepwarm.server.agents.schema import AgentBody, ForkBody, MessagesBody, RollbackBody
 from keepwarm.server.answers import STREAMS, errors, json_answer
+from keepwarm.server.edge.json_body import BodyRoute
 from keepwarm.server.fields import limit_of, seed_of, stops_of
-from keepwarm.server.json_body import BodyRoute
 from keepwarm.server.problems import Unsupported
 from keepwarm.server.serving import Serving, serving_of
 from keepwarm.server.tasks import unless_gone

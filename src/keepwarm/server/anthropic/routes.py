@@ -15,7 +15,7 @@ from keepwarm.server.anthropic.encode import (
 )
 from keepwarm.server.anthropic.schema import Conversation, MessagesRequest
 from keepwarm.server.anthropic.translate import is_begun, messages_of, translate_messages
-from keepwarm.server.json_body import BodyRoute
+from keepwarm.server.edge.json_body import BodyRoute
 from keepwarm.server.serving import Serving, serving_of
 
 router = APIRouter(route_class=BodyRoute, tags=["Anthropic"], responses=errors(AnthropicErrorBody))

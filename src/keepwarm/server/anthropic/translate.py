@@ -8,7 +8,7 @@ from typing import Any
 
 from keepwarm.core.errors import InvalidRequest
 from keepwarm.core.ports import Message
-from keepwarm.engine.history import kept_messages, placeholder
+from keepwarm.engine.prompt.old_messages import kept_messages, placeholder
 from keepwarm.engine.requests import GenerateRequest
 from keepwarm.server.anthropic.schema import (
     ContentBlock,

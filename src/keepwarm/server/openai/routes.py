@@ -6,7 +6,7 @@ from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
 from keepwarm.server.answers import STREAMS, errors
-from keepwarm.server.json_body import BodyRoute
+from keepwarm.server.edge.json_body import BodyRoute
 from keepwarm.server.openai.encode import (
     ChatCompletion,
     ChatEncoder,

@@ -6,7 +6,7 @@ from typing import Any
 
 from keepwarm.core.errors import InvalidRequest
 from keepwarm.core.ports import Message
-from keepwarm.engine.history import kept_messages, placeholder
+from keepwarm.engine.prompt.old_messages import kept_messages, placeholder
 from keepwarm.engine.requests import MAX_SEED, GenerateRequest
 from keepwarm.server.caller import Caller
 from keepwarm.server.fields import limit_of, seed_of, stops_of

@@ -1,0 +1,1 @@
+"""Agents, their lines and turns, and what the store has of them."""

@@ -1,0 +1,181 @@
+"""Agents that are compared with a cold run, beside the requests and a unit at a time."""
+
+from collections import deque
+from collections.abc import Generator
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+
+from keepwarm.core.agent_store import AgentStore
+from keepwarm.core.errors import AgentBusy, CalledOff, InvariantBroken
+from keepwarm.core.ports import BatchGenerator
+from keepwarm.engine.agents.book import Agent, Line
+from keepwarm.engine.agents.store_inbox import Commit, StoreInbox
+from keepwarm.kv.batch import Batch
+from keepwarm.kv.tiers import Tiers
+from keepwarm.kv.verifier import ColdRun, Pause, UnitTokens, Verifier, VerifyReport
+
+Verification = Generator[Pause, None, VerifyReport]
+
+
+class AgentVerifier:
+    """Compares agents with a cold run, and acts on what that says."""
+
+    def __init__(
+        self,
+        tiers: Tiers,
+        batch: Batch,
+        *,
+        store: AgentStore,
+        link: StoreInbox,
+        bound: float,
+    ) -> None:
+        self._tiers = tiers
+        self._batch = batch
+        self._store = store
+        self._link = link
+        self._bound = bound
+        self._verifier = Verifier(tiers, store)
+
+    def verify(self, agent: Agent, unit_tokens: UnitTokens) -> Verification:
+        """Of its main line; what differs is dropped, and what was imported and agrees is shared.
+
+        `unit_tokens` says how much the next unit may compute. Between two units nothing may change
+        the agent's main line. Closed before its end, it drops what has differed by then.
+        """
+        main = agent.main
+        token_ids = main.transcript.token_ids
+        with self._verifier.cold_run(main.blocks, token_ids, main.num_held()) as cold:
+            try:
+                yield from self._verifier.compare(cold, main.blocks, unit_tokens)
+            except GeneratorExit:
+                self._drop_differing(main, cold, self._report(agent, cold))
+                raise
+            report = self._report(agent, cold)
+            self._drop_differing(main, cold, report)
+            commit = self._share(agent, cold) if report.became_shared else None
+        while commit is not None and commit.durable is None:
+            yield Pause.WAITS_FOR_DISK
+        return replace(report, is_durable=commit is None or bool(commit.durable))
+
+    def _report(self, agent: Agent, cold: ColdRun) -> VerifyReport:
+        main = agent.main
+        report = VerifyReport(
+            agent_id=agent.agent_id,
+            num_tokens=main.transcript.num_tokens,
+            num_compared=sum(check.num_tokens for check in cold.checks if check.is_compared),
+            bound=self._bound,
+            blocks=tuple(cold.checks),
+        )
+        return replace(report, became_shared=report.passed and main.blocks.is_private)
+
+    def _drop_differing(self, main: Line, cold: ColdRun, report: VerifyReport) -> None:
+        if report.passed:
+            return
+        depth = report.differing[0]
+        self._batch.set_back(self._tiers.owners_of(main.blocks, depth))
+        self._tiers.distrust(main.blocks, depth)
+        self._store.drop(cold.records_at(report.differing))
+
+    def _share(self, agent: Agent, cold: ColdRun) -> Commit:
+        """What was computed here takes the place of what was imported.
+
+        LineTable and forks that still use imported blocks keep those to themselves.
+        """
+        imported = agent.main.blocks
+        agent.main.blocks = self._verifier.take(cold)
+        agent.main.blocks.pinned = imported.pinned
+        self._tiers.forget(imported)
+        commit = self._link.commit(agent)
+        self._store.drop([record.hash for record in cold.records], if_unused=True)
+        return commit
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    agent: Agent
+    units: Verification
+    result: "Future[VerifyReport]"
+    generator: BatchGenerator | None = None
+    """That it has a row in, once it has begun."""
+
+
+class VerifyQueue:
+    """Owns the verifications that go on beside the requests, one after the other.
+
+    Whatever is asked of an agent calls its
+    verification off, and so does a request that needs the memory.
+    """
+
+    def __init__(self, verifier: AgentVerifier, tiers: Tiers) -> None:
+        self._verifier = verifier
+        self._tiers = tiers
+        self._jobs: deque[_Job] = deque()
+        self._unit_tokens = 0
+
+    def __repr__(self) -> str:
+        return f"VerifyQueue({[job.agent.agent_id for job in self._jobs]})"
+
+    def __bool__(self) -> bool:
+        return bool(self._jobs)
+
+    def check_is_free(self, agent_id: str) -> None:
+        """Raises AgentBusy while the agent is being verified."""
+        if any(job.agent.agent_id == agent_id for job in self._jobs):
+            raise AgentBusy(agent_id, "verify it twice")
+
+    def begin(self, agent: Agent, result: "Future[VerifyReport]") -> None:
+        """The result gets the report, or what it ended with; cancelling the result ends it."""
+        units = self._verifier.verify(agent, lambda: self._unit_tokens)
+        self._jobs.append(_Job(agent, units, result))
+
+    def advance(self, unit_tokens: int) -> bool:
+        """Bring the first one on by a unit of at most so many tokens; by none where they are 0.
+
+        Returns whether that did anything but wait.
+        """
+        self._unit_tokens = unit_tokens
+        if not self._jobs or not unit_tokens:
+            return False
+        job = self._jobs[0]
+        if job.result.cancelled():
+            self._end(job)
+            return True
+        if job.generator is None:
+            job.generator = self._tiers.generator
+        elif job.generator is not self._tiers.generator:
+            self._call_off(job, "the model failed in another request's step")
+            return True
+        return self._advance(job)
+
+    def call_off(self, reason: str, agent_id: str | None = None) -> bool:
+        """End all of them, or this agent's. Returns whether there was one."""
+        found = [job for job in self._jobs if agent_id in (None, job.agent.agent_id)]
+        for job in found:
+            self._call_off(job, reason)
+        return bool(found)
+
+    def _advance(self, job: _Job) -> bool:
+        try:
+            return next(job.units) is Pause.UNIT_DONE
+        except StopIteration as end:
+            report: VerifyReport = end.value
+            self._end(job)
+            if job.result.set_running_or_notify_cancel():
+                job.result.set_result(report)
+        except InvariantBroken:
+            raise
+        except Exception as error:  # noqa: BLE001 - the model's own; it is raised where it was asked for
+            self._fail(job, error)
+        return True
+
+    def _call_off(self, job: _Job, reason: str) -> None:
+        self._fail(job, CalledOff(job.agent.agent_id, reason))
+
+    def _fail(self, job: _Job, error: Exception) -> None:
+        self._end(job)
+        if job.result.set_running_or_notify_cancel():
+            job.result.set_exception(error)
+
+    def _end(self, job: _Job) -> None:
+        self._jobs.remove(job)
+        job.units.close()

@@ -1,0 +1,1 @@
+"""One request: taken in, run, answered."""

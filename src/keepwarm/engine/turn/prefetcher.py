@@ -1,0 +1,79 @@
+"""KV that is brought into slabs before anybody asks for it: from the disk, or computed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from keepwarm.core.sequence import TokenSequence, prefetch_sequence
+from keepwarm.engine.agents.book import Line
+from keepwarm.kv.batch import Batch, Broken, Outcome, Restored
+from keepwarm.kv.tiers import Tiers
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefetch:
+    line: Line
+    sequence: TokenSequence
+    last_used: int
+
+
+class Prefetcher:
+    """Owns the lines that are in the batch though no request runs on them.
+
+    Called off, or when it fails, a prefetch has cost nothing but time: what is there by then stays.
+    Belongs to the engine's thread.
+    """
+
+    def __init__(self, batch: Batch, tiers: Tiers) -> None:
+        self._batch = batch
+        self._tiers = tiers
+        self._running: dict[str, _Prefetch] = {}
+
+    def __repr__(self) -> str:
+        return f"Prefetcher({list(self._running)})"
+
+    def __bool__(self) -> bool:
+        return bool(self._running)
+
+    @property
+    def is_computing(self) -> bool:
+        return any(prefetch.sequence.may_compute for prefetch in self._running.values())
+
+    def begin(
+        self, number: int, line: Line, token_ids: Sequence[int], *, may_compute: bool = False
+    ) -> bool:
+        """For these ids, of which all but the last get KV. False when there is nothing to do."""
+        sequence = prefetch_sequence(number, line.blocks, token_ids, may_compute=may_compute)
+        if sequence is None:
+            return False
+        sequence.known_ids = line.transcript.token_ids
+        self._running[sequence.request_id] = _Prefetch(line, sequence, line.blocks.last_used)
+        self._batch.enqueue(sequence)
+        return True
+
+    def call_off(self, *, only_computing: bool = False, agent_id: str | None = None) -> bool:
+        """End all of them, or this agent's. Returns whether there was one."""
+        found = [
+            prefetch
+            for prefetch in self._running.values()
+            if (prefetch.sequence.may_compute or not only_computing)
+            and agent_id in (None, prefetch.sequence.agent_id)
+        ]
+        for prefetch in found:
+            self._batch.leave(prefetch.sequence)
+            self._end(prefetch)
+        return bool(found)
+
+    def take(self, outcome: Outcome) -> None:
+        """A step of the batch brought it on, completed it, or broke it."""
+        prefetch = self._running.get(outcome.sequence.request_id)
+        if prefetch is not None and isinstance(outcome, Restored | Broken):
+            self._end(prefetch)
+
+    def _end(self, prefetch: _Prefetch) -> None:
+        del self._running[prefetch.sequence.request_id]
+        line = prefetch.line
+        if line.blocks.busy:
+            self._tiers.park(line.blocks)
+        if prefetch.sequence.may_compute:
+            # Nobody asked for it: where memory is short it goes as early as it would have gone.
+            line.blocks.last_used = prefetch.last_used

@@ -1,0 +1,177 @@
+"""The requests in the engine: their replies, token by token, and what each leaves to its line."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from keepwarm.core.errors import InvariantBroken, RequestBroke
+from keepwarm.core.events import Event, FinishReason
+from keepwarm.core.ports import Tokenizer
+from keepwarm.engine.agents.book import AgentBook, history
+from keepwarm.engine.agents.store_inbox import StoreInbox
+from keepwarm.engine.prompt.continuation import with_reply
+from keepwarm.engine.turn.active_request import ActiveRequest
+from keepwarm.kv.batch import Advanced, Batch, Broken, Opened, Outcome, Sampled
+from keepwarm.kv.tiers import Tiers
+
+_log = logging.getLogger(__name__)
+
+
+class Turns:
+    """Owns the requests that have not ended; `emit` takes their events."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        batch: Batch,
+        tiers: Tiers,
+        book: AgentBook,
+        link: StoreInbox,
+        emit: Callable[[Event], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self.active: dict[str, ActiveRequest] = {}
+        self._tokenizer = tokenizer
+        self._batch = batch
+        self._tiers = tiers
+        self._book = book
+        self._link = link
+        self._emit = emit
+        self._clock = clock
+
+    def __repr__(self) -> str:
+        return f"Turns({len(self.active)} requests)"
+
+    def begin(self, active: ActiveRequest) -> None:
+        self.active[active.request_id] = active
+        self._batch.enqueue(active.sequence)
+
+    def cancel(self, request_id: str) -> bool:
+        """Returns whether it had not ended yet."""
+        active = self.active.get(request_id)
+        if active is None:
+            return False
+        with self._at_its_own_risk(active):
+            active.reply.cancel()
+            self._finish(active, FinishReason.CANCELLED)
+        return True
+
+    def abandon(self, error: Exception) -> None:
+        """All of them end with the error."""
+        for active in list(self.active.values()):
+            self._batch.leave(active.sequence)
+            self._fail(active, error)
+
+    def take(self, active: ActiveRequest, outcome: Outcome) -> None:
+        """A step of the batch brought this request on, or broke it."""
+        with self._at_its_own_risk(active):
+            self._take(active, outcome)
+
+    @contextmanager
+    def _at_its_own_risk(self, active: ActiveRequest) -> Iterator[None]:
+        """What is computed for one request ends at most that request.
+
+        Whatever a template, a tokenizer or a bug raises is that request's error. Bookkeeping that
+        contradicts itself is everybody's.
+        """
+        try:
+            yield
+        except InvariantBroken:
+            raise
+        except Exception as error:  # noqa: BLE001 - of foreign code, and of ours
+            _log.exception("request %s ends, others go on", active.request_id)
+            self._break_off(active, error)
+
+    def _take(self, active: ActiveRequest, outcome: Outcome) -> None:
+        if isinstance(outcome, Sampled):
+            self._take_token(active, outcome.token_id)
+        elif isinstance(outcome, Opened):
+            self._start(active)
+        elif isinstance(outcome, Advanced):
+            self._emit(active.progress())
+        elif isinstance(outcome, Broken):
+            self._fail(active, outcome.error)
+
+    def _start(self, active: ActiveRequest) -> None:
+        """Once, however often the row opens anew."""
+        if not active.has_started:
+            active.has_started = True
+            self._emit(active.started())
+
+    def _take_token(self, active: ActiveRequest, token_id: int) -> None:
+        sequence = active.sequence
+        sequence.append(token_id)
+        if sequence.first_token_s is None:
+            sequence.first_token_s = self._clock()
+        if token_id in self._tokenizer.eos_token_ids:
+            self._finish(active, FinishReason.STOP)
+            return
+        emitted = active.reply.push(token_id)
+        if emitted:
+            self._emit(active.delta(emitted))
+        if active.reply.stopped_by is not None:
+            self._finish(active, FinishReason.STOP)
+        elif len(sequence.reply_ids) >= sequence.max_tokens:
+            self._finish(active, FinishReason.LENGTH)
+
+    def _finish(self, active: ActiveRequest, reason: FinishReason) -> None:
+        """Send what was held back, keep the turn, and let the line rest."""
+        if reason is not FinishReason.CANCELLED and (emitted := active.reply.finish()):
+            self._emit(active.delta(emitted))
+        self._batch.leave(active.sequence)
+        is_kept = active.sequence.admitted_s is not None and self._keep(active, reason)
+        completed = active.completed(reason, self._clock())
+        self._close(active)
+        if is_kept and active.agent_id is not None:
+            agent = self._book.get(active.agent_id)
+            if agent.main is active.line:
+                completed = replace(completed, turn=len(agent.turns))
+            self._link.commit(agent, completed)
+        else:
+            self._emit(completed)
+
+    def _keep(self, active: ActiveRequest, reason: FinishReason) -> bool:
+        """The line knows the prompt and the reply as sent, by the ids that were fed for them.
+
+        A request that was cancelled before its first token leaves the conversation as it was; what
+        it computed stays with the line's blocks. Returns whether there is a turn to commit.
+        """
+        line = active.line
+        reply = active.kept_reply
+        self._tiers.truncate(line.blocks, active.num_kept_tokens)
+        if active.sequence.first_token_s is None:
+            return False
+        conversation = history(active.messages, active.reply_prefix + reply.text)
+        line.transcript = with_reply(active.prompt.transcript, reply)
+        num_kept = active.prompt.num_shared
+        receipt = active.receipt(reason)
+        self._book.record_turn(
+            active.agent_id,
+            line,
+            num_kept,
+            conversation,
+            receipt,
+            is_appended=active.is_appended,
+        )
+        return True
+
+    def _fail(self, active: ActiveRequest, error: Exception) -> None:
+        """The conversation stays as it was before the request; what was computed can be found."""
+        self._close(active)
+        self._emit(active.failed(error))
+
+    def _break_off(self, active: ActiveRequest, error: Exception) -> None:
+        """The request ends wherever it is, perhaps on its way out, with its one last event."""
+        self._batch.leave(active.sequence)
+        if active.request_id in self.active:
+            self._close(active)
+        self._emit(active.failed(RequestBroke(error)))
+
+    def _close(self, active: ActiveRequest) -> None:
+        if active.line.blocks.busy:
+            self._tiers.park(active.line.blocks)
+        active.line.in_use = False
+        del self.active[active.request_id]
+        self._book.tidy(active.agent_id)

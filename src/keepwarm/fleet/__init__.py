@@ -1,0 +1,1 @@
+"""Several models over one store and one memory budget. On the engines' thread."""

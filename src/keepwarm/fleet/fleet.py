@@ -1,0 +1,430 @@
+"""The fleet: one engine for each model that was loaded, over one store and one memory budget."""
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+from keepwarm.core.agent import home_namespace
+from keepwarm.core.agent_store import AgentStore, NoStore
+from keepwarm.core.errors import (
+    AgentBusy,
+    AgentExists,
+    InvariantBroken,
+    OtherWeights,
+    PoolExhausted,
+    UnknownModel,
+)
+from keepwarm.core.events import Event
+from keepwarm.core.pool import BlockPool
+from keepwarm.core.ports import LoadedModel
+from keepwarm.engine.agents.book import AgentView, view_of_summary
+from keepwarm.engine.agents.bundles import ExportSummary, ImportSummary
+from keepwarm.engine.agents.store_inbox import REFUSED_S, STORE_WAIT_S, Commit
+from keepwarm.engine.batch_engine import BlockPoolBatchEngine
+from keepwarm.engine.requests import GenerateRequest
+from keepwarm.engine.snapshot import EngineSnapshot, merged
+from keepwarm.engine.turn.intake import Reading
+from keepwarm.fleet.idle_builder import IdleBuilder
+from keepwarm.fleet.shared_store import SharedStore
+
+NewEngine = Callable[[LoadedModel, BlockPool, AgentStore, Iterator[int]], BlockPoolBatchEngine]
+"""Makes an engine of a model, its pool, its share of the store and the requests' numbers."""
+
+
+@dataclass(slots=True)
+class Weights:
+    """What is in the device's memory, by model. It outlives a fleet that broke."""
+
+    loaded: dict[str, LoadedModel] = field(default_factory=dict)
+
+
+class Fleet:
+    """Owns the engines. No lock: one thread, the engines' own.
+
+    An engine stays when its model goes: suspended, it keeps its agents and whatever waits. An agent
+    may be in several engines, each with the KV of its own model; it is *at* the one that it talked
+    to last, which knows what was said. `builds_when_idle`: the others catch up with it while nobody
+    asks for anything.
+    """
+
+    def __init__(
+        self,
+        new_engine: NewEngine,
+        *,
+        default: str,
+        store: AgentStore | None = None,
+        budget_bytes: int,
+        weights: Weights | None = None,
+        builds_when_idle: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.store = store or NoStore()
+        self._new_engine = new_engine
+        self._default = default
+        self._budget_bytes = budget_bytes
+        self._shared = SharedStore(self.store)
+        self._engines: dict[str, BlockPoolBatchEngine] = {}
+        self._at: dict[str, str] = {}
+        self._ids = itertools.count(1)
+        self._events: list[Event] = []
+        self._builder = IdleBuilder(self._engines, self._whereabouts, clock=clock)
+        self._builds_when_idle = builds_when_idle
+        self._weights = weights or Weights()
+        for loaded in list(self._weights.loaded.values()):
+            self.attach(loaded)
+
+    @classmethod
+    def of_one(cls, engine: BlockPoolBatchEngine) -> "Fleet":
+        """Of an engine that is there already, with a store of its own."""
+
+        def no_other(*_: object) -> BlockPoolBatchEngine:
+            raise InvariantBroken("this fleet has one engine")
+
+        fleet = cls(no_other, default=engine.model, budget_bytes=engine.tiers.pool.budget_bytes)
+        fleet._engines[engine.model] = engine
+        return fleet
+
+    def __repr__(self) -> str:
+        return f"Fleet({self._engines})"
+
+    # -- models ----------------------------------------------------------------------------------
+
+    def attach(self, loaded: LoadedModel) -> None:
+        """The model computes from now on; what waited for it goes on.
+
+        With other weights than before it is another model: its agents keep what was said, and what
+        ran on the old ones fails with OtherWeights.
+        """
+        self._builder.stop()
+        name = loaded.name
+        old = self._engines.get(name)
+        if old is not None and old.fingerprint == loaded.fingerprint:
+            old.resume(loaded)
+        else:
+            pool = BlockPool(self._budget_bytes, _Others(self._engines, name))
+            new = self._new_engine(loaded, pool, self._shared.share(), self._ids)
+            self._engines[name] = new
+            if old is not None:
+                self._replace(name, old, new)
+        self._weights.loaded[name] = loaded
+
+    def detach(self, name: str, timeout_s: float = 60.0) -> bool:
+        """The model's weights can go; its agents' KV is on the disk, as far as that took it.
+
+        Returns whether it took everything. What the model was answering waits for its return.
+        """
+        self._builder.stop()
+        is_saved = self.engine(name).suspend(timeout_s)
+        close = self._weights.loaded.pop(name).close
+        close()  # nothing holds the weights now, so their memory is given back
+        return is_saved
+
+    def is_attached(self, name: str) -> bool:
+        return name in self._weights.loaded
+
+    def has_engine(self, name: str) -> bool:
+        """Whether the model was ever loaded."""
+        return name in self._engines
+
+    def engine(self, name: str) -> BlockPoolBatchEngine:
+        """Raises UnknownModel."""
+        if name not in self._engines:
+            raise UnknownModel(name, tuple(self._engines))
+        return self._engines[name]
+
+    def bring(self, agent_id: str, name: str) -> BlockPoolBatchEngine:
+        """The agent to the engine of this model, which is to compute for it; empty: the one that it
+        talked to last.
+
+        Raises UnknownModel, and AgentBusy while the agent talks to another.
+        """
+        self._builder.stop()
+        engine = self.engine(name or self.model_of(agent_id))
+        self._move(agent_id, engine)
+        return engine
+
+    # -- requests --------------------------------------------------------------------------------
+
+    def submit(self, request: GenerateRequest, reading: Reading | None = None) -> str:
+        """Raises what `BlockPoolBatchEngine.submit` raises, and UnknownModel.
+
+        While an agent talks to one model, what is asked in its name of another is answered without
+        touching it.
+        """
+        self._builder.stop()
+        agent_id = request.agent_id
+        engine = self.engine(request.model or self.model_of(agent_id))
+        arguments = {**request.arguments(), "reading": reading}
+        if agent_id is None:
+            return engine.submit(**arguments)
+        if self._talks_elsewhere(agent_id, engine):
+            if request.append is not None:
+                raise AgentBusy(agent_id, "send it another message")
+            namespace = home_namespace(agent_id)
+            return engine.submit(**{**arguments, "agent_id": None, "namespace": namespace})
+        former = self.of(agent_id)
+        self._move(agent_id, engine)
+        try:
+            return engine.submit(**arguments)
+        except BaseException:
+            self._move(agent_id, former)
+            raise
+
+    def check_length(self, request: GenerateRequest, reading: Reading | None = None) -> None:
+        """As the engine's own, for what is known of the agent there; nothing moves.
+
+        Of a model that was never loaded nothing is known.
+        """
+        agent_id = request.agent_id
+        name = request.model or self.model_of(agent_id)
+        if name not in self._engines:
+            return
+        engine = self._engines[name]
+        if agent_id is not None and not engine.holds(agent_id):
+            if request.append is not None:
+                return
+            namespace = home_namespace(agent_id)
+            request = replace(request, agent_id=None, namespace=namespace)
+        engine.check_length(request, reading)
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request now. False when it had ended."""
+        return any(engine.cancel(request_id) for engine in self._engines.values())
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._events) or any(engine.has_work for engine in self._engines.values())
+
+    @property
+    def has_chores(self) -> bool:
+        return any(engine.has_chores for engine in self._engines.values())
+
+    def step(self) -> list[Event]:
+        """A step of every engine that has something to do; else perhaps some KV in advance."""
+        if self._builds_when_idle and not self.has_work:
+            self._builder.look()
+        busy = [engine for engine in self._engines.values() if engine.has_work]
+        if len(busy) > 1 and all(engine.is_stalled for engine in busy):
+            self.store.wait(STORE_WAIT_S)
+        for engine in self._engines.values():
+            self._events += engine.step(may_wait=busy == [engine])
+        events, self._events = self._events, []
+        return events
+
+    # -- agents ----------------------------------------------------------------------------------
+
+    def model_of(self, agent_id: str | None) -> str:
+        """The model that the agent talked to last; the default one for whoever is new.
+
+        It may be one that was not loaded since the agent's last run.
+        """
+        at = self._whereabouts(agent_id)
+        if agent_id is None or at not in self._engines:
+            return at
+        engine = self._engines[at]
+        if engine.is_in_use(agent_id):
+            return at
+        recorded = engine.recorded_model(agent_id)
+        return at if recorded is None else recorded or self._default
+
+    def of(self, agent_id: str | None) -> BlockPoolBatchEngine:
+        """The engine that the agent is at, or that can read it from the disk."""
+        return self.engine(self._whereabouts(agent_id))
+
+    def agents(self) -> tuple[AgentView, ...]:
+        """All agents, each as the engine that it is at sees it."""
+        here = {
+            view.agent_id: view
+            for name, engine in self._engines.items()
+            for view in engine.agents_here()
+            if self._whereabouts(view.agent_id) == name
+        }
+        summaries = (s for s in self.store.summaries() if s.agent_id not in here)
+        return (*here.values(), *map(view_of_summary, summaries))
+
+    def is_damaged(self, agent_id: str) -> bool:
+        """Whether the agent is listed as damaged."""
+        return any(s.agent_id == agent_id and s.damage for s in self.store.summaries())
+
+    def fork(self, agent_id: str, new_id: str, *, at_turn: int | None = None) -> Commit:
+        """As the engine's own; a name that any engine knows is taken."""
+        if self._holds(new_id):
+            raise AgentExists(new_id)
+        name = self._whereabouts(agent_id)
+        commit = self.engine(name).fork(agent_id, new_id, at_turn=at_turn)
+        self._at[new_id] = name
+        return commit
+
+    def begin_export(self, agent_id: str, path: Path, answer: "Future[ExportSummary]") -> None:
+        """As the engine's own, where the agent is."""
+        self.of(agent_id).begin_export(agent_id, path, answer)
+
+    def begin_import(
+        self,
+        path: Path,
+        agent_id: str | None,
+        answer: "Future[ImportSummary]",
+        *,
+        namespace: str = "",
+    ) -> None:
+        """As the engine's own, of the default model."""
+        self.engine(self._default).begin_import(
+            path, agent_id, answer, namespace=namespace, is_taken=self._holds
+        )
+
+    def _holds(self, agent_id: str) -> bool:
+        return any(engine.holds(agent_id) for engine in self._engines.values())
+
+    def counted(self, views: Sequence[AgentView]) -> list[AgentView]:
+        """The same, with what the disk holds of those that are only there."""
+        return [
+            view if view.is_here else view.holding(self.store.num_stored(view.agent_id))
+            for view in views
+        ]
+
+    def count_agents(self, counts: Callable[[str], bool]) -> Counter[str]:
+        """By model, how many of the agents that count talked to it last, in memory or on disk."""
+        model_of = self.store.models()
+        for name, engine in self._engines.items():
+            here = engine.models_of_agents().items()
+            model_of |= {agent: model for agent, model in here if self._whereabouts(agent) == name}
+        ids = filter(counts, model_of)
+        return Counter(model_of[agent_id] or self._default for agent_id in ids)
+
+    def abandon(self, name: str, error: Exception) -> None:
+        """What waits for the model fails: it does not come back."""
+        if name in self._engines:
+            self._events += self._engines[name].abandon(error)
+
+    def delete(self, agent_id: str) -> Commit:
+        """As the engine's own, from all engines. Raises UnknownAgent, AgentBusy."""
+        self._builder.stop()
+        for engine in self._engines.values():
+            if engine.is_in_use(agent_id):
+                raise AgentBusy(agent_id, "delete it")
+        commit = self.of(agent_id).delete(agent_id)
+        commit.then(partial(self._end_deletion, agent_id))
+        return commit
+
+    def _end_deletion(self, agent_id: str, is_done: bool) -> None:
+        if is_done:
+            for engine in self._engines.values():
+                engine.let_go(agent_id)
+            self._at.pop(agent_id, None)
+            self._builder.forget(agent_id)
+
+    # -- the whole -------------------------------------------------------------------------------
+
+    def snapshot(self) -> EngineSnapshot:
+        """All engines together, and their one store."""
+        return merged(
+            [engine.snapshot() for engine in self._engines.values()],
+            self.store.health(),
+            budget_bytes=self._budget_bytes,
+        )
+
+    @property
+    def fault(self) -> str | None:
+        """What the disk refuses now."""
+        return self.store.health().fault
+
+    @property
+    def troubles(self) -> tuple[str, ...]:
+        """What is wrong now, for people; empty when all is well."""
+        health = self.store.health()
+        faults = () if health.fault is None else (f"the disk refuses: {health.fault}",)
+        return (*faults, *health.notices)
+
+    def close(self, timeout_s: float = 60.0) -> bool:
+        """Save every line's KV to its last token; the store stays open. As the engine's own."""
+        self._builder.stop()
+        is_saved = True
+        for engine in self._engines.values():
+            # A disk that has refused one engine's KV to the end is not waited for again.
+            is_refused = not is_saved and self.fault is not None
+            is_saved &= engine.close(REFUSED_S / 10 if is_refused else timeout_s)
+        return is_saved
+
+    def release(self) -> None:
+        """Close all models: the end, after `close`."""
+        for loaded in self._weights.loaded.values():
+            loaded.close()
+        self._weights.loaded.clear()
+
+    def check(self) -> None:
+        """Raise InvariantBroken when any of the bookkeeping contradicts itself."""
+        for name, engine in self._engines.items():
+            engine.check()
+            if engine.is_suspended == self.is_attached(name):
+                raise InvariantBroken(f"{name}: suspended and attached, or neither")
+        for agent_id, name in self._at.items():
+            if name not in self._engines:
+                raise InvariantBroken(f"{agent_id} is at {name!r}, which has no engine")
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _whereabouts(self, agent_id: str | None) -> str:
+        """The engine that has the agent; the default one for whoever is in none.
+
+        After a bug there may be no engine of the default one; then any is as good.
+        """
+        if agent_id is not None and agent_id in self._at:
+            return self._at[agent_id]
+        for name, engine in self._engines.items():
+            if agent_id is not None and engine.holds(agent_id):
+                return name
+        if self._default in self._engines:
+            return self._default
+        return next(iter(self._engines), self._default)
+
+    def _talks_elsewhere(self, agent_id: str, engine: BlockPoolBatchEngine) -> bool:
+        """Whether the agent is in the middle of a request to another model."""
+        here = self.of(agent_id)
+        return here is not engine and here.is_in_use(agent_id)
+
+    def _move(self, agent_id: str, engine: BlockPoolBatchEngine) -> None:
+        """The agent is at this engine now, with all that it knew where it was."""
+        here = self.of(agent_id)
+        if here is not engine and here.holds(agent_id):
+            engine.adopt(here.state_of(agent_id))
+            here.leave(agent_id)
+        if engine.holds(agent_id):
+            self._at[agent_id] = engine.model
+        else:
+            self._at.pop(agent_id, None)
+
+    def _replace(self, name: str, old: BlockPoolBatchEngine, new: BlockPoolBatchEngine) -> None:
+        self._events += old.abandon(OtherWeights(name))
+        for view in old.agents_here():
+            if self._whereabouts(view.agent_id) == name and not old.is_leaving(view.agent_id):
+                new.adopt(old.state_of(view.agent_id))
+
+
+class _Others:
+    """Implements `Neighbours` with the engines of all models but one."""
+
+    def __init__(self, engines: dict[str, BlockPoolBatchEngine], name: str) -> None:
+        self._engines = engines
+        self._name = name
+
+    def used_bytes(self) -> int:
+        return sum(engine.tiers.pool.used_bytes for engine in self._others())
+
+    def make_room(self, needed_bytes: int) -> None:
+        """Each in turn; none of them asks others in turn."""
+        for engine in self._others():
+            engine.make_way()
+            with suppress(PoolExhausted):
+                engine.tiers.make_room(needed_bytes, ask_others=False)
+
+    def will_free(self) -> bool:
+        return any(engine.batch.will_free for engine in self._others())
+
+    def _others(self) -> Iterator[BlockPoolBatchEngine]:
+        return (engine for name, engine in self._engines.items() if name != self._name)

@@ -1,0 +1,138 @@
+"""What is computed while nobody asks for anything: KV of agents that left for another model."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from keepwarm.core.errors import InvariantBroken
+from keepwarm.engine.batch_engine import BlockPoolBatchEngine, BuildPlan
+from keepwarm.engine.prompt.reader_threads import Readers, ReadingJob
+
+IDLE_S = 1.0
+"""So long nobody has asked for anything before it begins."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A conversation that is being read for a model."""
+
+    model: str
+    plan: BuildPlan
+    job: ReadingJob[tuple[int, ...]]
+
+
+class IdleBuilder:
+    """Decides whose KV is built on which of the models that are in memory, one at a time.
+
+    An agent that talks to one model and has talked to another gets its new turns computed there as
+    well, so that it finds them when it returns. Whoever was used last comes first. `home` is the
+    name of the engine that an agent is at.
+    """
+
+    def __init__(
+        self,
+        engines: Mapping[str, BlockPoolBatchEngine],
+        home: Callable[[str], str],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._engines = engines
+        self._home = home
+        self._clock = clock
+        self._idle_since_s: float | None = None
+        self._built: dict[tuple[str, str], int] = {}
+        self._latest: tuple[str, str] | None = None
+        self._readers = Readers(1)
+        self._reading: Reading | None = None
+
+    def __repr__(self) -> str:
+        return f"IdleBuilder({len(self._built)} built)"
+
+    def stop(self) -> None:
+        """Somebody asks for something; what is computed by now stays."""
+        self._idle_since_s = None
+        is_stopped = self._reading is not None
+        if self._reading is not None:
+            self._reading.job.call_off()
+            self._reading = None
+        for engine in self._engines.values():
+            if engine.is_building:
+                engine.call_off_builds()
+                is_stopped = True
+        if is_stopped and self._latest is not None:
+            self._built.pop(self._latest, None)
+
+    def wait(self, timeout_s: float) -> None:
+        """Until a look goes on with the conversation that is being read, if there is one."""
+        if self._reading is not None:
+            wait([self._reading.job.answer], timeout_s)
+
+    def forget(self, agent_id: str) -> None:
+        """The agent is gone."""
+        for key in [key for key in self._built if key[1] == agent_id]:
+            del self._built[key]
+
+    def look(self) -> None:
+        """Nothing is going on: begin to build, if that has been so for a while."""
+        now = self._clock()
+        if self._idle_since_s is None:
+            self._idle_since_s = now
+        if self._reading is not None:
+            self._go_on(self._reading)
+        elif now - self._idle_since_s >= IDLE_S:
+            self._begin_one()
+
+    def _begin_one(self) -> None:
+        """One look, one attempt: somebody may have asked for something meanwhile."""
+        lagging = max(self._lagging(), default=None)
+        if lagging is None:
+            return
+        last_used, name, agent_id = lagging
+        self._latest = name, agent_id
+        self._built[self._latest] = last_used
+        with self._nobody_suffers():
+            state = self._engines[self._home(agent_id)].state_of(agent_id)
+            plan = self._engines[name].begin_building(state)
+            if plan is not None:
+                self._reading = Reading(name, plan, self._readers.begin(plan.read))
+
+    def _go_on(self, reading: Reading) -> None:
+        """Its conversation has been read, or will have been at another look."""
+        if not reading.job.answer.done():
+            return
+        self._reading = None
+        with self._nobody_suffers():
+            token_ids = reading.job.answer.result()
+            if not self._engines[reading.model].build(reading.plan, token_ids) and self._latest:
+                # Its room went while it was read: once more after another rest.
+                self._built.pop(self._latest, None)
+                self._idle_since_s = None
+
+    @contextmanager
+    def _nobody_suffers(self) -> Iterator[None]:
+        try:
+            yield
+        except InvariantBroken:
+            raise
+        except Exception as error:  # noqa: BLE001 - nobody asked for it
+            _log.info("no KV in advance: %r", error)
+
+    def _lagging(self) -> Iterator[tuple[int, str, str]]:
+        """When it was last used, the model, and the agent."""
+        for name, engine in self._engines.items():
+            for agent_id in () if engine.is_suspended else engine.agent_ids():
+                home = self._engines[self._home(agent_id)]
+                if home is engine or home.is_in_use(agent_id) or not home.holds(agent_id):
+                    continue
+                last_used = home.last_used(agent_id)
+                if (
+                    engine.has_answered(agent_id)
+                    and self._built.get((name, agent_id)) != last_used
+                    and engine.has_room_for(home.num_tokens(agent_id))
+                ):
+                    yield last_used, name, agent_id

@@ -1,0 +1,264 @@
+"""Is the KV that an agent keeps the KV of its tokens? A cold run beside it, block by block."""
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+from keepwarm.core.agent import AgentBlocks
+from keepwarm.core.agent_store import AgentStore
+from keepwarm.core.block import BlockHash
+from keepwarm.core.errors import GeneratorFailed, InvariantBroken
+from keepwarm.core.layout import BLOCK_TOKENS, capacity_for, whole_blocks
+from keepwarm.core.ports import Payload, RowId, Slab
+from keepwarm.core.stored import Record
+from keepwarm.kv.line_table import busy
+from keepwarm.kv.tiers import Tiers
+
+SCRATCH_ROW = RowId(0)
+"""The batch numbers its rows from 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCheck:
+    """The largest difference of a block's KV, in memory and on disk, from that of a cold run.
+
+    None: it was not there. inf: something in it is no number.
+    """
+
+    depth: int
+    num_tokens: int
+    in_memory: float | None
+    on_disk: float | None
+
+    @property
+    def largest(self) -> float:
+        return max(self.in_memory or 0.0, self.on_disk or 0.0)
+
+    @property
+    def is_compared(self) -> bool:
+        return self.in_memory is not None or self.on_disk is not None
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What `verify` found out about an agent's main line; blocks that differ were dropped.
+
+    `num_compared` tokens of `num_tokens` had KV somewhere. `became_shared`: the agent was imported,
+    and its KV can be found by everyone now; `is_durable`: the disk has that as well.
+    """
+
+    agent_id: str
+    num_tokens: int
+    num_compared: int
+    bound: float
+    blocks: tuple[BlockCheck, ...]
+    became_shared: bool = False
+    is_durable: bool = True
+
+    @property
+    def differing(self) -> tuple[int, ...]:
+        """The depths of the blocks that differ by more than the bound."""
+        return tuple(block.depth for block in self.blocks if block.largest > self.bound)
+
+    @property
+    def passed(self) -> bool:
+        return not self.differing
+
+    @property
+    def largest(self) -> float:
+        return max((block.largest for block in self.blocks), default=0.0)
+
+
+@dataclass(slots=True, eq=False)
+class ColdRun:
+    """A line's KV, computed anew in `scratch`, and how what is kept of it differs, so far.
+
+    `records` are those of the line that the store had. Memory had `num_held` of the tokens.
+    """
+
+    scratch: AgentBlocks
+    records: tuple[Record, ...]
+    token_ids: tuple[int, ...]
+    num_held: int
+    checks: list[BlockCheck] = field(default_factory=list)
+
+    def records_at(self, depths: Sequence[int]) -> list[BlockHash]:
+        return [record.hash for record in self.records if record.depth in depths]
+
+
+class Pause(Enum):
+    """Why a verification lets others go on for now."""
+
+    UNIT_DONE = "unit done"
+    WAITS_FOR_DISK = "waits for disk"
+
+
+Units = Generator[Pause, None, None]
+UnitTokens = Callable[[], int]
+
+
+class Verifier:
+    """Computes cold runs and compares, on the engine's thread."""
+
+    def __init__(self, tiers: Tiers, store: AgentStore) -> None:
+        self._tiers = tiers
+        self._store = store
+
+    @contextmanager
+    def cold_run(
+        self, line: AgentBlocks, token_ids: Sequence[int], num_held: int
+    ) -> Iterator[ColdRun]:
+        """Room for memory's first `num_held` of these tokens, and for what the store has of them.
+
+        Raises PoolExhausted when there is no room for a second copy of the line. `scratch` is
+        forgotten at the block's end unless it was taken.
+        """
+        family = self._tiers.family_of(line.namespace)
+        records = self._store.plan(family, family.root, token_ids)
+        num_tokens = max(num_held, records[-1].end_position if records else 0)
+        buffer_bytes = [self._store.record_bytes(family, record.num_tokens) for record in records]
+        copies_bytes = 2 * family.layout.block_bytes
+        spare_bytes = copies_bytes + max(buffer_bytes, default=0)
+        scratch = self._new_scratch(line, num_tokens, spare_bytes)
+        run = ColdRun(scratch, tuple(records), tuple(token_ids[:num_tokens]), num_held)
+        try:
+            with self._tiers.paid(copies_bytes):
+                yield run
+        except GeneratorFailed:  # what the slab holds cannot be trusted, nor written again
+            self._tiers.discard_slab(scratch)
+            self._tiers.forget(scratch)
+            raise
+        finally:
+            if scratch.busy:
+                self._tiers.forget(scratch)
+
+    def compare(self, run: ColdRun, line: AgentBlocks, unit_tokens: UnitTokens) -> Units:
+        """Compute block after block, and note how what is kept of it differs.
+
+        Pauses after each unit; `unit_tokens` says how much the next one may compute. Raises
+        GeneratorFailed.
+        """
+        scratch, num_tokens = run.scratch, len(run.token_ids)
+        with self._row(scratch):
+            if run.records:
+                family = self._tiers.family_of(line.namespace)
+                self._tiers.fetches.begin(scratch.line, family, run.records, num_tokens)
+            for start in range(0, num_tokens, BLOCK_TOKENS):
+                stop = min(start + BLOCK_TOKENS, num_tokens)
+                yield from self._compute(scratch, run.token_ids[start:stop], unit_tokens)
+                yield from self._compare_block(run, line, start, stop)
+
+    def take(self, run: ColdRun) -> AgentBlocks:
+        """The scratch line as a line like any other, its blocks to be found by content."""
+        scratch = run.scratch
+        token_ids, scratch.token_ids = scratch.token_ids, []
+        self._tiers.advance(scratch, token_ids)
+        self._tiers.park(scratch)
+        return scratch
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _compare_block(self, run: ColdRun, line: AgentBlocks, start: int, stop: int) -> Units:
+        scratch, depth = run.scratch, start // BLOCK_TOKENS
+        computed = self._tiers.generator.extract(_slab_of(scratch), start, stop)
+        # Meanwhile a line that was put away may have left memory.
+        held = self._copies_of(line, start, min(stop, run.num_held, line.num_tokens))
+        in_memory = self._largest((computed, 0, copy) for copy in held)
+        check = BlockCheck(depth, stop - start, in_memory, None)
+        run.checks.append(check)
+        fetches = self._tiers.fetches
+        while fetches.next_depth(scratch.line) == depth:
+            if fetches.is_waiting(scratch.line):
+                yield Pause.WAITS_FOR_DISK
+                continue
+            arrived = self._arrived(scratch, computed)
+            if arrived is None:
+                return
+            check = replace(check, on_disk=max(arrived, check.on_disk or 0.0))
+            run.checks[-1] = check
+
+    def _new_scratch(self, line: AgentBlocks, num_tokens: int, spare_bytes: int) -> AgentBlocks:
+        """A line with a slab of its own, for a cold run beside the line's KV, which stays.
+
+        `spare_bytes` more are free then. Whoever asked for it forgets it. Raises PoolExhausted.
+        """
+        scratch = self._tiers.new_line(line.agent_id)
+        scratch.busy = True
+        try:
+            with busy(line):
+                capacity = capacity_for(max(num_tokens, 1))
+                self._tiers.make_room(self._tiers.generator.slab_bytes(capacity) + spare_bytes)
+                self._tiers.give_slab(scratch, capacity)
+                self._tiers.make_room(spare_bytes)
+        except BaseException:
+            self._tiers.forget(scratch)
+            raise
+        return scratch
+
+    def _copies_of(self, line: AgentBlocks, start: int, stop: int) -> Iterator[Payload]:
+        """Of a resting line's positions within one block, wherever memory has them for it."""
+        if start >= stop:
+            return
+        generator = self._tiers.generator
+        if line.slab is not None:
+            yield generator.extract(line.slab, start, stop)
+        depth = whole_blocks(start)
+        payload = line.blocks[depth].payload if depth < len(line.blocks) else line.tail
+        if payload is not None:
+            yield generator.cut(payload, 0, stop - start)
+        elif line.slab is None:
+            yield self._tiers.read(line, start, stop)
+
+    def _compute(
+        self, scratch: AgentBlocks, token_ids: Sequence[int], unit_tokens: UnitTokens
+    ) -> Units:
+        start = 0
+        while start < len(token_ids):
+            chunk = list(token_ids[start : start + max(unit_tokens(), 1)])
+            try:
+                self._tiers.generator.prefill(SCRATCH_ROW, chunk)
+            except InvariantBroken:
+                raise
+            except Exception as error:
+                raise GeneratorFailed(error) from error
+            scratch.token_ids.extend(chunk)
+            start += len(chunk)
+            yield Pause.UNIT_DONE
+
+    def _largest(self, pairs: Iterable[tuple[Payload, int, Payload]]) -> float | None:
+        """Of computed KV, from a position on, and a copy of it that was kept."""
+        generator = self._tiers.generator
+        differences = [
+            generator.largest_difference(
+                generator.cut(computed, start, start + kept.num_tokens), kept
+            )
+            for computed, start, kept in pairs
+        ]
+        return max(differences, default=None)
+
+    def _arrived(self, scratch: AgentBlocks, computed: Payload) -> float | None:
+        """How the block's next record from the disk differs; a damaged one is the last: None."""
+        fetches = self._tiers.fetches
+        arrival = fetches.next_arrival(scratch.line, self._tiers.generator)
+        if arrival is None:
+            return None
+        difference = self._largest([(computed, arrival.record.start, arrival.payload)])
+        fetches.done(scratch.line)
+        return difference
+
+    @contextmanager
+    def _row(self, scratch: AgentBlocks) -> Iterator[None]:
+        """The scratch slab in the batch, whose generator it is now."""
+        generator = self._tiers.generator
+        generator.open_row(SCRATCH_ROW, _slab_of(scratch))
+        try:
+            yield
+        finally:
+            generator.close_row(SCRATCH_ROW)
+
+
+def _slab_of(scratch: AgentBlocks) -> Slab:
+    if scratch.slab is None:
+        raise InvariantBroken(f"line {scratch.line} has no slab for its cold run")
+    return scratch.slab

@@ -1,0 +1,1 @@
+"""Agents in one file, for another machine."""

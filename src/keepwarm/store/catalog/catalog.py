@@ -1,0 +1,491 @@
+"""The catalogue: agents as data, and which records of KV lie on disk, in one SQLite database.
+
+Agents are durable when `commit` returns. Records are rows about files that may be lost: they
+survive the process, and a power cut may take the last of them.
+"""
+
+import logging
+import sqlite3
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import starmap
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+from keepwarm.core.block import BlockHash
+from keepwarm.core.errors import DamagedAgent, InvariantBroken
+from keepwarm.core.stored import AgentState, AgentSummary, KVFamily
+from keepwarm.store.bulk import without_gc
+from keepwarm.store.catalog import schema
+from keepwarm.store.catalog.check import check_tables
+from keepwarm.store.catalog.errors import CatalogCorrupt, CatalogUnavailable
+from keepwarm.store.catalog.load import (
+    UNREADABLE,
+    MainLine,
+    find_damaged,
+    read_agent,
+    read_main_line,
+    read_summaries,
+)
+from keepwarm.store.catalog.plan import CommittedAgent, RowIds, plan_commit
+from keepwarm.store.catalog.rows import BlockUsage, RecordRow, decode_layout, encode_layout
+from keepwarm.store.catalog.salvage import salvage
+from keepwarm.store.catalog.schema import set_aside, translated
+from keepwarm.store.catalog.seals import COLUMNS, insert, seal_of, sealed, select, sound
+
+__all__ = ["Catalog", "CatalogReader", "RecordRow", "set_aside"]
+
+log = logging.getLogger("keepwarm.store")
+
+Synchronous = Literal["FULL", "NORMAL"]
+
+MAX_RECENT_AGENTS = 256
+MAX_RECENT_TOKENS = 2_000_000
+"""About 80 MB where nobody else holds the states."""
+
+_PUT_RECORD = insert("records")
+_RECORDS = f"SELECT created, {COLUMNS['records']}, seal FROM records ORDER BY created"
+_DISOWN = f"""
+    UPDATE records SET maker = NULL, seal = seal_of({COLUMNS["records"].replace("maker", "NULL")})
+    WHERE maker = ?
+"""
+_SCRUB = "scrub"
+_PROBE = "probe"
+_ADD_FAMILY = insert("families")
+_USERS = """
+    SELECT hash, line FROM line_blocks WHERE typeof(hash) = 'blob' AND length(hash) = 32
+"""
+_ORPHANS = (
+    "DELETE FROM lines WHERE agent NOT IN (SELECT agent FROM agents)",
+    *(
+        f"DELETE FROM {table} WHERE line NOT IN (SELECT line FROM lines)"
+        for table in ("spans", "messages", "turns", "line_blocks")
+    ),
+)
+_MAX_ID = 1 << 40
+"""Of agents and lines: larger ones are damage, and are not counted on from."""
+
+
+class _Connection:
+    """What both connections can do. Each belongs to the thread that opened it; SQLite checks."""
+
+    def __init__(self, path: Path, db: sqlite3.Connection) -> None:
+        self.path = path
+        self._db = db
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._db.close()
+
+    def names(self) -> list[str]:
+        with translated(self.path, "names"):
+            return [name for (name,) in self._db.execute("SELECT name FROM agents ORDER BY name")]
+
+    def summaries(self) -> list[AgentSummary]:
+        """All agents by name. Tokens and turns are those of the main line."""
+        with translated(self.path, "summaries"):
+            return read_summaries(self._db)
+
+    def models(self) -> dict[str, str]:
+        """By agent, the model that it talked to last."""
+        with translated(self.path, "models"):
+            return dict(self._db.execute("SELECT name, model FROM agents"))
+
+    def main_line(self, name: str) -> MainLine | None:
+        """As far as its KV is looked up by it. Raises DamagedAgent."""
+        try:
+            with self._snapshot("main_line"):
+                return read_main_line(self._db, name)
+        except CatalogCorrupt as error:
+            raise DamagedAgent(name, error.problem) from error
+
+    def load_agent(self, name: str) -> AgentState | None:
+        """What was committed last, equal to it. Raises DamagedAgent."""
+        found = self._read(name, "load_agent")
+        return None if found is None else found.state
+
+    def salvage_agent(self, name: str) -> AgentState:
+        """What can be read of a damaged agent. Raises DamagedAgent where that is nothing."""
+        with self._snapshot("salvage_agent"):
+            return salvage(self._db, name)
+
+    def _read(self, name: str, operation: str) -> CommittedAgent | None:
+        """A damaged page is a damage of those whose rows are on it."""
+        try:
+            with self._snapshot(operation):
+                return read_agent(self._db, name)
+        except CatalogCorrupt as error:
+            raise DamagedAgent(name, error.problem) from error
+
+    def find_damaged(self) -> dict[str, str]:
+        """Agents of which one knows without reading them that they cannot be read, and why."""
+        with self._snapshot("find_damaged"):
+            return find_damaged(self._db)
+
+    def load_pinned(self, damaged: dict[str, str]) -> list[AgentState]:
+        """The pinned agents. Those that cannot be read are entered among the damaged ones."""
+        with translated(self.path, "load_pinned"):
+            names = self._db.execute(
+                "SELECT name FROM agents WHERE pinned ORDER BY name"
+            ).fetchall()
+        states: list[AgentState] = []
+        for (name,) in names:
+            try:
+                state = self.load_agent(name)
+            except DamagedAgent as error:
+                damaged.setdefault(name, error.problem)
+            else:
+                states += [] if state is None else [state]
+        return states
+
+    def size_bytes(self) -> int:
+        """What the database, its log and its index take on disk."""
+        return schema.size_bytes(self.path)
+
+    @contextmanager
+    def _snapshot(self, operation: str) -> Iterator[None]:
+        """Everything read inside is of one moment."""
+        with translated(self.path, operation):
+            self._db.execute("BEGIN")
+            try:
+                yield
+            finally:
+                self._end_transaction()
+
+    def _end_transaction(self) -> None:
+        """Undo what was not committed; after some errors SQLite has done so itself."""
+        if self._db.in_transaction:
+            self._db.execute("ROLLBACK")
+
+
+class CatalogReader(_Connection):
+    """Reads beside the catalogue's owner, and sees what that has committed. It cannot write."""
+
+    def __repr__(self) -> str:
+        return f"CatalogReader({str(self.path)!r})"
+
+    @classmethod
+    def open(cls, path: Path) -> "CatalogReader":
+        """Of a catalogue that is open. Raises CatalogCorrupt, CatalogTooNew, CatalogUnavailable."""
+        return cls(path, schema.open_for_reading(path))
+
+
+class Catalog(_Connection):
+    """The one connection that writes. It remembers what it committed, and writes only what is new.
+
+    Nobody else may write to the file meanwhile; a state that was committed must not be changed.
+    """
+
+    def __init__(self, path: Path, db: sqlite3.Connection) -> None:
+        super().__init__(path, db)
+        self._recent = _RecentAgents()
+        self._ids = self._read_ids()
+        self._families = self._read_families()
+
+    def __repr__(self) -> str:
+        return f"Catalog({str(self.path)!r}, {len(self._recent)} agents remembered)"
+
+    @classmethod
+    def open(cls, path: Path, steps: Sequence[schema.Step] = schema.STEPS) -> "Catalog":
+        """Create the file or bring it up to date.
+
+        Raises CatalogCorrupt, CatalogTooNew, CatalogUnavailable; the file is closed then.
+        """
+        db = schema.open_for_writing(path, steps)
+        try:
+            with translated(path, "open", opening=True):
+                return cls(path, db)
+        except BaseException:
+            db.close()
+            raise
+
+    # -- agents ----------------------------------------------------------------------------------
+
+    def commit(self, state: AgentState) -> None:
+        """Make the agent what the state says. When this returns, a power cut changes nothing.
+
+        Rows of it that turn out to be damaged are written anew. Raises CatalogUnavailable, and then
+        nothing of it is kept; UnstorableMessage.
+        """
+        name = state.agent_id
+        try:
+            known, is_damaged = self._recent.take(name) or self._read(name, "commit"), False
+        except DamagedAgent as error:
+            log.warning("agent %r is written anew: %s", name, error.problem)
+            known, is_damaged = None, True
+        plan = plan_commit(known, state, self._ids)
+        if plan.writes:
+            with self._transaction("commit", "FULL"):
+                if is_damaged:
+                    self._remove(name, is_damaged=True)
+                for write in plan.writes:
+                    self._db.executemany(write.sql, write.rows)
+        self._recent.put(plan.committed)
+
+    def delete_agent(self, name: str, *, scrub: bool = True, is_damaged: bool = False) -> None:
+        """Remove every trace of the agent. Its records stay, as nobody's.
+
+        Without `scrub`, which takes as long as copying the whole file, traces stay until it is
+        called. After CatalogUnavailable a second call finishes the work. Rows of a damaged agent
+        may say that they are of nobody: those go as well.
+        """
+        self._recent.take(name)
+        with self._transaction("delete_agent", "FULL"):
+            changes = self._db.total_changes
+            self._db.execute(_DISOWN, (name,))
+            self._remove(name, is_damaged=is_damaged)
+            if self._db.total_changes > changes:
+                self._db.execute("INSERT OR IGNORE INTO chores (chore) VALUES (?)", (_SCRUB,))
+        if scrub and self.needs_scrub:
+            self.scrub()
+
+    def _remove(self, name: str, *, is_damaged: bool) -> None:
+        self._db.execute("DELETE FROM agents WHERE name = ?", (name,))
+        for orphans in _ORPHANS if is_damaged else ():
+            self._db.execute(orphans)
+
+    @property
+    def needs_scrub(self) -> bool:
+        """Whether traces of deleted agents may be left; it is remembered in the file."""
+        with translated(self.path, "needs_scrub"):
+            query = "SELECT 1 FROM chores WHERE chore = ?"
+            return self._db.execute(query, (_SCRUB,)).fetchone() is not None
+
+    def scrub(self) -> None:
+        """Leave nothing in the file and its log but the rows that are there."""
+        # secure_delete overwrites a deleted row, but not the copies that SQLite (3.40) leaves in
+        # the unused middle of a page when it moves rows to another. Only VACUUM ends those.
+        with translated(self.path, "scrub"):
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.execute("VACUUM")
+        self._empty_log("scrub")
+        with self._transaction("scrub", "FULL"):
+            self._db.execute("DELETE FROM chores WHERE chore = ?", (_SCRUB,))
+
+    def probe(self) -> None:
+        """Whether the disk would take a commit. Raises CatalogUnavailable where it does not."""
+        for query in (
+            "INSERT OR IGNORE INTO chores (chore) VALUES (?)",
+            "DELETE FROM chores WHERE chore = ?",
+        ):
+            with self._transaction("probe", "FULL"):
+                self._db.execute(query, (_PROBE,))
+
+    # -- records ---------------------------------------------------------------------------------
+
+    def add_records(self, rows: Iterable[RecordRow]) -> None:
+        """In one transaction that is not synced. A record that is known already is replaced."""
+        rows = list(rows)
+        if not rows:
+            return
+        new_families = self._new_families(rows)
+        families = self._families | new_families
+        ids = {family.root: family_id for family_id, family in families.items()}
+        with self._transaction("add_records", "NORMAL"):
+            self._db.executemany(_ADD_FAMILY, sealed(starmap(_family_row, new_families.items())))
+            self._db.executemany(
+                _PUT_RECORD,
+                sealed((*row[:6], ids[row.family.root], row.file_bytes, row.maker) for row in rows),
+            )
+        self._families = families
+
+    def remove_records(self, hashes: Iterable[BlockHash]) -> None:
+        """In one transaction that is not synced. What is not known is ignored."""
+        rows = [(record_hash,) for record_hash in hashes]
+        if not rows:
+            return
+        with self._transaction("remove_records", "NORMAL"):
+            self._db.executemany("DELETE FROM records WHERE hash = ?", rows)
+
+    def load_records(self) -> list[RecordRow]:
+        """All records in the order of their creation; damaged rows are dropped from the tables.
+
+        Their files are found again by what is in them. Raises CatalogCorrupt for a damaged page.
+        """
+        families = self._families
+        rows: list[RecordRow] = []
+        damaged: list[int] = []
+        with self._bulk_read("load_records"):
+            for (
+                created,
+                h,
+                before,
+                parent,
+                depth,
+                start,
+                stop,
+                kin,
+                size,
+                maker,
+                seal,
+            ) in self._db.execute(_RECORDS):
+                family = families.get(kin)
+                sum_ = seal_of(h, before, parent, depth, start, stop, kin, size, maker)
+                if family is None or sum_ != seal:
+                    damaged.append(created)
+                    continue
+                rows.append(RecordRow(h, before, parent, depth, start, stop, family, size, maker))
+        self._drop_damaged(damaged)
+        return rows
+
+    def _drop_damaged(self, records: Sequence[int]) -> None:
+        """A disk that refuses leaves them, to be dropped another time."""
+        with self._snapshot("load_records"):
+            ids = {row[0] for row in self._db.execute("SELECT family FROM families")}
+        families = [(family_id,) for family_id in ids - self._families.keys()]
+        if not records and not families:
+            return
+        log.error(
+            "%d damaged rows about records and %d about their families are dropped; the records "
+            "are found again by their files",
+            len(records),
+            len(families),
+        )
+        with suppress(CatalogUnavailable), self._transaction("load_records", "NORMAL"):
+            rows = [(created,) for created in records]
+            self._db.executemany("DELETE FROM records WHERE created = ?", rows)
+            self._db.executemany("DELETE FROM families WHERE family = ?", families)
+
+    def begin_records_anew(self) -> None:
+        """Where a page of these tables is damaged: they say only where KV is, and who uses it."""
+        with self._transaction("begin_records_anew", "NORMAL"):
+            schema.begin_anew(self._db, ("records", "families", "line_blocks"))
+        self._families = {}
+        self._recent = _RecentAgents()
+
+    def load_usage(self) -> BlockUsage:
+        """Who uses which blocks, stored or not."""
+        with self._bulk_read("load_usage"):
+            age_of = {row[0]: row[7] for row in sound(self._db.execute(select("lines")))}
+            users = self._db.execute(_USERS).fetchall()
+            num_lines = Counter(block_hash for block_hash, _ in users)
+            last_used: dict[BlockHash, int] = {}
+            for block_hash, line in users:
+                age = age_of.get(line, 0)
+                if age > last_used.get(block_hash, 0):
+                    last_used[block_hash] = age
+        return BlockUsage(num_lines, last_used)
+
+    def namespaces(self) -> set[str]:
+        """Those of all lines."""
+        with translated(self.path, "namespaces"):
+            rows = self._db.execute("SELECT DISTINCT namespace FROM lines").fetchall()
+        return {namespace for (namespace,) in rows}
+
+    def clock(self) -> int:
+        """The latest `last_used` of any line; 0 without lines."""
+        with translated(self.path, "clock"):
+            rows = sound(self._db.execute(select("lines")))
+            return max((int(row[7]) for row in rows), default=0)
+
+    def check(self) -> None:
+        """The tables agree with one another, and with what is remembered of them."""
+        with self._snapshot("check"):
+            check_tables(self._db)
+            for agent in self._recent:
+                stored = read_agent(self._db, agent.state.agent_id)
+                if stored is None or stored.state != agent.state:
+                    raise InvariantBroken(
+                        f"{self!r}: {agent.state.agent_id!r} is not as remembered"
+                    )
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def _transaction(self, operation: str, synchronous: Synchronous) -> Iterator[None]:
+        """All of it or nothing, and afterwards the connection is ready for the next."""
+        with translated(self.path, operation):
+            self._db.execute(f"PRAGMA synchronous={synchronous}")
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            finally:
+                self._end_transaction()
+
+    @contextmanager
+    def _bulk_read(self, operation: str) -> Iterator[None]:
+        """Of some 100,000 rows."""
+        with translated(self.path, operation), without_gc():
+            yield
+
+    def _empty_log(self, operation: str) -> None:
+        with translated(self.path, operation):
+            busy, *_ = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if busy:
+            raise CatalogUnavailable(
+                self.path,
+                operation=operation,
+                message="a reader kept the write-ahead log from being emptied",
+                errorname="SQLITE_BUSY",
+            )
+
+    def _read_ids(self) -> RowIds:
+        query = """
+            SELECT (SELECT max(agent) FROM agents WHERE agent < ?),
+                (SELECT max(line) FROM lines WHERE line < ?)
+        """
+        last_agent, last_line = self._db.execute(query, (_MAX_ID, _MAX_ID)).fetchone()
+        return RowIds(last_agent=last_agent or 0, last_line=last_line or 0)
+
+    def _read_families(self) -> dict[int, KVFamily]:
+        """Those that are sound."""
+        families: dict[int, KVFamily] = {}
+        for row in sound(self._db.execute(select("families"))):
+            family_id, fingerprint, layout, lineage, namespace = row
+            with suppress(*UNREADABLE):
+                layers = decode_layout(layout)
+                families[family_id] = KVFamily(fingerprint, layers, lineage, namespace)
+        return families
+
+    def _new_families(self, rows: Iterable[RecordRow]) -> dict[int, KVFamily]:
+        known = {family.root for family in self._families.values()}
+        new = {row.family.root: row.family for row in rows if row.family.root not in known}
+        return dict(enumerate(new.values(), max(self._families, default=0) + 1))
+
+
+def _family_row(family_id: int, family: KVFamily) -> tuple[int, str, str, str, str]:
+    layout = encode_layout(family.layout)
+    return family_id, family.fingerprint, layout, family.lineage, family.namespace
+
+
+class _RecentAgents:
+    """What was committed last of the agents that were committed last, within two limits."""
+
+    def __init__(self) -> None:
+        self._agents: OrderedDict[str, CommittedAgent] = OrderedDict()
+        self._num_tokens: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._agents)
+
+    def __iter__(self) -> Iterator[CommittedAgent]:
+        return iter(self._agents.values())
+
+    def take(self, name: str) -> CommittedAgent | None:
+        """Hand it out and forget it: a commit that fails leaves nothing to believe."""
+        self._num_tokens.pop(name, None)
+        return self._agents.pop(name, None)
+
+    def put(self, agent: CommittedAgent) -> None:
+        """As the latest; the longest unused leave, but never this one."""
+        self._agents[agent.state.agent_id] = agent
+        self._num_tokens[agent.state.agent_id] = agent.num_tokens
+        while len(self._agents) > 1 and self._is_too_large():
+            self.take(next(iter(self._agents)))
+
+    def _is_too_large(self) -> bool:
+        num_tokens = sum(self._num_tokens.values())
+        return len(self._agents) > MAX_RECENT_AGENTS or num_tokens > MAX_RECENT_TOKENS

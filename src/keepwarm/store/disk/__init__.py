@@ -1,0 +1,1 @@
+"""Files, their format and their bytes. On the I/O thread."""
