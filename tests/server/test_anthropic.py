@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 import sse
 from engines import FakeFactory
-from keepwarm.server.anthropic.schema import Conversation
-from keepwarm.server.anthropic.translate import messages_of
+from keepwarm.server.dialects.anthropic.schema import Conversation
+from keepwarm.server.dialects.anthropic.translate import messages_of
 from keepwarm.server.problems import Unsupported
 from servers import FakeServer, fake_server
 

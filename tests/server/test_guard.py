@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from keepwarm.server.logs import log_formatter
+from keepwarm.server.operations.logs import log_formatter
 from keepwarm.server.settings import LogFormat
 from servers import FakeServer, fake_server
 from sockets import RawClient

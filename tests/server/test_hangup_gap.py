@@ -8,9 +8,9 @@ import pytest
 
 from doors import Opener, check_is_empty, engine_of, message, run, text, until
 from keepwarm.engine.requests import GenerateRequest
-from keepwarm.server.agents.encode import AgentEncoder
-from keepwarm.server.choices import Choices
-from keepwarm.server.reply import StreamedReply, WholeReply
+from keepwarm.server.dialects.agents.encode import AgentEncoder
+from keepwarm.server.reply.choices import Choices
+from keepwarm.server.reply.reply import StreamedReply, WholeReply
 from keepwarm.server.settings import ServerConfig
 from keepwarm.service.async_engine import AsyncEngine
 

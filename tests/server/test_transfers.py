@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from engines import FakeFactory
-from keepwarm.server.transfers import Transfers
+from keepwarm.server.dialects.agents.transfers import Transfers
 from keepwarm.store.disk.files import RecordFiles
 from servers import FakeServer, fake_server
 from sockets import RawClient

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from keepwarm.core.errors import InvalidRequest
-from keepwarm.server.identity import agent_of, name_of, session_of
+from keepwarm.server.edge.identity import agent_of, name_of, session_of
 
 SESSION = "2a8f7c1e-53d4-4b6f-9a0c-1e2d3c4b5a69"
 DEVICE = "d" * 64

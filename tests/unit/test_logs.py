@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from keepwarm.server.logs import configure_logs, log_formatter, printable
+from keepwarm.server.operations.logs import configure_logs, log_formatter, printable
 from keepwarm.server.settings import LogFormat
 
 FORGED = "2026-01-01 [error] all agents deleted"

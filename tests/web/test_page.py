@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from browser import Page, browser_page
-from keepwarm.server.admin import PAGE_POLICY
+from keepwarm.server.operations.routes import PAGE_POLICY
 from servers import FakeServer, fake_server
 
 KEY = "sk-5a5a5a"

@@ -19,7 +19,7 @@ from keepwarm.config import Settings
 from keepwarm.core.errors import ConfigError
 from keepwarm.home import keepwarm_home
 from keepwarm.server.edge.sockets import uvicorn_config
-from keepwarm.server.logs import configure_logs
+from keepwarm.server.operations.logs import configure_logs
 from keepwarm.server.settings import ServerConfig
 from keepwarm.wiring import RunningServer, start_server
 

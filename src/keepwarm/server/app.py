@@ -13,20 +13,21 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from keepwarm.core.errors import KeepwarmError
-from keepwarm.server import admin, models
-from keepwarm.server.agents import routes as agents
-from keepwarm.server.anthropic import routes as anthropic
-from keepwarm.server.dialects import error_response
+from keepwarm.server.dialects.agents import routes as agents
+from keepwarm.server.dialects.anthropic import routes as anthropic
+from keepwarm.server.dialects.errors import error_response
+from keepwarm.server.dialects.openai import routes as openai
 from keepwarm.server.edge.guard import DOCS_FOLDER, Guard
 from keepwarm.server.edge.paths import TidyPaths
-from keepwarm.server.facts import HEADERS
-from keepwarm.server.openai import routes as openai
+from keepwarm.server.models import routes as models
+from keepwarm.server.operations import routes as operations
 from keepwarm.server.problems import problem_of
+from keepwarm.server.reply.facts import HEADERS
 from keepwarm.server.serving import VERSION, House
 
 DESCRIPTION = "A local LLM server in which every agent keeps its memory warm."
 
-ROUTERS = tuple(module.router for module in (openai, anthropic, agents, models, admin))
+ROUTERS = tuple(module.router for module in (openai, anthropic, agents, models, operations))
 """In the order in which they are asked."""
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]

@@ -9,15 +9,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from keepwarm.engine.requests import GenerateRequest, ReceiptKey
-from keepwarm.server.caller import Caller
-from keepwarm.server.choices import Choices
+from keepwarm.server.dialects.agents.transfers import Transfers
+from keepwarm.server.edge.caller import Caller
 from keepwarm.server.edge.keys import NOBODY, ROLE
 from keepwarm.server.edge.memory import MemoryReturn
-from keepwarm.server.facts import IGNORED, names_of
-from keepwarm.server.metrics import Metrics
-from keepwarm.server.reply import Encoder, StreamedReply, WholeReply
+from keepwarm.server.operations.metrics import Metrics
+from keepwarm.server.reply.choices import Choices
+from keepwarm.server.reply.facts import IGNORED, names_of
+from keepwarm.server.reply.reply import Encoder, StreamedReply, WholeReply
 from keepwarm.server.settings import ServerConfig
-from keepwarm.server.transfers import Transfers
 from keepwarm.service.async_engine import AsyncEngine
 from keepwarm.service.model_registry import Model
 from keepwarm.service.model_swapper import ModelSwapper

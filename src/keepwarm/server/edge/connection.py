@@ -11,9 +11,9 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from keepwarm.server.openai.encode import error_body
+from keepwarm.server.dialects.openai.encode import error_body
 from keepwarm.server.problems import Kind, Problem
-from keepwarm.server.reply import ABORT
+from keepwarm.server.reply.reply import ABORT
 from keepwarm.server.serving import CONNECTIONS
 from keepwarm.server.settings import ServerConfig
 

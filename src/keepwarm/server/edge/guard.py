@@ -15,7 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from keepwarm.server.dialects import error_response
+from keepwarm.server.dialects.errors import error_response
 from keepwarm.server.edge.body import BoundedBody, too_large
 from keepwarm.server.edge.decoding import readable
 from keepwarm.server.edge.keys import NOBODY, OWNER, ROLE, Keyring

@@ -16,8 +16,8 @@ from starlette.types import Receive, Scope, Send
 
 from keepwarm.core.errors import BundleFailed
 from keepwarm.server.problems import TransferFailed
-from keepwarm.server.reply import ABORT
-from keepwarm.server.tasks import unless_gone
+from keepwarm.server.reply.reply import ABORT
+from keepwarm.server.reply.tasks import unless_gone
 
 PIECE_BYTES = 1 << 20
 """Written, read and sent at a time. A client has to take so many in the time for one write."""

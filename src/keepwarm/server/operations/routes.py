@@ -11,11 +11,11 @@ from starlette.responses import Response
 
 from keepwarm.engine.agents.book import AgentView
 from keepwarm.engine.snapshot import EngineSnapshot
-from keepwarm.server.agents.answers import AgentCard, card_of
-from keepwarm.server.answers import errors, json_answer
+from keepwarm.server.dialects.agents.answers import AgentCard, card_of
+from keepwarm.server.dialects.openai.encode import OpenAIErrorBody
 from keepwarm.server.edge.guard import DOCS_FILES
-from keepwarm.server.model_cards import ModelCard
-from keepwarm.server.openai.encode import OpenAIErrorBody
+from keepwarm.server.models.cards import ModelCard
+from keepwarm.server.reply.json_answer import errors, json_answer
 from keepwarm.server.serving import CONNECTIONS, VERSION, Serving, admin_serving_of, serving_of
 
 router = APIRouter(tags=["operations"], responses=errors(OpenAIErrorBody))

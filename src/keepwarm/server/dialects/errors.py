@@ -4,9 +4,9 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Scope
 
-from keepwarm.server.agents import encode as agents
-from keepwarm.server.anthropic import encode as anthropic
-from keepwarm.server.openai import encode as openai
+from keepwarm.server.dialects.agents import encode as agents
+from keepwarm.server.dialects.anthropic import encode as anthropic
+from keepwarm.server.dialects.openai import encode as openai
 from keepwarm.server.problems import Problem
 
 

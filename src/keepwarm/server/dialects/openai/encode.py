@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import msgspec
 
 from keepwarm.core.events import Completed, Delta, Event, FinishReason, Started
-from keepwarm.server.facts import Facts
 from keepwarm.server.problems import Kind, Problem
-from keepwarm.server.reply import HEARTBEAT
+from keepwarm.server.reply.facts import Facts
+from keepwarm.server.reply.reply import HEARTBEAT
 
 _TYPES = {
     Kind.UNAUTHENTICATED: "authentication_error",

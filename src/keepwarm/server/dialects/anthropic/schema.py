@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from keepwarm.server.fields import Limit
+from keepwarm.server.dialects.fields import Limit
 
 
 class Lenient(BaseModel):

@@ -6,7 +6,7 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 
 from keepwarm.core.events import Completed, Delta, Event, Failed
 from keepwarm.engine.requests import GenerateRequest, ReceiptKey
-from keepwarm.server.tasks import ended
+from keepwarm.server.reply.tasks import ended
 from keepwarm.service.async_engine import AsyncEngine
 from keepwarm.service.event_stream import EventStream
 

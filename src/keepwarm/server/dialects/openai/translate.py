@@ -8,15 +8,15 @@ from keepwarm.core.errors import InvalidRequest
 from keepwarm.core.ports import Message
 from keepwarm.engine.prompt.old_messages import kept_messages, placeholder
 from keepwarm.engine.requests import MAX_SEED, GenerateRequest
-from keepwarm.server.caller import Caller
-from keepwarm.server.fields import limit_of, seed_of, stops_of
-from keepwarm.server.openai.schema import (
+from keepwarm.server.dialects.fields import limit_of, seed_of, stops_of
+from keepwarm.server.dialects.openai.schema import (
     ChatMessage,
     ChatRequest,
     CompletionRequest,
     ContentPart,
     Sampled,
 )
+from keepwarm.server.edge.caller import Caller
 from keepwarm.server.problems import Unsupported
 from keepwarm.server.settings import ServerConfig
 

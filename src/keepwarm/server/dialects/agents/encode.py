@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import msgspec
 
 from keepwarm.core.events import Completed, Delta, Event, Progress, Started
-from keepwarm.server.agents.answers import AgentError, AgentErrorBody, AgentReply
-from keepwarm.server.cache_report import CacheFields
+from keepwarm.server.dialects.agents.answers import AgentError, AgentErrorBody, AgentReply
 from keepwarm.server.problems import Problem
-from keepwarm.server.reply import HEARTBEAT
+from keepwarm.server.reply.cache_report import CacheFields
+from keepwarm.server.reply.reply import HEARTBEAT
 
 _encode = msgspec.json.Encoder().encode
 

@@ -10,9 +10,9 @@ from keepwarm.core.stored import AgentSettings, Overflow
 from keepwarm.core.transcript import Turn
 from keepwarm.engine.agents.book import AgentView
 from keepwarm.kv.verifier import VerifyReport
-from keepwarm.server.cache_report import CacheFields
-from keepwarm.server.facts import notes_of
 from keepwarm.server.problems import Kind
+from keepwarm.server.reply.cache_report import CacheFields
+from keepwarm.server.reply.facts import notes_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,19 +10,19 @@ import msgspec
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response, StreamingResponse
 
-from keepwarm.server.agents.encode import error_body
-from keepwarm.server.answers import STREAMS, errors, json_answer
-from keepwarm.server.anthropic.encode import AnthropicErrorBody
-from keepwarm.server.dialects import is_anthropic
-from keepwarm.server.model_cards import (
+from keepwarm.server.dialects.agents.encode import error_body
+from keepwarm.server.dialects.anthropic.encode import AnthropicErrorBody
+from keepwarm.server.dialects.errors import is_anthropic
+from keepwarm.server.dialects.openai.encode import OpenAIErrorBody
+from keepwarm.server.models.cards import (
     AnthropicModel,
     AnthropicModelPage,
     ModelList,
     ServedModel,
 )
-from keepwarm.server.openai.encode import OpenAIErrorBody
 from keepwarm.server.problems import problem_of
-from keepwarm.server.reply import HEARTBEAT, STREAM_HEADERS
+from keepwarm.server.reply.json_answer import STREAMS, errors, json_answer
+from keepwarm.server.reply.reply import HEARTBEAT, STREAM_HEADERS
 from keepwarm.server.serving import Serving, admin_serving_of, serving_of
 from keepwarm.service.model_registry import Model
 

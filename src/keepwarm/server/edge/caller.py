@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from keepwarm.core.agent import home_namespace, in_namespace
 from keepwarm.engine.requests import valid_name
+from keepwarm.server.edge.identity import agent_of
 from keepwarm.server.edge.keys import Role
-from keepwarm.server.identity import agent_of
 from keepwarm.server.problems import Kind, NotAllowed, Problem
 
 

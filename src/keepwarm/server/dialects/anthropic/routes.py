@@ -6,16 +6,16 @@ from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
 from keepwarm.engine.requests import PromptSource
-from keepwarm.server.answers import STREAMS, errors, json_answer
-from keepwarm.server.anthropic.encode import (
+from keepwarm.server.dialects.anthropic.encode import (
     AnthropicErrorBody,
     MessageReply,
     MessagesEncoder,
     TokenCount,
 )
-from keepwarm.server.anthropic.schema import Conversation, MessagesRequest
-from keepwarm.server.anthropic.translate import is_begun, messages_of, translate_messages
+from keepwarm.server.dialects.anthropic.schema import Conversation, MessagesRequest
+from keepwarm.server.dialects.anthropic.translate import is_begun, messages_of, translate_messages
 from keepwarm.server.edge.json_body import BodyRoute
+from keepwarm.server.reply.json_answer import STREAMS, errors, json_answer
 from keepwarm.server.serving import Serving, serving_of
 
 router = APIRouter(route_class=BodyRoute, tags=["Anthropic"], responses=errors(AnthropicErrorBody))

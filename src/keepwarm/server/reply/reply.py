@@ -12,11 +12,11 @@ from starlette.types import Receive, Scope, Send
 
 from keepwarm.core.errors import EngineStopped, KeepwarmError
 from keepwarm.core.events import Completed, Delta, Event, Started
-from keepwarm.server.choices import Choices
-from keepwarm.server.facts import headers_of
 from keepwarm.server.problems import Problem, problem_of
+from keepwarm.server.reply.choices import Choices
+from keepwarm.server.reply.facts import headers_of
+from keepwarm.server.reply.tasks import disconnected, ended
 from keepwarm.server.settings import ServerConfig
-from keepwarm.server.tasks import disconnected, ended
 
 SSE = "text/event-stream; charset=utf-8"
 HEARTBEAT = b": keepwarm\n"

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import msgspec
 
 from keepwarm.core.events import Completed, Delta, Event, FinishReason, Started
-from keepwarm.server.facts import Facts
 from keepwarm.server.problems import Kind, Problem
+from keepwarm.server.reply.facts import Facts
 
 _TYPES = {
     Kind.UNAUTHENTICATED: "authentication_error",

@@ -5,18 +5,18 @@ from typing import Annotated
 from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
-from keepwarm.server.answers import STREAMS, errors
-from keepwarm.server.edge.json_body import BodyRoute
-from keepwarm.server.openai.encode import (
+from keepwarm.server.dialects.openai.encode import (
     ChatCompletion,
     ChatEncoder,
     OpenAIErrorBody,
     TextCompletion,
     TextEncoder,
 )
-from keepwarm.server.openai.schema import ChatRequest, CompletionRequest, Sampled
-from keepwarm.server.openai.translate import translate_chat, translate_completion
+from keepwarm.server.dialects.openai.schema import ChatRequest, CompletionRequest, Sampled
+from keepwarm.server.dialects.openai.translate import translate_chat, translate_completion
+from keepwarm.server.edge.json_body import BodyRoute
 from keepwarm.server.problems import Unsupported
+from keepwarm.server.reply.json_answer import STREAMS, errors
 from keepwarm.server.serving import Serving, serving_of
 
 router = APIRouter(route_class=BodyRoute, tags=["OpenAI"], responses=errors(OpenAIErrorBody))

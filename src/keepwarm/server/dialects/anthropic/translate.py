@@ -10,15 +10,15 @@ from keepwarm.core.errors import InvalidRequest
 from keepwarm.core.ports import Message
 from keepwarm.engine.prompt.old_messages import kept_messages, placeholder
 from keepwarm.engine.requests import GenerateRequest
-from keepwarm.server.anthropic.schema import (
+from keepwarm.server.dialects.anthropic.schema import (
     ContentBlock,
     Conversation,
     InputMessage,
     MessagesRequest,
 )
-from keepwarm.server.caller import Caller
-from keepwarm.server.fields import limit_of, stops_of
-from keepwarm.server.identity import session_of
+from keepwarm.server.dialects.fields import limit_of, stops_of
+from keepwarm.server.edge.caller import Caller
+from keepwarm.server.edge.identity import session_of
 from keepwarm.server.problems import Unsupported
 from keepwarm.server.settings import ServerConfig
 

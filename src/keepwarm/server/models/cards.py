@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from keepwarm.server.caller import Caller
+from keepwarm.server.edge.caller import Caller
 from keepwarm.service.model_registry import Model, ModelState
 
 

@@ -24,7 +24,7 @@ from keepwarm.engine.agents.store_inbox import Commit
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
 from keepwarm.engine.requests import GenerateRequest, ReceiptKey, valid_name
 from keepwarm.fleet.fleet import Fleet
-from keepwarm.server.agents.answers import (
+from keepwarm.server.dialects.agents.answers import (
     AgentDeleted,
     AgentDetails,
     AgentErrorBody,
@@ -36,15 +36,15 @@ from keepwarm.server.agents.answers import (
     card_of,
     details_of,
 )
-from keepwarm.server.agents.encode import AgentEncoder
-from keepwarm.server.agents.schema import AgentBody, ForkBody, MessagesBody, RollbackBody
-from keepwarm.server.answers import STREAMS, errors, json_answer
+from keepwarm.server.dialects.agents.encode import AgentEncoder
+from keepwarm.server.dialects.agents.schema import AgentBody, ForkBody, MessagesBody, RollbackBody
+from keepwarm.server.dialects.agents.transfers import SentFile, Unanswered, remove
+from keepwarm.server.dialects.fields import limit_of, seed_of, stops_of
 from keepwarm.server.edge.json_body import BodyRoute
-from keepwarm.server.fields import limit_of, seed_of, stops_of
 from keepwarm.server.problems import Unsupported
+from keepwarm.server.reply.json_answer import STREAMS, errors, json_answer
+from keepwarm.server.reply.tasks import unless_gone
 from keepwarm.server.serving import Serving, serving_of
-from keepwarm.server.tasks import unless_gone
-from keepwarm.server.transfers import SentFile, Unanswered, remove
 
 router = APIRouter(
     prefix="/v1/agents",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from keepwarm.core.events import Completed, Started
-from keepwarm.server.cache_report import HEADER, CacheFields, header_of
+from keepwarm.server.reply.cache_report import HEADER, CacheFields, header_of
 
 IGNORED = "X-Keepwarm-Ignored"
 ADAPTED = "X-Keepwarm-Adapted"

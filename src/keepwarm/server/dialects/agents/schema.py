@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from keepwarm.core.stored import Overflow
-from keepwarm.server.fields import ANY_SEED, Limit, Stop
+from keepwarm.server.dialects.fields import ANY_SEED, Limit, Stop
 
 Priority = Annotated[int, Field(ge=-100, le=100)]
 Bytes = Annotated[int, Field(ge=0, le=1 << 62)]

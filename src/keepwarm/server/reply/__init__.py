@@ -1,0 +1,1 @@
+"""A reply on its way to its client, whatever the dialect."""
