@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from keepwarm.core.pool import BlockPool
     from keepwarm.engine.batch_engine import BlockPoolBatchEngine
-    from keepwarm.mlx_backend.loader import load_model
+    from keepwarm.mlx_backend.loading.loader import load_model
     from keepwarm.store.agent_cache_store import AgentCacheStore
 
 __version__ = "0.1.0"
@@ -18,7 +18,7 @@ _HOMES = {
     "AgentCacheStore": "keepwarm.store.agent_cache_store",
     "BlockPool": "keepwarm.core.pool",
     "BlockPoolBatchEngine": "keepwarm.engine.batch_engine",
-    "load_model": "keepwarm.mlx_backend.loader",
+    "load_model": "keepwarm.mlx_backend.loading.loader",
 }
 
 

@@ -40,14 +40,14 @@ class MLXSource:
     def measure(self, model: Model) -> int:
         """Fetches or converts the model where it is not here yet. Raises ModelLoadError."""
         from keepwarm.home import keepwarm_home
-        from keepwarm.mlx_backend.loader import resolve
+        from keepwarm.mlx_backend.loading.loader import resolve
         from keepwarm.mlx_backend.memory import estimate_bytes
 
         return estimate_bytes(resolve(model.source, keepwarm_home()), model.settings.dtype)
 
     def load(self, model: Model) -> LoadedModel:
         """Raises ModelLoadError. Closing it gives its memory back to the system."""
-        from keepwarm.mlx_backend.loader import load_model
+        from keepwarm.mlx_backend.loading.loader import load_model
         from keepwarm.mlx_backend.memory import release_memory
 
         loaded = load_model(model.source, dtype=model.settings.dtype or None)

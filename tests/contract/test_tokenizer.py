@@ -35,7 +35,7 @@ modest = settings(
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     from hf_tokenizers import smollm2_tokenizer
-    from keepwarm.mlx_backend.tokenizer import HFTokenizer
+    from keepwarm.mlx_backend.text.tokenizer import HFTokenizer
 
     hf_tokenizer = smollm2_tokenizer(tmp_path_factory.mktemp("tokenizer"))
     return HFTokenizer(hf_tokenizer, [hf_tokenizer.eos_token_id])

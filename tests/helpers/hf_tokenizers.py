@@ -4,14 +4,19 @@ from pathlib import Path
 from typing import Any
 
 # First: it prepares the BLAS before MLX is imported.
-from keepwarm.mlx_backend.gguf import GGUFFacts, build_tokenizer, embedded_source, tokenizer_config
+from keepwarm.mlx_backend.loading.gguf import (
+    GGUFFacts,
+    build_tokenizer,
+    embedded_source,
+    tokenizer_config,
+)
 
 # isort: split
 import mlx.core as mx
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from keepwarm.mlx_backend.files import write_json
+from keepwarm.mlx_backend.loading.files import write_json
 
 LLAMA_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 # First: it prepares the BLAS before MLX is imported.
-from keepwarm.mlx_backend.tokenizer import HFTokenizer
+from keepwarm.mlx_backend.text.tokenizer import HFTokenizer
 
 # isort: split
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers

@@ -5,7 +5,13 @@ import numpy as np
 import pytest
 
 from keepwarm.core.layout import CacheLayout, LayerLayout
-from keepwarm.mlx_backend.arrays import DeviceCopies, HostCopies, KVCopies, RowSlab, SlabArrays
+from keepwarm.mlx_backend.compute.arrays import (
+    DeviceCopies,
+    HostCopies,
+    KVCopies,
+    RowSlab,
+    SlabArrays,
+)
 
 DTYPES = ["float32", "float16", "bfloat16"]
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from keepwarm.core.ports import LoadedModel
-from keepwarm.mlx_backend import CPU_SETUP, canonical
+from keepwarm.mlx_backend import CPU_SETUP
+from keepwarm.mlx_backend.compute import canonical
 
 
 def test_another_blas_is_warned_about(

@@ -11,7 +11,7 @@ from engines import drain, fake_engine
 from keepwarm.core.errors import InvalidRequest
 from keepwarm.core.events import Completed
 from keepwarm.core.ports import LoadedModel
-from keepwarm.mlx_backend.tokenizer import HFTokenizer
+from keepwarm.mlx_backend.text.tokenizer import HFTokenizer
 from real_tokenizers import PACKAGES, real_tokenizer
 from servers import fake_server
 from templates import FAMILIES, byte_tokenizer, templated

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer
 
 from keepwarm.core.errors import ModelLoadError
 from keepwarm.core.ports import LoadedModel
-from keepwarm.mlx_backend import gguf
-from keepwarm.mlx_backend.gguf import GGUFSource, embedded_model, embedded_source, is_intact
-from keepwarm.mlx_backend.loader import load_model
+from keepwarm.mlx_backend.loading import gguf
+from keepwarm.mlx_backend.loading.gguf import GGUFSource, embedded_model, embedded_source, is_intact
+from keepwarm.mlx_backend.loading.loader import load_model
 from tiny_models import write_tiny_model
 
 NUM_HEADS = {"q_proj": 4, "k_proj": 2}

@@ -17,8 +17,8 @@ from keepwarm.core.ports import Piece
 from keepwarm.core.transcript import EMPTY
 from keepwarm.engine.prompt.continuation import TextContinuation, with_reply
 from keepwarm.engine.prompt.reply_text import Reply, ReplyText
-from keepwarm.mlx_backend.detokenizer import bytes_of_token
-from keepwarm.mlx_backend.tokenizer import HFTokenizer, Shield
+from keepwarm.mlx_backend.text.detokenizer import bytes_of_token
+from keepwarm.mlx_backend.text.tokenizer import HFTokenizer, Shield
 
 # isort: split
 from mlx_lm.tokenizer_utils import TokenizerWrapper

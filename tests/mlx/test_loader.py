@@ -12,8 +12,8 @@ from mlx.utils import tree_flatten
 from keepwarm.core.errors import ConfigError, ModelLoadError, UnsupportedModel
 from keepwarm.core.layout import LayerLayout
 from keepwarm.core.ports import LoadedModel
-from keepwarm.mlx_backend.fingerprint import DigestCache
-from keepwarm.mlx_backend.loader import load_model
+from keepwarm.mlx_backend.loading.fingerprint import DigestCache
+from keepwarm.mlx_backend.loading.loader import load_model
 from tiny_models import change_config, tiny_config, write_json, write_tiny_model
 
 TINY_LAYER = LayerLayout(num_kv_heads=2, key_dim=32, value_dim=32)
@@ -164,7 +164,7 @@ def test_a_digest_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         hashed.append(path)
         return "digest"
 
-    monkeypatch.setattr("keepwarm.mlx_backend.fingerprint.sha256_of", counting)
+    monkeypatch.setattr("keepwarm.mlx_backend.loading.fingerprint.sha256_of", counting)
     weights = tmp_path / "weights"
     weights.write_bytes(b"one")
     cache = DigestCache(tmp_path / "home" / "digests.json")

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from keepwarm.core.ports import GREEDY, RowId, RowInput, Sampling
-from keepwarm.mlx_backend.sampling import sample
+from keepwarm.mlx_backend.compute.sampling import sample
 
 PROBABILITIES = [0.4, 0.3, 0.15, 0.1, 0.04, 0.01]
 LOGITS = mx.log(mx.array(PROBABILITIES))

@@ -14,7 +14,7 @@ import httpx
 import mlx.core as mx
 import pytest
 
-from keepwarm.mlx_backend.loader import resolve
+from keepwarm.mlx_backend.loading.loader import resolve
 from keepwarm.mlx_backend.memory import device_bytes, estimate_bytes
 from keepwarm.wiring import MLXSource
 from servers import FakeServer, fake_server

@@ -8,8 +8,8 @@ import pytest
 
 from hf_tokenizers import sentencepiece_tokenizer
 from keepwarm.core.errors import InvalidRequest, TemplateRefused
-from keepwarm.mlx_backend.template import FREE_CHARACTERS
-from keepwarm.mlx_backend.tokenizer import HFTokenizer
+from keepwarm.mlx_backend.text.template import FREE_CHARACTERS
+from keepwarm.mlx_backend.text.tokenizer import HFTokenizer
 from templates import FAMILIES, byte_tokenizer
 
 HELLO = [{"role": "user", "content": "Hello"}]

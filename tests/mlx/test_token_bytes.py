@@ -7,9 +7,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from hf_tokenizers import sentencepiece_tokenizer
-from keepwarm.mlx_backend.detokenizer import byte_alphabet
-from keepwarm.mlx_backend.token_bytes import SHRINKAGE, TokenBytes
-from keepwarm.mlx_backend.tokenizer import HFTokenizer
+from keepwarm.mlx_backend.text.detokenizer import byte_alphabet
+from keepwarm.mlx_backend.text.token_bytes import SHRINKAGE, TokenBytes
+from keepwarm.mlx_backend.text.tokenizer import HFTokenizer
 
 BYTES = list(byte_alphabet())
 AWKWARD = ("", "a" * 99, " " * 64, "e\u0301" * 30, "\u1fbe\u0308\u0301" * 30, "\u212a" * 30, "日本")

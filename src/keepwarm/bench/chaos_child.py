@@ -112,7 +112,7 @@ class WideFakeGenerator(FakeBatchGenerator):
 def load_world(world: str) -> LoadedModel:
     """The fake, or a model by its name."""
     if world != FAKE:
-        from keepwarm.mlx_backend.loader import load_model
+        from keepwarm.mlx_backend.loading.loader import load_model
 
         return load_model(world)
     return LoadedModel(

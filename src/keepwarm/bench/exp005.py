@@ -32,7 +32,7 @@ from keepwarm.bench.reference import PREFILL_TOKENS, run_reference
 from keepwarm.bench.report import OnProgress, no_progress
 from keepwarm.bench.round_trip import round_trip_problem
 from keepwarm.core.ports import LoadedModel
-from keepwarm.mlx_backend.canonical import why_not_promised
+from keepwarm.mlx_backend.compute.canonical import why_not_promised
 
 MAX_TIE_SHARE = 0.001
 

@@ -24,8 +24,8 @@ from keepwarm.core.pool import BlockPool
 from keepwarm.core.ports import GREEDY, RowId, RowInput
 from keepwarm.core.stored import KVFamily
 from keepwarm.kv.tiers import Tiers
-from keepwarm.mlx_backend.arrays import KVPayload, RawArray, RowSlab
-from keepwarm.mlx_backend.row_batch import RowBatchGenerator
+from keepwarm.mlx_backend.compute.arrays import KVPayload, RawArray, RowSlab
+from keepwarm.mlx_backend.compute.row_batch import RowBatchGenerator
 
 MAX_HOT_P95_S = 0.005
 MAX_GATHERED_RATIO = 1.3

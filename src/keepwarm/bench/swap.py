@@ -19,8 +19,8 @@ from keepwarm.bench.timing import median, timed
 from keepwarm.core.events import Completed
 from keepwarm.core.ports import LoadedModel
 from keepwarm.engine.requests import GenerateRequest
-from keepwarm.mlx_backend.canonical import why_not_promised
-from keepwarm.mlx_backend.loader import load_model
+from keepwarm.mlx_backend.compute.canonical import why_not_promised
+from keepwarm.mlx_backend.loading.loader import load_model
 from keepwarm.mlx_backend.memory import release_memory
 
 NEW_TOKENS = 16

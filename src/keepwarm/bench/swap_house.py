@@ -15,7 +15,7 @@ from keepwarm.bench.lab import require
 from keepwarm.config import Settings, load_settings
 from keepwarm.core.ports import LoadedModel, Tokenizer
 from keepwarm.home import keepwarm_home
-from keepwarm.mlx_backend.loader import resolve
+from keepwarm.mlx_backend.loading.loader import resolve
 from keepwarm.mlx_backend.memory import estimate_bytes
 from keepwarm.service.async_engine import AsyncEngine
 from keepwarm.service.model_registry import Model, ModelState

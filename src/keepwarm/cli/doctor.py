@@ -207,7 +207,7 @@ def _home(home: Path) -> Finding:
 
 def _embedded_model(home: Path) -> Finding:
     try:
-        from keepwarm.mlx_backend.gguf import converted_folder, embedded_source, is_intact
+        from keepwarm.mlx_backend.loading.gguf import converted_folder, embedded_source, is_intact
     except ImportError:
         return Finding("model", Status.ERROR, "not looked at without MLX", f"Run {_INSTALL}")
     try:

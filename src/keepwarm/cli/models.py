@@ -61,7 +61,7 @@ def pull(
 ) -> None:
     """Fetch a model's files, or convert the embedded one, without a server. Shows its size."""
     from keepwarm.home import keepwarm_home
-    from keepwarm.mlx_backend.loader import resolve
+    from keepwarm.mlx_backend.loading.loader import resolve
     from keepwarm.mlx_backend.memory import estimate_bytes
 
     folder = resolve(name, keepwarm_home())

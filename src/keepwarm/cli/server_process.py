@@ -49,7 +49,7 @@ def run_server(settings: Settings) -> bool:
     configure_logs(settings.server.log_format)
     _allow_files(settings.server.max_connections + FILES_BESIDE_CONNECTIONS)
     # mlx-lm makes a stream when it is imported; one of a thread that has ended aborts the exit.
-    import_module("keepwarm.mlx_backend.loader")
+    import_module("keepwarm.mlx_backend.loading.loader")
     with _bound(settings.server) as listener, asyncio.Runner(loop_factory=_new_loop) as runner:
         return runner.run(_serve(settings, listener))
 

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from keepwarm.mlx_backend.device import current_device
-from keepwarm.mlx_backend.model_folder import ModelFolder
+from keepwarm.mlx_backend.loading.model_folder import ModelFolder
 
 CHUNK_TOKENS = 512
 """The working set is that of a prefill chunk of so many tokens."""

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
-from keepwarm.mlx_backend.arrays import LayerCache
+from keepwarm.mlx_backend.compute.arrays import LayerCache
 
 _NAME = "scaled_dot_product_attention"
 _MARK = "_keepwarm_original"

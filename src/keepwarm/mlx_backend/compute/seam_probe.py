@@ -9,8 +9,8 @@ from mlx import nn
 from keepwarm.core.errors import UnsupportedModel
 from keepwarm.core.layout import BLOCK_TOKENS, CacheLayout
 from keepwarm.core.ports import GREEDY, RowId, RowInput
-from keepwarm.mlx_backend.row_batch import RowBatchGenerator
-from keepwarm.mlx_backend.sampling import sample
+from keepwarm.mlx_backend.compute.row_batch import RowBatchGenerator
+from keepwarm.mlx_backend.compute.sampling import sample
 
 _PROMPTS = ((1, 2, 3, 4, 5), (6, 7, 8))
 RELATIVE_TOLERANCE = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 2e-1}

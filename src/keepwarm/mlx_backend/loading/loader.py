@@ -21,13 +21,13 @@ from keepwarm.core.errors import ConfigError, ModelLoadError, UnsupportedModel
 from keepwarm.core.layout import CacheLayout, LayerLayout
 from keepwarm.core.ports import LoadedModel
 from keepwarm.home import keepwarm_home
-from keepwarm.mlx_backend.fingerprint import DigestCache, KVIdentity
-from keepwarm.mlx_backend.gguf import EMBEDDED_NAME, embedded_model
+from keepwarm.mlx_backend.compute.row_batch import RowBatchGenerator
+from keepwarm.mlx_backend.compute.seam_probe import check_seam
+from keepwarm.mlx_backend.loading.fingerprint import DigestCache, KVIdentity
+from keepwarm.mlx_backend.loading.gguf import EMBEDDED_NAME, embedded_model
+from keepwarm.mlx_backend.loading.model_folder import ModelFolder
 from keepwarm.mlx_backend.metal import raise_metal_limits
-from keepwarm.mlx_backend.model_folder import ModelFolder
-from keepwarm.mlx_backend.probe import check_seam
-from keepwarm.mlx_backend.row_batch import RowBatchGenerator
-from keepwarm.mlx_backend.tokenizer import HFTokenizer
+from keepwarm.mlx_backend.text.tokenizer import HFTokenizer
 
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")

@@ -15,8 +15,8 @@ from mlx import nn
 from keepwarm.core.errors import InvariantBroken
 from keepwarm.core.layout import CacheLayout
 from keepwarm.core.ports import Payload, RowId, RowInput, Slab
-from keepwarm.mlx_backend import canonical
-from keepwarm.mlx_backend.arrays import (
+from keepwarm.mlx_backend.compute import canonical
+from keepwarm.mlx_backend.compute.arrays import (
     KVPayload,
     LayerCache,
     RowSlab,
@@ -26,8 +26,8 @@ from keepwarm.mlx_backend.arrays import (
     largest_difference,
     unpack,
 )
-from keepwarm.mlx_backend.attention_hook import RowsLayer, open_seam
-from keepwarm.mlx_backend.sampling import sample
+from keepwarm.mlx_backend.compute.attention_hook import RowsLayer, open_seam
+from keepwarm.mlx_backend.compute.sampling import sample
 
 Sampler = Callable[[mx.array, Sequence[RowInput]], mx.array]
 

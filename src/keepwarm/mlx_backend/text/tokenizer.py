@@ -14,9 +14,9 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from keepwarm.core.errors import InvalidRequest, check_unicode
 from keepwarm.core.ports import Detokenizer, Message, Piece
-from keepwarm.mlx_backend.detokenizer import ByteLevelDetokenizer, WindowDetokenizer
-from keepwarm.mlx_backend.template import ChatTemplate, unwrapped
-from keepwarm.mlx_backend.token_bytes import TokenBytes
+from keepwarm.mlx_backend.text.detokenizer import ByteLevelDetokenizer, WindowDetokenizer
+from keepwarm.mlx_backend.text.template import ChatTemplate, unwrapped
+from keepwarm.mlx_backend.text.token_bytes import TokenBytes
 
 
 class HFTokenizer:

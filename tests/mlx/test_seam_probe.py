@@ -8,8 +8,8 @@ import pytest
 
 from keepwarm.core.errors import UnsupportedModel
 from keepwarm.core.ports import LoadedModel
-from keepwarm.mlx_backend import attention_hook
-from keepwarm.mlx_backend.probe import check_seam
+from keepwarm.mlx_backend.compute import attention_hook
+from keepwarm.mlx_backend.compute.seam_probe import check_seam
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from keepwarm.mlx_backend.detokenizer import byte_alphabet
+from keepwarm.mlx_backend.text.detokenizer import byte_alphabet
 
 Component = Mapping[str, Any]
 

