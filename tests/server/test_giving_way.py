@@ -21,7 +21,7 @@ from doors import (
     run,
     until,
 )
-from keepwarm.core.errors import CalledOff, EngineBroke
+from keepwarm.core.errors import EngineBroke, VerifyInterrupted
 from servers import FakeServer, fake_server
 from sockets import RawClient
 
@@ -80,7 +80,7 @@ class TestVerify:
                 assert say(other, "And?").status_code == 200
             answer = verifying.result(WAIT_S)
         assert answer.status_code == 409
-        assert "called off" in answer.json()["error"]["message"]
+        assert "interrupted" in answer.json()["error"]["message"]
         assert answer.headers["retry-after"]
 
     def test_others_are_answered_meanwhile(self, server: FakeServer) -> None:
@@ -149,7 +149,7 @@ class TestVerify:
                 verifying = asyncio.ensure_future(engine.verify("ada"))
                 await until(lambda: engine._results)
                 await engine.call_at("ada", break_soon)
-                with pytest.raises((EngineBroke, CalledOff)):
+                with pytest.raises((EngineBroke, VerifyInterrupted)):
                     await verifying
                 assert broken.is_set()
 

@@ -25,7 +25,7 @@ from engines import (
 from fleets import Setup, opened
 from keepwarm import BlockPoolBatchEngine
 from keepwarm.core.agent import Tier
-from keepwarm.core.errors import AgentBusy, CalledOff, GeneratorFailed, PoolExhausted
+from keepwarm.core.errors import AgentBusy, GeneratorFailed, PoolExhausted, VerifyInterrupted
 from keepwarm.kv.verifier import SCRATCH_ROW, VerifyReport
 from keepwarm.testing.agent_store import MemoryAgentStore
 from keepwarm.testing.generator import FakePayload, FakeSlab
@@ -220,7 +220,7 @@ class TestVerify:
     def test_a_message_calls_it_off(self, prompt: list[int]) -> None:
         engine, result = half_verified()
         turn = run(engine, agent_id="ada", token_ids=prompt, max_tokens=9)
-        with pytest.raises(CalledOff, match="ada"):
+        with pytest.raises(VerifyInterrupted, match="ada"):
             result.result()
         assert turn.token_ids == fresh_reply(prompt, max_tokens=9)
         check_is_left_clean(engine)
@@ -242,7 +242,7 @@ class TestVerify:
     def test_and_so_does_whatever_is_asked_of_the_agent(self, act: Act) -> None:
         engine, result = half_verified()
         act(engine)
-        with pytest.raises(CalledOff):
+        with pytest.raises(VerifyInterrupted):
             result.result()
         assert scratch_tokens(engine) == 0
         engine.check()
@@ -258,7 +258,7 @@ class TestVerify:
         while scratch_tokens(engine) < 600:
             engine.step()
         turn = run(engine, agent_id="ada", token_ids=[*LONG, 7], max_tokens=9)
-        with pytest.raises(CalledOff):
+        with pytest.raises(VerifyInterrupted):
             result.result()
         assert turn.usage.cached_tokens == 256
         assert turn.token_ids == fresh_reply([*LONG, 7], max_tokens=9)
@@ -268,7 +268,7 @@ class TestVerify:
         engine, result = half_verified(num_blocks=30)
         prompt = ids(256 * 16, 1)
         turn = run(engine, agent_id="bob", token_ids=prompt, max_tokens=3)
-        with pytest.raises(CalledOff, match="memory"):
+        with pytest.raises(VerifyInterrupted, match="memory"):
             result.result()
         assert turn.token_ids == fresh_reply(prompt, max_tokens=3)
         check_is_left_clean(engine)
@@ -281,7 +281,7 @@ class TestVerify:
         step(engine, 20)
         assert not result.done()
         turn = completed(drain(engine), request)
-        with pytest.raises(CalledOff, match="memory"):
+        with pytest.raises(VerifyInterrupted, match="memory"):
             result.result()
         assert turn.timing.num_preemptions == 0
         assert turn.token_ids == fresh_reply(prompt, max_tokens=200)
@@ -303,7 +303,7 @@ class TestVerify:
         generator = factory.made[-1]
         generator._fail_at = {generator.num_calls + 1}
         drain(engine)
-        with pytest.raises(CalledOff, match="model failed"):
+        with pytest.raises(VerifyInterrupted, match="model failed"):
             result.result()
         check_is_left_clean(engine)
         assert engine.verify("ada").passed
@@ -349,7 +349,7 @@ class TestFleets:
             prompt = ids(256 * 14, 1)
             turn = setup.run("other", agent_id="bob", token_ids=prompt, max_tokens=3)
             assert turn.token_ids == fresh_reply(prompt, max_tokens=3)
-            with pytest.raises(CalledOff):
+            with pytest.raises(VerifyInterrupted):
                 result.result()
 
     @pytest.mark.parametrize("kind", ["prefetch", "verify"])

@@ -21,12 +21,12 @@ from engines import (
 from keepwarm.core.errors import (
     AgentBusy,
     AgentExists,
-    CalledOff,
     GeneratorFailed,
     InvalidRequest,
     PoolExhausted,
     QueueFull,
     UnknownAgent,
+    VerifyInterrupted,
 )
 from keepwarm.core.events import Completed, Delta, Event, Failed, FinishReason
 from keepwarm.kv.verifier import VerifyReport
@@ -298,7 +298,9 @@ class EngineMachine(RuleBasedStateMachine):
             if not result.done():
                 continue
             error = result.exception()
-            assert isinstance(error, CalledOff | GeneratorFailed | PoolExhausted | None), error
+            assert isinstance(error, VerifyInterrupted | GeneratorFailed | PoolExhausted | None), (
+                error
+            )
             if error is None:
                 assert result.result().passed
 

@@ -1,7 +1,7 @@
-"""The errors that Keepwarm raises on purpose. Each carries the facts it was decided on.
+"""The errors that Keepwarm raises on purpose, each with the facts behind the decision.
 
-A miss is a value, not an error. A bug is an `InvariantBroken` or a plain Python exception and is
-never caught on the way.
+A cache miss is a value, not an error. A bug is an `InvariantBroken` or a plain Python exception,
+and only the top of a thread or the HTTP edge catches it.
 """
 
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from pathlib import Path
 from keepwarm.core.plain import NotPlain, check_text
 
 MAX_QUOTED = 300
-"""Characters of what others say."""
+"""How many characters of a foreign error message are quoted: it may hold a whole conversation."""
 
 
 class KeepwarmError(Exception):
-    """Base of every error that a caller may want to handle."""
+    """The base of every error that a caller may want to handle."""
 
 
 class InvalidRequest(KeepwarmError):
@@ -27,7 +27,7 @@ class InvalidRequest(KeepwarmError):
 
 
 def check_unicode(text: str) -> None:
-    """Raise InvalidRequest when the text has half of a surrogate pair: no tokenizer takes it."""
+    """Raise InvalidRequest when `text` has half of a surrogate pair, which no tokenizer accepts."""
     try:
         check_text(text)
     except NotPlain as error:
@@ -35,7 +35,7 @@ def check_unicode(text: str) -> None:
 
 
 class TemplateRefused(InvalidRequest):
-    """The model's chat template cannot write these messages; `reason` is what it said."""
+    """The model's chat template rejects these messages; `reason` is its own message."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(
@@ -45,9 +45,9 @@ class TemplateRefused(InvalidRequest):
 
 
 class PromptTooLong(InvalidRequest):
-    """The prompt is longer than any prompt may be here.
+    """The prompt is longer than the context, the memory budget or the server's limits allow.
 
-    Clients that shorten their conversations know it by its first words, which are Anthropic's.
+    The message begins with Anthropic's words: clients recognise them and shorten the conversation.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class PromptTooLong(InvalidRequest):
 
 
 class TooManyMessages(PromptTooLong):
-    """More messages, or parts of messages, than a request may have."""
+    """The request has more messages, counting the parts of their contents, than are allowed."""
 
     def __init__(self, *, num_messages: int, max_messages: int) -> None:
         facts = "the parts of a message's content count as well"
@@ -71,9 +71,9 @@ class TooManyMessages(PromptTooLong):
 
 
 class ContextTooLong(PromptTooLong):
-    """Prompt and reply together exceed what the model was trained on.
+    """Prompt and reply together exceed the model's context.
 
-    `num_prompt_tokens` is the least that the prompt can have, where it was not counted.
+    `num_prompt_tokens` is a lower bound where the prompt was refused before it was tokenised.
     """
 
     def __init__(self, *, num_prompt_tokens: int, max_context_tokens: int) -> None:
@@ -88,9 +88,10 @@ class ContextTooLong(PromptTooLong):
 
 
 class NeverFits(PromptTooLong):
-    """The request needs more memory than the whole budget, whoever else leaves.
+    """The request needs more memory than the whole budget, even when everything else is freed.
 
-    `num_prompt_tokens` as above; `max_prompt_tokens` is what the budget holds.
+    `num_prompt_tokens` is a lower bound where the prompt was not tokenised; `max_prompt_tokens` is
+    the longest prompt that fits the budget.
     """
 
     def __init__(
@@ -114,26 +115,26 @@ class NeverFits(PromptTooLong):
 
 
 class UnknownAgent(KeepwarmError):
-    """No agent of that name has spoken or been forked here."""
+    """No agent has this name."""
 
     def __init__(self, agent_id: str) -> None:
         super().__init__(f"no agent is named {agent_id!r}")
         self.agent_id = agent_id
 
 
-class CalledOff(KeepwarmError):
-    """Work beside the requests gave way to one of them; what it had found out by then holds."""
+class VerifyInterrupted(KeepwarmError):
+    """A verification gave way to a request. Blocks that it found wrong by then are dropped."""
 
     def __init__(self, agent_id: str, reason: str) -> None:
         super().__init__(
-            f"verifying {agent_id!r} was called off, because {reason}; verify it again"
+            f"verifying {agent_id!r} was interrupted, because {reason}; verify it again"
         )
         self.agent_id = agent_id
         self.reason = reason
 
 
 class AgentExists(KeepwarmError):
-    """A fork or a creation would overwrite an agent."""
+    """A fork, a creation or an import would overwrite an agent."""
 
     def __init__(self, agent_id: str) -> None:
         super().__init__(f"an agent named {agent_id!r} exists already; delete it or choose a name")
@@ -141,7 +142,7 @@ class AgentExists(KeepwarmError):
 
 
 class DamagedAgent(KeepwarmError):
-    """What is on disk of the agent cannot be read whole. Others are not affected."""
+    """The agent's data on disk cannot be read completely. Other agents are not affected."""
 
     def __init__(self, agent_id: str, problem: str) -> None:
         super().__init__(
@@ -153,7 +154,7 @@ class DamagedAgent(KeepwarmError):
 
 
 class AgentBusy(KeepwarmError):
-    """The agent has a request running, and what was asked for needs its main line at rest."""
+    """The agent is answering a request, and the action needs its main line at rest."""
 
     def __init__(self, agent_id: str, action: str) -> None:
         super().__init__(f"agent {agent_id!r} is running a request; {action} when it has finished")
@@ -161,7 +162,7 @@ class AgentBusy(KeepwarmError):
 
 
 class AgentLeaving(AgentBusy):
-    """The agent is being deleted, and the disk has not answered yet."""
+    """The agent is being deleted: the disk has not confirmed it yet."""
 
     def __init__(self, agent_id: str) -> None:
         KeepwarmError.__init__(self, f"agent {agent_id!r} is being deleted; try again in a moment")
@@ -169,12 +170,12 @@ class AgentLeaving(AgentBusy):
 
 
 class DeletionRefused(KeepwarmError):
-    """The disk did not take the deletion of an agent, which is as it was."""
+    """The disk refused to delete an agent, which stays unchanged."""
 
     def __init__(self, agent_id: str, fault: str | None) -> None:
         cause = f": {fault}" if fault else ""
         super().__init__(
-            f"agent {agent_id!r} was not deleted and is as it was, because the disk refuses"
+            f"agent {agent_id!r} was not deleted and is unchanged, because the disk refuses"
             f"{cause}; make room on it and delete the agent again"
         )
         self.agent_id = agent_id
@@ -182,7 +183,7 @@ class DeletionRefused(KeepwarmError):
 
 
 class QueueFull(KeepwarmError):
-    """As many requests wait as may wait. Trying again later helps."""
+    """The queue is full. Trying again later helps."""
 
     def __init__(self, *, num_waiting: int) -> None:
         super().__init__(f"{num_waiting} requests are waiting already; try again later")
@@ -190,16 +191,16 @@ class QueueFull(KeepwarmError):
 
 
 class PoolExhausted(KeepwarmError):
-    """Fewer bytes are free than were asked for. Nothing was taken."""
+    """Fewer bytes are free than are needed. Nothing was allocated."""
 
     def __init__(self, *, needed_bytes: int, free_bytes: int) -> None:
-        super().__init__(f"{needed_bytes:,} bytes were asked for and {free_bytes:,} are free")
+        super().__init__(f"{needed_bytes:,} bytes are needed and {free_bytes:,} are free")
         self.needed_bytes = needed_bytes
         self.free_bytes = free_bytes
 
 
 class ConfigError(KeepwarmError):
-    """A setting has a value it cannot have; `key` names the setting."""
+    """A setting is unknown or has an invalid value; `key` names it."""
 
     def __init__(self, key: str, problem: str) -> None:
         super().__init__(f"{key}: {problem}")
@@ -208,7 +209,7 @@ class ConfigError(KeepwarmError):
 
 
 class ModelLoadError(KeepwarmError):
-    """A model could not be loaded; says which file, what is wrong and what to do."""
+    """A model could not be loaded: `path` is the file, `remedy` what to do about `problem`."""
 
     def __init__(self, path: str, problem: str, remedy: str) -> None:
         super().__init__(f"{path}: {problem}. {remedy}")
@@ -218,11 +219,11 @@ class ModelLoadError(KeepwarmError):
 
 
 class UnsupportedModel(ModelLoadError):
-    """The model is sound but Keepwarm cannot keep its cache yet."""
+    """The model is sound, but Keepwarm does not support its kind of cache yet."""
 
 
 class UnknownModel(KeepwarmError):
-    """The request names a model that is not served here."""
+    """The request names a model that this server does not know."""
 
     def __init__(self, model: str, known: Sequence[str]) -> None:
         others = ", ".join(map(repr, known))
@@ -231,20 +232,22 @@ class UnknownModel(KeepwarmError):
 
 
 class OtherWeights(KeepwarmError):
-    """A model came back with other weights: what was computed with the old ones cannot go on."""
+    """A model came back with other weights, so a reply begun on the old ones cannot continue."""
 
     def __init__(self, model: str) -> None:
-        super().__init__(f"the model {model!r} has other weights than before; send it again")
+        super().__init__(
+            f"the model {model!r} has other weights than before; send the request again"
+        )
         self.model = model
 
 
 class ModelTooLarge(KeepwarmError):
-    """There is not enough memory for a model, whatever else goes."""
+    """There is not enough memory for a model, even when every other one is unloaded."""
 
     def __init__(self, model: str, *, needed_bytes: int, free_bytes: int, limit_bytes: int) -> None:
         super().__init__(
-            f"the model {model!r} needs {needed_bytes:,} bytes of memory; of {limit_bytes:,} for "
-            f"models {free_bytes:,} can be had"
+            f"the model {model!r} needs {needed_bytes:,} bytes of memory; {free_bytes:,} of the "
+            f"{limit_bytes:,} for models can be made free"
         )
         self.model = model
         self.needed_bytes = needed_bytes
@@ -253,11 +256,11 @@ class ModelTooLarge(KeepwarmError):
 
 
 class NoRoomForModel(ModelTooLarge):
-    """There would be memory for a model if others went that are pinned."""
+    """The model would fit if pinned models were unloaded."""
 
 
 class ModelNotLoaded(KeepwarmError):
-    """The model is not in memory, and requests may not load models here."""
+    """The model is not in memory, and `model.auto_load` does not let requests load it."""
 
     def __init__(self, model: str) -> None:
         super().__init__(
@@ -268,7 +271,7 @@ class ModelNotLoaded(KeepwarmError):
 
 
 class ModelUnavailable(KeepwarmError):
-    """A model could not be loaded; `cause` says why. It is tried again after `retry_s`."""
+    """A model could not be loaded because of `cause`; loading is tried again after `retry_s`."""
 
     def __init__(self, model: str, cause: Exception, *, retry_s: float) -> None:
         super().__init__(f"the model {model!r} cannot be loaded: {cause}")
@@ -278,11 +281,11 @@ class ModelUnavailable(KeepwarmError):
 
 
 class InvariantBroken(Exception):
-    """A `check()` found bookkeeping that contradicts itself: a bug in Keepwarm, never bad input."""
+    """A `check()` found inconsistent bookkeeping: a bug in Keepwarm, never bad input."""
 
 
 class NoAgentStore(KeepwarmError):
-    """Agents live in memory only, so there is nothing to read or write one from."""
+    """The action needs a store, and this engine keeps its agents in memory only."""
 
     def __init__(self, action: str) -> None:
         super().__init__(f"there is no store: {action} needs one; give the engine a store")
@@ -290,7 +293,7 @@ class NoAgentStore(KeepwarmError):
 
 
 class BadBundle(KeepwarmError):
-    """A file that is no agent, or not one that can be trusted to be whole. Nothing was kept."""
+    """The file is not an agent, or is damaged or not valid. Nothing of it was kept."""
 
     def __init__(self, path: Path, problem: str) -> None:
         super().__init__(f"{path} cannot be imported: {problem}")
@@ -299,7 +302,7 @@ class BadBundle(KeepwarmError):
 
 
 class BundleFailed(KeepwarmError):
-    """The disk, or the agent's size, stood in the way of writing or reading a bundle."""
+    """A bundle could not be written or read, because of the disk or the agent's size."""
 
     def __init__(self, path: Path, problem: str) -> None:
         super().__init__(f"{path}: {problem}")
@@ -308,22 +311,24 @@ class BundleFailed(KeepwarmError):
 
 
 class EngineStopped(KeepwarmError):
-    """The engine takes nothing any more, because the server is going down or could not go on."""
+    """The engine accepts no more requests: the server is stopping or has failed for good."""
 
     def __init__(self) -> None:
-        super().__init__("the server is stopping; send it again when it is back")
+        super().__init__("the server is stopping; send the request again when it is back")
 
 
 class EngineBroke(KeepwarmError):
-    """A bug ended every running request. What agents had on disk is read again."""
+    """A bug ended every running request. The engine restarts with the agents that are on disk."""
 
     def __init__(self, cause: Exception) -> None:
-        super().__init__(f"the engine broke and is being started again: {cause!r}; send it again")
+        super().__init__(
+            f"the engine failed and is starting again: {cause!r}; send the request again"
+        )
         self.cause = cause
 
 
 class QueueTimeout(KeepwarmError):
-    """The request waited for its turn as long as it was allowed to."""
+    """The request waited for its turn longer than `server.queue_timeout_s`."""
 
     def __init__(self, *, waited_s: float) -> None:
         super().__init__(f"no place became free within {waited_s:g} s; try again later")
@@ -331,7 +336,7 @@ class QueueTimeout(KeepwarmError):
 
 
 class DeadlineExceeded(KeepwarmError):
-    """The reply was not complete in time; what was computed is kept."""
+    """The reply was not complete within `server.deadline_s`; its KV so far is kept."""
 
     def __init__(self, *, deadline_s: float) -> None:
         super().__init__(f"the reply was not complete within {deadline_s:g} s")
@@ -339,7 +344,7 @@ class DeadlineExceeded(KeepwarmError):
 
 
 class KeyReused(KeepwarmError):
-    """An idempotency key came with another request than the first time."""
+    """An idempotency key was sent again with a different request."""
 
     def __init__(self, key: str) -> None:
         super().__init__(f"the idempotency key {key!r} was used for another request; use a new one")
@@ -347,21 +352,22 @@ class KeyReused(KeepwarmError):
 
 
 class GeneratorFailed(KeepwarmError):
-    """The model raised while this request's row was in the batch. Other requests are served on."""
+    """The model raised while this request was in the batch. Other requests continue."""
 
     def __init__(self, cause: Exception) -> None:
-        super().__init__(f"the model failed in the middle of a step: {cause!r}; send it again")
+        super().__init__(
+            f"the model failed in the middle of a step: {cause!r}; send the request again"
+        )
         self.cause = cause
 
 
 class RequestBroke(KeepwarmError):
-    """A bug, in Keepwarm or in what came with the model, ended this request and no other."""
+    """A bug in Keepwarm or in the model's own files ended this request and no other."""
 
     def __init__(self, cause: Exception) -> None:
-        super().__init__(f"the reply could not be taken: {_shortened(repr(cause))}")
+        super().__init__(f"an internal error ended this request: {_shortened(repr(cause))}")
         self.cause = cause
 
 
 def _shortened(text: str) -> str:
-    """What foreign code says may quote a whole conversation."""
     return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}..."

@@ -1,6 +1,6 @@
-"""What the engine needs from others, as small protocols beside their consumer.
+"""The engine's ports: generator and tokenizer as protocols, and the model that carries both.
 
-Each has a real and a fake implementation and one contract suite over both:
+Each port has a real and a fake implementation, and one contract suite runs over both:
 `BatchGenerator` is `mlx_backend.RowBatchGenerator` and `testing.FakeBatchGenerator`; `Tokenizer` is
 `mlx_backend.HFTokenizer` and `testing.FakeTokenizer`.
 """
@@ -15,15 +15,15 @@ RowId = NewType("RowId", int)
 Message = Mapping[str, Any]
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
-"""Who may speak in a message."""
+"""The values that a message's `role` may have."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is chosen. temperature 0 is greedy; top_k, top_p, min_p 0 are off.
+    """How the next token is chosen. Temperature 0 is greedy; 0 turns top_k, top_p or min_p off.
 
-    `seed` and the token's position alone decide the draw, so that it does not depend on what else
-    is in the batch.
+    `seed` and the token's place in the reply alone decide the draw, so the rest of the batch does
+    not influence it.
     """
 
     temperature: float = 0.0
@@ -37,7 +37,7 @@ GREEDY = Sampling()
 
 
 class Payload(Protocol):
-    """The KV bytes of a run of tokens over all layers. Opaque to everyone but the generator."""
+    """The KV of a run of tokens over all layers. Only the generator looks inside."""
 
     @property
     def num_tokens(self) -> int: ...
@@ -47,14 +47,14 @@ class Payload(Protocol):
 
 
 class Slab(Protocol):
-    """The contiguous K and V of one line, with room for `capacity_tokens`. One owner."""
+    """The contiguous K and V of one line, with room for `capacity_tokens`. It has one owner."""
 
     @property
     def capacity_tokens(self) -> int: ...
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens hold KV, from position 0 on."""
+        """How many tokens, from position 0 on, have KV in the slab."""
         ...
 
     @property
@@ -62,42 +62,42 @@ class Slab(Protocol):
 
     @property
     def is_ready(self) -> bool:
-        """Whether all of its memory has been touched; the first touch is slow."""
+        """Whether all of its memory has been touched. The first touch is slow (see `prepare`)."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class RowInput:
-    """One row of a decode step: the token to feed, and what is sampled after it."""
+    """One row of a decode step: the token to feed, and how the next one is sampled."""
 
     row: RowId
     token_id: int
     sampling: Sampling
     draw: int
-    """The ordinal of the sampled token within the reply: with the seed, it fixes the draw."""
+    """The sampled token's index in the reply. With the seed it fixes the draw."""
 
 
 class BatchGenerator(Protocol):
-    """Runs the model over rows. It owns no schedule and no budget: those are the engine's.
+    """Runs the model over rows. Schedule and budget are the engine's.
 
-    A slab is either with its line (outside) or in an open row (inside), never both; between calls
-    nothing is pending: every array has been evaluated. When a call raises, the slabs of the rows
-    that it named may hold anything beyond the `num_tokens` they had before.
+    A slab is either with its line (outside) or in an open row (inside), never both. Between calls
+    every array has been evaluated. When a call raises, the slabs of the rows that it named may
+    hold anything beyond the `num_tokens` they had before.
     """
 
     def slab_bytes(self, capacity_tokens: int) -> int:
-        """What a slab of that capacity will occupy (padding included)."""
+        """Return how many bytes a slab of that capacity occupies, padding included."""
         ...
 
     def new_slab(self, capacity_tokens: int) -> Slab:
-        """An empty slab. `capacity_tokens` is a multiple of the block.
+        """Make an empty slab. `capacity_tokens` is a multiple of the block's 256.
 
-        Its memory is touched by `prepare`, or all at once when it is used before that.
+        `prepare` touches its memory in parts; a slab used before that is touched all at once.
         """
         ...
 
     def prepare(self, slab: Slab, max_bytes: float) -> None:
-        """Touch the next `max_bytes` of a new slab's memory, or somewhat more."""
+        """Touch about the next `max_bytes` of a new slab's memory."""
         ...
 
     def grow_slab(self, slab: Slab, capacity_tokens: int) -> Slab:
@@ -109,42 +109,42 @@ class BatchGenerator(Protocol):
         ...
 
     def extract(self, slab: Slab, start: int, stop: int) -> Payload:
-        """A copy of the KV of the positions [start, stop)."""
+        """Copy the KV of the positions [start, stop) out of the slab."""
         ...
 
     def dismantle(self, slab: Slab, spans: Sequence[tuple[int, int]]) -> list[Payload]:
         """Extract the spans [start, stop) and free the slab, layer by layer.
 
-        The peak above the larger of slab and payloads is one layer; the slab must not be used
-        again.
+        Memory peaks at most one layer above the larger of slab and payloads. The slab must not be
+        used again.
         """
         ...
 
     def reconstruct(self, slab: Slab, payloads: Sequence[Payload]) -> None:
-        """Append copies of the payloads' KV, in order, behind what the slab holds."""
+        """Append copies of the payloads' KV to the slab, in order."""
         ...
 
     def copy_span(self, source: Slab, target: Slab, start: int, stop: int) -> None:
         """Append the KV of [start, stop) of `source` to `target`, which ends at `start`.
 
-        `source` may be in an open row; it is unchanged.
+        `source` may be in an open row, and does not change.
         """
         ...
 
     def cut(self, payload: Payload, start: int, stop: int) -> Payload:
-        """A copy of the positions [start, stop) of a payload."""
+        """Copy the positions [start, stop) of a payload into a new one."""
         ...
 
     def pack(self, payload: Payload) -> tuple[memoryview, ...]:
-        """The payload's own bytes, not a copy: one piece for each of `CacheLayout.tensors`."""
+        """Return the payload's own bytes, uncopied: one view for each of `CacheLayout.tensors`."""
         ...
 
     def unpack(self, num_tokens: int, data: memoryview) -> Payload:
-        """The payload whose packed bytes `data` is, end to end. It may keep `data` and not copy."""
+        """Make a payload of its packed bytes, joined in `data`, which it may keep uncopied."""
         ...
 
     def largest_difference(self, a: Payload, b: Payload) -> float:
-        """Of two payloads of as many tokens: 0.0 only where all bits are equal, inf for a NaN."""
+        """Compare payloads of equal length: 0.0 only where all bits are equal, inf for a NaN."""
         ...
 
     def open_row(self, row: RowId, slab: Slab) -> None:
@@ -164,11 +164,13 @@ class BatchGenerator(Protocol):
         ...
 
     def release_model(self) -> None:
-        """Let go of the weights. Slabs and payloads can still be moved, but no row computes."""
+        """Release the weights. Slabs and payloads can still be moved, but no row computes."""
         ...
 
 
 class BatchGenFactory(Protocol):
+    """Makes the generator of a loaded model; `deterministic` asks for canonical shapes."""
+
     def __call__(self, *, deterministic: bool) -> BatchGenerator: ...
 
 
@@ -176,11 +178,11 @@ class Detokenizer(Protocol):
     """Turns ids into text as they come."""
 
     def push(self, token_id: int) -> str:
-        """The text completed by this token: never a part of a character."""
+        """Return the text that this token completes: never a part of a character."""
         ...
 
     def has_text(self, token_id: int) -> bool:
-        """Whether the token is text, or a part of one: special tokens and unknown ids are not."""
+        """Whether the token stands for text. Special tokens and unknown ids do not."""
         ...
 
     @property
@@ -191,14 +193,14 @@ class Detokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A run of rendered text: a special token of the template, or ordinary text between two."""
+    """A run of rendered text: one special token, or the ordinary text between two of them."""
 
     text: str
     special_id: int | None = None
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back, and the chat template."""
+    """Turns text into ids and back, and writes messages by the chat template."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -208,45 +210,45 @@ class Tokenizer(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """The same for tokenizers whose ids mean the same tokens."""
+        """Equal for two tokenizers exactly when their ids mean the same tokens."""
         ...
 
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True
     ) -> tuple[Piece, ...]:
-        """The chat template over the messages, cut at its special tokens.
+        """Apply the chat template to the messages, and cut the text at its special tokens.
 
         Special-token text inside a message's content stays ordinary text. Raises InvalidRequest
-        when the template refuses the messages.
+        when the template rejects the messages.
         """
         ...
 
     def split(self, text: str) -> tuple[Piece, ...]:
-        """Raw text, cut at its special tokens, which count as such (for bare completions)."""
+        """Cut raw text at its special tokens, which count as special (for bare completions)."""
         ...
 
     def encode(self, text: str) -> list[int]:
-        """Ordinary text to ids; special-token text in it is not special.
+        """Encode ordinary text; special-token text in it is not special.
 
-        Raises InvalidRequest for half of a surrogate pair, which JSON can bring.
+        Raises InvalidRequest for half of a surrogate pair, which JSON can contain.
         """
         ...
 
     def least_tokens(self, text: str) -> int:
-        """As ordinary text it has so many tokens at least, found without encoding it.
+        """Return a lower bound on the tokens of ordinary text, found without encoding it.
 
         0 where nothing can be promised.
         """
         ...
 
     def detokenizer(self) -> Detokenizer:
-        """A fresh one for a reply. Special tokens give no text."""
+        """Make a detokenizer for one reply. Special tokens give no text."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model ready to run, as far as the engine needs to know it."""
+    """A model that is ready to run, as far as the engine needs to know it."""
 
     name: str
     fingerprint: str

@@ -813,8 +813,8 @@ class BlockPoolBatchEngine:
     def begin_verify(self, agent_id: str, result: "Future[VerifyReport]") -> None:
         """Begin to verify the agent, a unit with each `step` that has time for it.
 
-        The result gets what `verify` returns or raises, or CalledOff, when something was asked of
-        the agent meanwhile or a request needed the memory. Cancelling the result ends it. Raises
+        The result gets what `verify` returns or raises, or VerifyInterrupted when another call
+        for the agent came or a request needed the memory. Cancelling the result ends it. Raises
         UnknownAgent and AgentBusy.
         """
         self._verifies.check_is_free(agent_id)

@@ -13,7 +13,6 @@ from keepwarm.core.errors import (
     AgentBusy,
     AgentExists,
     BadBundle,
-    CalledOff,
     DamagedAgent,
     DeadlineExceeded,
     DeletionRefused,
@@ -37,6 +36,7 @@ from keepwarm.core.errors import (
     RequestBroke,
     UnknownAgent,
     UnknownModel,
+    VerifyInterrupted,
 )
 
 
@@ -103,7 +103,7 @@ _STATUS: tuple[tuple[type[Exception], int, Kind], ...] = (
     (UnknownModel, 404, Kind.NOT_FOUND),
     (AgentExists, 409, Kind.EXISTS),
     (AgentBusy, 409, Kind.BUSY),
-    (CalledOff, 409, Kind.BUSY),
+    (VerifyInterrupted, 409, Kind.BUSY),
     (KeyReused, 409, Kind.CONFLICT),
     (OtherWeights, 409, Kind.CONFLICT),
     (ModelNotLoaded, 409, Kind.CONFLICT),

@@ -206,8 +206,8 @@ class AsyncEngine:
     async def verify(self, agent_id: str) -> VerifyReport:
         """Compare what the agent keeps with a cold run, beside the requests.
 
-        Cancelling it ends it. Raises UnknownAgent, AgentBusy, CalledOff, GeneratorFailed and
-        PoolExhausted, and what `submit` raises about the model.
+        Cancelling it ends it. Raises UnknownAgent, AgentBusy, VerifyInterrupted, GeneratorFailed
+        and PoolExhausted, and what `submit` raises about the model.
         """
 
         result: Future[VerifyReport] = Future()

@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 from keepwarm.core.agent_store import AgentStore
-from keepwarm.core.errors import AgentBusy, CalledOff, InvariantBroken
+from keepwarm.core.errors import AgentBusy, InvariantBroken, VerifyInterrupted
 from keepwarm.core.ports import BatchGenerator
 from keepwarm.engine.agents.book import Agent, Line
 from keepwarm.engine.agents.store_inbox import Commit, StoreInbox
@@ -169,7 +169,7 @@ class VerifyQueue:
         return True
 
     def _call_off(self, job: _Job, reason: str) -> None:
-        self._fail(job, CalledOff(job.agent.agent_id, reason))
+        self._fail(job, VerifyInterrupted(job.agent.agent_id, reason))
 
     def _fail(self, job: _Job, error: Exception) -> None:
         self._end(job)
