@@ -36,6 +36,7 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/keepwarm bench all
+	$(BIN)/python -m benchmarks all
 
 # docs/files.md, out of the modules' docstrings.
 file-map:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.chaos.child import FAKE, load_world, new_engine
 from engines import ids, settle
 from keepwarm import AgentCacheStore, BlockPoolBatchEngine
-from keepwarm.bench.chaos_child import FAKE, load_world, new_engine
 from keepwarm.core.events import Completed, Failed
 from keepwarm.store.agent_cache_store import StoreConfig
 from keepwarm.store.catalog.catalog import Catalog

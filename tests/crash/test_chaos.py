@@ -1,10 +1,10 @@
-"""Twenty kills in all phases over two homes; `keepwarm bench chaos` is the long version."""
+"""Twenty kills in all phases over two homes; `python -m benchmarks chaos` is the long version."""
 
 import json
 
 import pytest
 
-from keepwarm.bench.chaos import (
+from benchmarks.chaos.benchmark import (
     HALF,
     LOST,
     PROBLEMS,
@@ -19,8 +19,8 @@ from keepwarm.bench.chaos import (
     kills_of,
     run_chaos,
 )
-from keepwarm.bench.chaos_child import FAKE
-from keepwarm.bench.chaos_traps import Phase
+from benchmarks.chaos.child import FAKE
+from benchmarks.chaos.traps import Phase
 from keepwarm.bench.report import as_json
 
 SEED = 7

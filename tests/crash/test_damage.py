@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.chaos.child import FAKE, load_world, new_engine, open_store
 from engines import completed, drain, fresh_reply, ids
-from keepwarm.bench.chaos_child import FAKE, load_world, new_engine, open_store
 from keepwarm.core.errors import DamagedAgent
 from keepwarm.core.events import Completed, Failed
 from keepwarm.core.stored import KVFamily, Record

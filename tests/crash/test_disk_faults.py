@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 
 import pytest
 
+from benchmarks.chaos.child import FAKE, load_world, new_engine
 from engines import fresh_reply, ids, step
 from keepwarm import AgentCacheStore
-from keepwarm.bench.chaos_child import FAKE, load_world, new_engine
 from keepwarm.core.errors import KeepwarmError
 from keepwarm.core.events import Completed
 from keepwarm.store.agent_cache_store import StoreConfig

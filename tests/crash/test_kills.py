@@ -1,8 +1,8 @@
-"""Twenty kills behind acknowledgements; `keepwarm.bench.attack_kills` has the long campaign."""
+"""Twenty kills behind acknowledgements; `benchmarks.attack.kills` has the long campaign."""
 
 import pytest
 
-from keepwarm.bench.attack_kills import KillPlan, run
+from benchmarks.attack.kills import KillPlan, run
 
 
 @pytest.mark.timeout(240)

@@ -1,11 +1,11 @@
-"""`keepwarm bench store`, quick: that all of it is measured, and what does not depend on speed."""
+"""`python -m benchmarks store`, quick: all of it is measured, and what no speed changes holds."""
 
 from dataclasses import replace
 
 import pytest
 
+from benchmarks.store.benchmark import run_store, store_plan
 from keepwarm.bench.figures import Figure
-from keepwarm.bench.store import run_store, store_plan
 from keepwarm.core.ports import LoadedModel
 
 

@@ -1,13 +1,13 @@
-"""`keepwarm bench swap`, quick: that all of it is measured, and what does not depend on speed."""
+"""`python -m benchmarks swap`, quick: all of it is measured, and what no speed changes holds."""
 
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
+from benchmarks.swap.benchmark import run_swap, swap_plan
+from benchmarks.swap.house import ModelPair
 from keepwarm.bench.figures import Figure, FiguresResult
-from keepwarm.bench.swap import run_swap, swap_plan
-from keepwarm.bench.swap_house import ModelPair
 from tiny_models import write_tiny_model
 
 

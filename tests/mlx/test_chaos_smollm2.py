@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from keepwarm.bench.chaos import ChaosPlan, run_chaos
+from benchmarks.chaos.benchmark import ChaosPlan, run_chaos
 
 
 @pytest.mark.timeout(240)

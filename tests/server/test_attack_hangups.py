@@ -4,8 +4,8 @@ import pytest
 
 pytest.importorskip("mlx.core")
 
-from keepwarm.bench.attack_hangups import MANY_TOKENS, HangUpPlan, run
-from keepwarm.bench.http_server import STEP_S
+from benchmarks.attack.hangups import MANY_TOKENS, HangUpPlan, run
+from benchmarks.server.process import STEP_S
 
 PATIENCE_S = 100.0
 

@@ -1,7 +1,7 @@
 """Too large in every way, against a server in a process of its own: refused, and no memory stays.
 
-How long others wait is measured by `keepwarm bench attack`; tests of each bound show that it is
-looked at before anything is computed.
+`python -m benchmarks attack` measures how long others wait; tests of each bound show that it is
+checked before anything is computed.
 """
 
 import sys
@@ -10,8 +10,8 @@ import pytest
 
 pytest.importorskip("mlx.core")
 
-from keepwarm.bench.attack_sizes import MEBIBYTE, SizesPlan, run
-from keepwarm.bench.http_server import FAKE
+from benchmarks.attack.sizes import MEBIBYTE, SizesPlan, run
+from benchmarks.server.process import FAKE
 
 PLAN = SizesPlan(
     steady_s=1.0, num_times=1, header_bytes=32 * MEBIBYTE, sent_of_claim_bytes=32 * MEBIBYTE

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import httpx
 import pytest
 
+from benchmarks.child_process import environment
 from commands import keepwarm
 from keepwarm.store.catalog.catalog import Catalog
 from keepwarm.store.catalog.errors import CatalogUnavailable
@@ -197,7 +198,7 @@ def health(client: httpx.Client) -> dict[str, Any]:
 SERVE = """
 import sys
 from pathlib import Path
-from keepwarm.bench.http_server import FAKE, bench_settings, serve
+from benchmarks.server.process import FAKE, bench_settings, serve
 settings = bench_settings(FAKE, max_rows=8, more={"disk.free_floor_bytes": 1 << 60})
 serve(settings, Path(sys.argv[1]), announce=lambda port: print(port, flush=True))
 """
@@ -208,7 +209,9 @@ def test_told_to_stop_while_the_disk_refuses_it_ends_and_says_what_is_lost(tmp_p
     command = [sys.executable, "-c", SERVE, str(tmp_path / "home")]
     with (
         log.open("wb") as errors,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors) as process,
+        subprocess.Popen(
+            command, env=environment(), stdout=subprocess.PIPE, stderr=errors
+        ) as process,
     ):
         assert process.stdout is not None
         url = f"http://127.0.0.1:{int(process.stdout.readline())}"

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.server.fuzz import AGENTS, run_fuzz
 from doors import check_is_empty
-from keepwarm.bench.http_fuzz import AGENTS, run_fuzz
 from servers import fake_server
 
 pytest.importorskip("mlx.core")

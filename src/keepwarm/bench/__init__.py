@@ -1,4 +1,4 @@
-"""The experiments and benchmarks, as a library that `keepwarm bench` and the tests call."""
+"""What users measure: the experiments, resuming, agents beside agents; a library."""
 
 # Before any of these modules imports MLX: the CPU has to be prepared first.
 import keepwarm.mlx_backend  # noqa: F401

@@ -1,4 +1,4 @@
-"""`keepwarm bench`: the experiments and benchmarks, with a verdict on each."""
+"""`keepwarm bench`: the experiments and two benchmarks, with a verdict on each."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,44 +59,6 @@ def batch(
     _finish({"batch": _batch(_load(model), quick=quick, seed=seed)}, json_file)
 
 
-@bench.command()
-def store(
-    model: Model = "smollm2", quick: Quick = False, seed: Seed = 0, json_file: JsonFile = None
-) -> None:
-    """Agents on disk: restoring, bytes written, a large home, budgets, and what saving costs."""
-    _finish({"store": _store(_load(model), quick=quick, seed=seed)}, json_file)
-
-
-@bench.command()
-def chaos(quick: Quick = False, seed: Seed = 0, json_file: JsonFile = None) -> None:
-    """SIGKILL in every phase: no committed turn lost, nothing wrong, no unreadable home."""
-    _finish({"chaos": _chaos(quick=quick, seed=seed)}, json_file)
-
-
-@bench.command()
-def attack(
-    model: Model = "smollm2", quick: Quick = False, seed: Seed = 0, json_file: JsonFile = None
-) -> None:
-    """Requests too large in every way, crowds that hang up, SIGKILL behind acknowledgements."""
-    _finish({"attack": _attack(model, quick=quick, seed=seed)}, json_file)
-
-
-@bench.command()
-def http(
-    model: Model = "smollm2", quick: Quick = False, seed: Seed = 0, json_file: JsonFile = None
-) -> None:
-    """What the server costs on top of the engine, and thousands of generated requests."""
-    _finish({"http": _http(model, quick=quick, seed=seed)}, json_file)
-
-
-@bench.command()
-def swap(
-    model: Model = "smollm2", quick: Quick = False, seed: Seed = 0, json_file: JsonFile = None
-) -> None:
-    """Two models in memory for one: what a swap takes, keeps and leaves; clients on both."""
-    _finish({"swap": _swap(model, quick=quick, seed=seed)}, json_file)
-
-
 @bench.command(name="all")
 def all_of_them(
     model: Model = "smollm2", quick: Quick = False, seed: Seed = 0, json_file: JsonFile = None
@@ -108,11 +70,6 @@ def all_of_them(
         "reconstruct": _reconstruct(quick=quick),
         "resume": _resume(loaded, quick=quick, seed=seed),
         "batch": _batch(loaded, quick=quick, seed=seed),
-        "store": _store(loaded, quick=quick, seed=seed),
-        "chaos": _chaos(quick=quick, seed=seed),
-        "attack": _attack(model, quick=quick, seed=seed),
-        "http": _http(model, quick=quick, seed=seed),
-        "swap": _swap(model, quick=quick, seed=seed),
     }
     _finish(reports, json_file)
 
@@ -169,56 +126,6 @@ def _batch(loaded: "LoadedModel", *, quick: bool, seed: int) -> _Report:
     plan = batch_plan(quick=quick, seed=seed)
     result = _with_progress("batch", lambda tell: run_batch(loaded, plan, tell))
     _show(figures_table("Agents beside agents", result))
-    return _Report(result, result.passed)
-
-
-def _store(loaded: "LoadedModel", *, quick: bool, seed: int) -> _Report:
-    from keepwarm.bench.store import run_store, store_plan
-    from keepwarm.bench.tables import figures_table
-
-    plan = store_plan(quick=quick, seed=seed)
-    result = _with_progress("store", lambda tell: run_store(loaded, plan, tell))
-    _show(figures_table("Agents on disk", result))
-    return _Report(result, result.passed)
-
-
-def _chaos(*, quick: bool, seed: int) -> _Report:
-    from keepwarm.bench.chaos import chaos_plan, run_chaos
-    from keepwarm.bench.tables import figures_table
-
-    plan = chaos_plan(quick=quick, seed=seed)
-    result = _with_progress("chaos", lambda tell: run_chaos(plan, tell))
-    _show(figures_table("Killed in every phase", result))
-    return _Report(result, result.passed)
-
-
-def _attack(model: str, *, quick: bool, seed: int) -> _Report:
-    from keepwarm.bench.attack import attack_plan, run_attack
-    from keepwarm.bench.tables import figures_table
-
-    plan = attack_plan(quick=quick, seed=seed)
-    result = _with_progress("attack", lambda tell: run_attack(model, plan, tell))
-    _show(figures_table("Attacks, crowds and crashes", result), *result.notes)
-    return _Report(result, result.passed)
-
-
-def _http(model: str, *, quick: bool, seed: int) -> _Report:
-    from keepwarm.bench.http import http_plan, run_http
-    from keepwarm.bench.tables import figures_table
-
-    plan = http_plan(quick=quick, seed=seed)
-    result = _with_progress("http", lambda tell: run_http(model, plan, tell))
-    _show(figures_table("The server on top of the engine", result), *result.notes)
-    return _Report(result, result.passed)
-
-
-def _swap(model: str, *, quick: bool, seed: int) -> _Report:
-    from keepwarm.bench.swap import run_swap, swap_plan
-    from keepwarm.bench.tables import figures_table
-
-    plan = swap_plan(quick=quick, seed=seed)
-    result = _with_progress("swap", lambda tell: run_swap(model, plan, tell))
-    _show(figures_table("Two models in turn", result), *result.notes)
     return _Report(result, result.passed)
 
 

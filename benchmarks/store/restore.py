@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.store.chat import temporary_home
 from keepwarm.bench.figures import Figure
 from keepwarm.bench.lab import Lab, Turn, require
 from keepwarm.bench.prompts import prompt_ids
-from keepwarm.bench.store_chat import temporary_home
 from keepwarm.bench.timing import median, timed
 from keepwarm.core.agent import Tier
 from keepwarm.core.ports import LoadedModel

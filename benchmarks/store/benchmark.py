@@ -1,16 +1,16 @@
-"""`keepwarm bench store`: what the disk costs, in time and in bytes, and what it gives."""
+"""`python -m benchmarks store`: what the disk costs, in time and in bytes, and what it gives."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
+from benchmarks.store.beside import decode_beside_writes
+from benchmarks.store.feed import WITHOUT_PAUSE
+from benchmarks.store.home import home_figures
+from benchmarks.store.restore import restore_figures
+from benchmarks.store.write import bytes_written, commit_figure, most_on_disk
 from keepwarm.bench.figures import Figure, FiguresResult
 from keepwarm.bench.report import OnProgress, no_progress
-from keepwarm.bench.store_beside import decode_beside_writes
-from keepwarm.bench.store_feed import WITHOUT_PAUSE
-from keepwarm.bench.store_home import home_figures
-from keepwarm.bench.store_restore import restore_figures
-from keepwarm.bench.store_write import bytes_written, commit_figure, most_on_disk
 from keepwarm.core.ports import LoadedModel
 
 MB = 1_000_000

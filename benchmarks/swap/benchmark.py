@@ -1,4 +1,4 @@
-"""`keepwarm bench swap`: what it costs when two models share memory that holds one of them."""
+"""`python -m benchmarks swap`: what two models cost that share memory for one of them."""
 
 import asyncio
 import time
@@ -9,12 +9,12 @@ from tempfile import TemporaryDirectory
 
 import mlx.core as mx
 
+from benchmarks.swap.house import OTHER, House, ModelPair, house_of
+from benchmarks.swap.load import LoadPlan, load_figure, reply_of
 from keepwarm.bench.figures import Figure, FiguresResult
 from keepwarm.bench.lab import require
 from keepwarm.bench.prompts import prompt_ids
 from keepwarm.bench.report import OnProgress, no_progress
-from keepwarm.bench.swap_house import OTHER, House, ModelPair, house_of
-from keepwarm.bench.swap_load import LoadPlan, load_figure, reply_of
 from keepwarm.bench.timing import median, timed
 from keepwarm.core.events import Completed
 from keepwarm.core.ports import LoadedModel

@@ -18,6 +18,7 @@ from typing import Any
 import uvicorn
 from uvicorn.loops.auto import auto_loop_factory
 
+from benchmarks.child_process import environment, module_command
 from keepwarm.bench.requiring import require
 from keepwarm.config import Settings, load_settings
 from keepwarm.core.ports import BatchGenerator, LoadedModel, RowInput
@@ -94,8 +95,10 @@ def running_server(
 ) -> Iterator[BenchServer]:
     """`more` are settings, `__` for the dot."""
     arguments = [f"{name.replace('__', '.')}={value}" for name, value in more.items()]
-    command = [sys.executable, "-m", "keepwarm.bench.http_server", model, str(home), str(max_rows)]
-    process = Popen([*command, *arguments], stdin=PIPE, stdout=PIPE, text=True)
+    command = module_command(
+        "benchmarks.server.process", model, str(home), str(max_rows), *arguments
+    )
+    process = Popen(command, env=environment(), stdin=PIPE, stdout=PIPE, text=True)
     try:
         line = process.stdout.readline() if process.stdout is not None else ""
         require(line.strip().isdecimal(), f"the server of {model} did not start")

@@ -19,9 +19,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from benchmarks.attack.clients import ANSWER_S, Asker, Client, Document, agent_path, message
+from benchmarks.server.process import FAKE, bench_settings, serve
 from keepwarm.bench.figures import Figure, FiguresResult
-from keepwarm.bench.http_server import FAKE, bench_settings, serve
-from keepwarm.bench.kill_clients import ANSWER_S, Asker, Client, Document, agent_path, message
 from keepwarm.bench.report import OnProgress, no_progress
 from keepwarm.bench.requiring import require
 

@@ -17,8 +17,8 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from benchmarks.server.process import BenchServer, running_server
 from keepwarm.bench.figures import Figure, FiguresResult
-from keepwarm.bench.http_server import BenchServer, running_server
 from keepwarm.bench.lab import require
 from keepwarm.bench.report import OnProgress, no_progress
 from keepwarm.server.settings import ServerConfig

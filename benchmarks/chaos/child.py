@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from keepwarm.bench.chaos_traps import Phase, Trap, set_trap
+from benchmarks.chaos.traps import Phase, Trap, set_trap
 from keepwarm.core.errors import InvariantBroken
 from keepwarm.core.events import Completed, Failed
 from keepwarm.core.layout import BLOCK_TOKENS, CacheLayout, LayerLayout

@@ -10,9 +10,8 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from keepwarm.bench.figures import Figure, FiguresResult
-from keepwarm.bench.http_fuzz import run_fuzz
-from keepwarm.bench.http_load import (
+from benchmarks.server.fuzz import run_fuzz
+from benchmarks.server.load import (
     Connection,
     Timeline,
     in_turns,
@@ -21,7 +20,8 @@ from keepwarm.bench.http_load import (
     rounds_directly,
     rounds_over_http,
 )
-from keepwarm.bench.http_server import FAKE, STEP_S, bench_settings, server_of, source_of
+from benchmarks.server.process import FAKE, STEP_S, bench_settings, server_of, source_of
+from keepwarm.bench.figures import Figure, FiguresResult
 from keepwarm.bench.lab import PathNotTaken, require
 from keepwarm.bench.prompts import passages
 from keepwarm.bench.report import OnProgress, no_progress

@@ -12,7 +12,6 @@ import json
 import random
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -24,7 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any, Self
 
-from keepwarm.bench.chaos_child import (
+from benchmarks.chaos.child import (
     FAKE,
     ChildSpec,
     Sizes,
@@ -36,7 +35,8 @@ from keepwarm.bench.chaos_child import (
     open_store,
     plain_state,
 )
-from keepwarm.bench.chaos_traps import VISITS, Phase, num_unfinished_frames
+from benchmarks.chaos.traps import VISITS, Phase, num_unfinished_frames
+from benchmarks.child_process import environment, module_command
 from keepwarm.bench.figures import Figure, FiguresResult
 from keepwarm.bench.report import OnProgress, no_progress
 from keepwarm.core.block import chain_hashes
@@ -372,7 +372,8 @@ def _run_child(
     hit: Phase | None = None
     with tempfile.TemporaryFile() as complaints:
         child = subprocess.Popen(
-            [sys.executable, "-m", "keepwarm.bench.chaos_child"],
+            module_command("benchmarks.chaos.child"),
+            env=environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=complaints,

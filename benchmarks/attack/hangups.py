@@ -16,8 +16,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from benchmarks.server.process import FAKE, server_of
 from keepwarm.bench.figures import Figure, FiguresResult
-from keepwarm.bench.http_server import FAKE, server_of
 from keepwarm.bench.lab import require
 from keepwarm.bench.report import OnProgress, no_progress
 

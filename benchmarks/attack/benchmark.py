@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from keepwarm.bench import attack_hangups, attack_kills, attack_sizes
-from keepwarm.bench.attack_hangups import HangUpPlan
-from keepwarm.bench.attack_kills import KillPlan
-from keepwarm.bench.attack_sizes import MEBIBYTE, SizesPlan
+from benchmarks.attack import hangups, kills, sizes
+from benchmarks.attack.hangups import HangUpPlan
+from benchmarks.attack.kills import KillPlan
+from benchmarks.attack.sizes import MEBIBYTE, SizesPlan
 from keepwarm.bench.figures import FiguresResult
 from keepwarm.bench.report import OnProgress, no_progress
 
@@ -41,9 +41,9 @@ def run_attack(
     model: str, plan: AttackPlan, on_progress: OnProgress = no_progress
 ) -> FiguresResult:
     campaigns: tuple[Callable[[], FiguresResult], ...] = (
-        lambda: attack_sizes.run(model, plan.sizes, on_progress),
-        lambda: attack_hangups.run(plan=plan.hang_ups, on_progress=on_progress),
-        lambda: attack_kills.run(plan.kills, on_progress),
+        lambda: sizes.run(model, plan.sizes, on_progress),
+        lambda: hangups.run(plan=plan.hang_ups, on_progress=on_progress),
+        lambda: kills.run(plan.kills, on_progress),
     )
     results = [campaign() for campaign in campaigns]
     return FiguresResult(
