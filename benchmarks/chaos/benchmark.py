@@ -45,7 +45,8 @@ from keepwarm.core.events import Completed, Failed
 from keepwarm.core.layout import BLOCK_TOKENS
 from keepwarm.core.ports import LoadedModel
 from keepwarm.core.stored import KVFamily
-from keepwarm.engine.batch_engine import CANONICAL_LINEAGE, BlockPoolBatchEngine
+from keepwarm.engine.batch_engine import BlockPoolBatchEngine
+from keepwarm.engine.parts import CANONICAL_LINEAGE
 from keepwarm.store.agent_cache_store import AgentCacheStore
 from keepwarm.store.catalog.catalog import Catalog
 from keepwarm.store.disk.disk_store import CATALOG_NAME
@@ -635,7 +636,7 @@ def _record_files(folder: Path) -> Iterator[Path]:
 
 
 def _state(engine: BlockPoolBatchEngine, name: str) -> State:
-    return plain_state(engine._keeper.state_of(engine._book.get(name)))
+    return plain_state(engine._states.state_of(engine._book.get(name)))
 
 
 def _brief(state: State | None) -> str:

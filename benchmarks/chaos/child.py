@@ -392,7 +392,7 @@ class Player:
 
     def _complete(self, running: _Running, completed: Completed) -> None:
         state = self._states[running.name] = self._state(running.name)
-        detokenizer = self._engine._tokenizer.detokenizer()
+        detokenizer = self._engine.intake.reader._tokenizer.detokenizer()
         kept = kept_ids(completed, detokenizer, is_of_ids=running.messages is None)
         said = state["ids"] == [*running.prompt_ids, *kept]
         if running.messages is not None:
@@ -404,7 +404,7 @@ class Player:
             self._tell({"did": "turn", "agent": running.name, "state": state})
 
     def _state(self, name: str) -> State:
-        return plain_state(self._engine._keeper.state_of(self._engine._book.get(name)))
+        return plain_state(self._engine._states.state_of(self._engine._book.get(name)))
 
     def _idle(self) -> list[str]:
         busy = {running.name for running in self._running.values()}

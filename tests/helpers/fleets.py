@@ -13,7 +13,7 @@ from keepwarm.core.agent_store import AgentStore
 from keepwarm.core.events import Completed, Event, Failed
 from keepwarm.core.policies import EngineConfig
 from keepwarm.core.ports import LoadedModel
-from keepwarm.engine.agents.bundles import ImportSummary
+from keepwarm.engine.agents.transfer import ImportSummary
 from keepwarm.engine.requests import GenerateRequest
 from keepwarm.fleet.fleet import Fleet
 from keepwarm.store.agent_cache_store import StoreConfig

@@ -130,12 +130,12 @@ def test_what_was_adapted_is_in_the_head_and_in_the_reply(tmp_path: Path) -> Non
     with fake_server(tmp_path) as server, server.client() as client:
 
         def adapt(engine: BlockPoolBatchEngine) -> None:
-            choose = engine._intake.choose
+            choose = engine.intake.choose
 
             def adapting(*arguments: Any, **more: Any) -> Wanted:
                 return replace(choose(*arguments, **more), adapted=notes)
 
-            engine._intake.choose = adapting  # type: ignore[method-assign]
+            engine.intake.choose = adapting  # type: ignore[method-assign]
 
         server.call(adapt)
         client.put("/v1/agents/ada", json={})

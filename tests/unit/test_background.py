@@ -53,7 +53,7 @@ def prefetching(**options: Any) -> BlockPoolBatchEngine:
     for _ in range(3):
         step(engine)
     assert engine._prefetches
-    assert 0 < main_blocks(engine, "ada").num_tokens < engine.num_tokens("ada") - 1
+    assert 0 < main_blocks(engine, "ada").num_tokens < engine.agent("ada").num_tokens - 1
     return engine
 
 
@@ -83,7 +83,7 @@ class TestPrefetch:
         drain(engine)
         total = engine.tiers.counters.fetched_tokens
         assert engine.agent("ada").tier is Tier.HOT
-        assert total == engine.num_tokens("ada") - 1
+        assert total == engine.agent("ada").num_tokens - 1
         assert before > 0
 
     @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ class TestPrefetch:
     def test_it_is_not_busy_to_look_at(self) -> None:
         engine = prefetching()
         assert not engine.agent("ada").in_use
-        assert not engine.is_in_use("ada")
+        assert not engine.moves.is_in_use("ada")
 
     def test_a_row_that_a_request_needs(self) -> None:
         engine = prefetching(max_rows=1)

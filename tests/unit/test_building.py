@@ -35,7 +35,7 @@ def num_prefilled(setup: Setup, name: str) -> int:
 
 
 def is_building(setup: Setup) -> bool:
-    return any(setup.fleet.engine(name).is_building for name in NAMES)
+    return any(setup.fleet.engine(name).building.is_computing for name in NAMES)
 
 
 def rest(setup: Setup, clock: FakeClock, seconds: float = 2 * IDLE_S) -> None:
@@ -187,7 +187,7 @@ def test_a_conversation_that_the_other_template_refuses(
     def refuse(*_: object) -> tuple[int, ...]:
         raise error
 
-    monkeypatch.setattr(setup.fleet.engine("small").reader, "history_ids", refuse)
+    monkeypatch.setattr(setup.fleet.engine("small").intake.reader, "history_ids", refuse)
     rest(setup, clock)
     assert not is_building(setup)
     assert setup.say("ada", "three", "other").turn == 3
@@ -226,7 +226,7 @@ def test_what_nobody_asked_for_goes_first(setup: Setup, clock: FakeClock) -> Non
     rest(setup, clock)
     small = setup.fleet.engine("small")
     assert small.agent("ada").held_tokens > 800
-    assert small.last_used("ada") < small.last_used("bob")
+    assert small.moves.last_used("ada") < small.moves.last_used("bob")
 
 
 def test_one_attempt_at_a_time(
@@ -243,7 +243,7 @@ def test_one_attempt_at_a_time(
         looks.append(read)
         raise InvalidRequest("messages", "roles must alternate")
 
-    monkeypatch.setattr(setup.fleet.engine("small").reader, "history_ids", refuse)
+    monkeypatch.setattr(setup.fleet.engine("small").intake.reader, "history_ids", refuse)
     setup.step()
     clock.advance(2 * IDLE_S)
     for number in range(1, 7):

@@ -104,7 +104,7 @@ def num_prefilled(engine: BlockPoolBatchEngine) -> int:
 
 def state_of(engine: BlockPoolBatchEngine, agent_id: str) -> AgentState:
     """What was said and decided, without what differs between homes."""
-    state = engine._keeper.state_of(engine._book.get(agent_id))
+    state = engine._states.state_of(engine._book.get(agent_id))
     lines = (replace(ln, block_hashes=(), last_used=0, namespace="") for ln in state.lines)
     return replace(state, lines=tuple(lines))
 
@@ -246,7 +246,7 @@ class TestRoundTrip:
         run(one, agent_id="ada", token_ids=ids(1000), max_tokens=2)
         one = homes("one")
         store = one.tiers._store
-        records = store.plan(one._family, one._family.root, ids(1000))
+        records = store.plan(one.tiers._family, one.tiers._family.root, ids(1000))
         name = records[1].hash.hex()
         file = tmp_path / "one" / "blocks" / name[:2] / f"{name}.safetensors"
         data = bytearray(file.read_bytes())
@@ -319,11 +319,11 @@ class TestPrivacy:
         prompt = [*ids(600), *first.token_ids, 1]
         one.export("ada", path)
         two.import_agent(path)
-        root = two._family.root
+        root = two.tiers._family.root
         for move in (two.prefetch, two.demote, two.park):
             move("ada")
             drain(two)
-            assert not two._store.plan(two._family, root, prompt)
+            assert not two._store.plan(two.tiers._family, root, prompt)
             assert not two.tiers.index.longest_run(chain_hashes(root, prompt))
         turn = run(two, agent_id="ada", token_ids=prompt, max_tokens=3)
         assert turn.cache.cached_tokens == 602
@@ -917,7 +917,7 @@ def answer_of(engine: BlockPoolBatchEngine, ticket: int, kind: Any) -> Any:
     """The store's answer; its error is raised."""
     answer: Future[Any] = Future()
     engine._jobs.begin(engine._link.answered(ticket, kind), answer)
-    return engine._wait_for(answer)
+    return engine._transfers._wait_for(answer)
 
 
 def test_a_file_that_changes_between_two_looks(

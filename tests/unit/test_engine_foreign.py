@@ -1,7 +1,7 @@
 """What a request brings with it, and what came with the model, ends at most that request."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -21,7 +21,7 @@ from keepwarm import BlockPoolBatchEngine
 from keepwarm.core.errors import InvariantBroken, RequestBroke, TemplateRefused
 from keepwarm.core.events import Event, Failed, FinishReason
 from keepwarm.core.ports import Message, Piece
-from keepwarm.engine import batch_engine
+from keepwarm.engine.turn import turns
 from keepwarm.fleet.idle_builder import IdleBuilder
 from keepwarm.testing.tokenizer import FakeDetokenizer, FakeTokenizer
 
@@ -98,7 +98,7 @@ def test_an_agent_whose_history_the_template_refuses_is_not_built_in_advance() -
     builder.look()
     clock[0] = 10.0
     builder.look()
-    assert not other.is_building
+    assert not other.building.is_computing
     assert not drain(other)
     other.check()
 
@@ -121,7 +121,7 @@ def test_a_detokenizer_that_raises_ends_its_own_request(error: Exception) -> Non
 
 
 PLACES: dict[str, Callable[[BlockPoolBatchEngine, str], tuple[object, str]]] = {
-    "its start": lambda engine, request_id: (engine._active[request_id], "locate"),
+    "its start": lambda engine, request_id: (engine._active[request_id], "wanted"),
     "its reply": lambda engine, request_id: (engine._active[request_id].reply, "_send"),
     "its turn": lambda engine, request_id: (engine._book, "record_turn"),
     "its commit": lambda engine, request_id: (engine._link, "commit"),
@@ -140,9 +140,12 @@ def test_whatever_raises_for_a_request_ends_that_request(
     def fail(*arguments: object, **named: object) -> None:
         raise LookupError(place)
 
+    target, name = PLACES[place](engine, broken)
+    wanted = engine._active[broken].wanted
+    value = replace(wanted, locate=fail) if name == "wanted" else fail
     events: list[Event] = []
     with monkeypatch.context() as patch:
-        patch.setattr(*PLACES[place](engine, broken), fail)
+        patch.setattr(target, name, value)
         while not any(isinstance(event, Failed) for event in events):
             events += step(engine)
     events += drain(engine)
@@ -187,7 +190,7 @@ def test_a_reply_that_cannot_begin_takes_nothing(monkeypatch: pytest.MonkeyPatch
         raise LookupError
 
     with monkeypatch.context() as patch:
-        patch.setattr(batch_engine, "ReplyText", fail)
+        patch.setattr(turns, "ReplyText", fail)
         with pytest.raises(LookupError):
             engine.submit(agent_id="ada", messages=[user("Hello")])
     assert not engine._active

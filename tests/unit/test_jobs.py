@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from engines import (
+    TOKENIZER,
     assistant,
     completed,
     drain,
@@ -31,7 +32,7 @@ from keepwarm.core.errors import (
     UnknownAgent,
 )
 from keepwarm.core.stored import BundleRead
-from keepwarm.engine.agents.bundles import (
+from keepwarm.engine.agents.transfer import (
     VOUCH_TOKENS,
     ExportSummary,
     ImportSummary,
@@ -375,7 +376,7 @@ def test_what_a_file_says_is_looked_at_a_part_at_a_time(
         messages = [user("x" * 700), assistant("y" * 700)] * number
         run(engine, agent_id="ada", messages=[*messages, user("x" * 700)], max_tokens=5)
     finish(engine, export(engine, path))
-    store, family, tokenizer = engine._store, engine._family, engine._tokenizer
+    store, family, tokenizer = engine._store, engine.tiers._family, TOKENIZER
     ticket = store.read_bundle(
         path, private_terms(family, tokenizer.fingerprint, tokenizer.vocab_size)
     )

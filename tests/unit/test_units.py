@@ -112,9 +112,9 @@ def events_until(store: AgentCacheStore, kind: type) -> list[Any]:
 
 def commit_and_fetch(engine: BlockPoolBatchEngine, store: AgentCacheStore) -> None:
     """What somebody waits for: a turn that is committed, and KV that is read."""
-    state = engine._keeper.state_of(engine._book.get("eve"))
+    state = engine._states.state_of(engine._book.get("eve"))
     store.commit(state)
-    family = engine._family
+    family = engine.tiers._family
     (record, *_) = store.plan(family, family.root, ids(300, 1))
     store.fetch(family, record, bytearray(store.record_bytes(family, record.num_tokens)))
 
@@ -126,8 +126,8 @@ def test_a_turn_and_a_restore_wait_for_one_record_of_an_export(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gate = Gate(monkeypatch)
-    state = engine._keeper.state_of(engine._book.get("ada"))
-    store.write_bundle(engine._family, "fake", state, tmp_path / "ada")
+    state = engine._states.state_of(engine._book.get("ada"))
+    store.write_bundle(engine.tiers._family, "fake", state, tmp_path / "ada")
     assert gate.is_there.wait(PATIENCE_S)
     commit_and_fetch(engine, store)
     gate.may_go.set()
@@ -145,10 +145,10 @@ def test_and_for_one_record_of_an_import(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    state = engine._keeper.state_of(engine._book.get("ada"))
-    store.write_bundle(engine._family, "fake", state, tmp_path / "ada")
+    state = engine._states.state_of(engine._book.get("ada"))
+    store.write_bundle(engine.tiers._family, "fake", state, tmp_path / "ada")
     events_until(store, BundleWritten)
-    family = engine._family
+    family = engine.tiers._family
     terms = BundleTerms(
         type(family)(family.fingerprint, family.layout, family.lineage, "import:1"), "fake", 256
     )
@@ -170,7 +170,7 @@ def test_an_export_has_a_unit_for_each_record(
     engine: BlockPoolBatchEngine, store: AgentCacheStore, tmp_path: Path
 ) -> None:
     """Whatever a unit does, it reads one record at most."""
-    state = engine._keeper.state_of(engine._book.get("ada"))
+    state = engine._states.state_of(engine._book.get("ada"))
     asked: list[str] = []
 
     class Files:
@@ -180,7 +180,7 @@ def test_an_export_has_a_unit_for_each_record(
             asked.append("read")
             return store._disk._files.read_into(*arguments)
 
-    family = engine._family
+    family = engine.tiers._family
     planned = store._index.plan(family.root, state.lines[0].transcript.token_ids)
     records = tuple((entry.record, family) for entry in planned)
     export = disk_store.Export(family, "fake", state, records)

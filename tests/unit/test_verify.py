@@ -412,8 +412,8 @@ def spoil(engine: BlockPoolBatchEngine, said: list[int], depth: int) -> None:
     """One wrong value in a block's record, which is otherwise as the store writes it."""
     store: AgentStore = engine._store
     record = records_of(engine, said)[depth]
-    buffer = bytearray(store.record_bytes(engine._family, record.num_tokens))
-    store.fetch(engine._family, record, buffer)
+    buffer = bytearray(store.record_bytes(engine.tiers._family, record.num_tokens))
+    store.fetch(engine.tiers._family, record, buffer)
     (event,) = wait_for(store)
     values = array("Q", bytes(event.data))
     values[7] += 1
@@ -421,7 +421,7 @@ def spoil(engine: BlockPoolBatchEngine, said: list[int], depth: int) -> None:
     block = said[depth * 256 : depth * 256 + record.stop]
     store.drop([record.hash])
     half = len(data) // 2
-    store.save(engine._family, record, block, [data[:half], data[half:]], "ada")
+    store.save(engine.tiers._family, record, block, [data[:half], data[half:]], "ada")
     assert wait_for(store) == [Saved(record.hash, retry=False)]
 
 

@@ -13,6 +13,7 @@ from keepwarm.core.ports import Message, Sampling
 from keepwarm.core.stored import MAX_QUOTA_BYTES, AgentSettings, Overflow
 from keepwarm.core.transcript import MAX_DIGEST_CHARS, MAX_KEY_CHARS, is_receipt_key
 from keepwarm.engine.prompt.old_messages import mend
+from keepwarm.engine.prompt.stop_strings import validate_stop
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._:@+-]{0,127}"
 NAMESPACE = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
@@ -79,9 +80,28 @@ class GenerateRequest:
         )
 
     def arguments(self) -> dict[str, Any]:
-        """For `BlockPoolBatchEngine.submit`."""
+        """Return the keyword arguments of `BlockPoolBatchEngine.submit`."""
         limits = ("model", "queue_timeout_s", "deadline_s")
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in limits}
+
+    def checked(self) -> "Asked":
+        """Check every value by itself. Raises InvalidRequest."""
+        return Asked(
+            source=self.source.in_repair(),
+            agent_id=valid_agent_id(self.agent_id),
+            namespace=valid_namespace(self.namespace),
+            max_tokens=valid_max_tokens(self.max_tokens),
+            sampling=valid_sampling(
+                temperature=self.temperature,
+                top_p=self.top_p,
+                top_k=self.top_k,
+                min_p=self.min_p,
+                seed=self.seed,
+            ),
+            stops=validate_stop(self.stop),
+            priority=None if self.priority is None else valid_priority(self.priority),
+            receipt_key=self.receipt_key,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +142,20 @@ class PromptSource:
         new = mend(self.append)
         notes = (*messages.notes, *new.notes)
         return replace(self, messages=messages.messages, append=new.messages, mended=notes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A request whose values are in their ranges; None in `max_tokens` and `priority` is open."""
+
+    source: PromptSource
+    agent_id: str | None
+    namespace: str
+    max_tokens: int | None
+    sampling: Sampling
+    stops: tuple[str, ...]
+    priority: int | None
+    receipt_key: ReceiptKey | None
 
 
 def valid_agent_id(agent_id: object) -> str | None:

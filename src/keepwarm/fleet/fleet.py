@@ -24,8 +24,8 @@ from keepwarm.core.events import Event
 from keepwarm.core.pool import BlockPool
 from keepwarm.core.ports import LoadedModel
 from keepwarm.engine.agents.book import AgentView, view_of_summary
-from keepwarm.engine.agents.bundles import ExportSummary, ImportSummary
 from keepwarm.engine.agents.store_inbox import REFUSED_S, STORE_WAIT_S, Commit
+from keepwarm.engine.agents.transfer import ExportSummary, ImportSummary
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
 from keepwarm.engine.requests import GenerateRequest
 from keepwarm.engine.snapshot import EngineSnapshot, merged
@@ -186,12 +186,12 @@ class Fleet:
         if name not in self._engines:
             return
         engine = self._engines[name]
-        if agent_id is not None and not engine.holds(agent_id):
+        if agent_id is not None and not engine.moves.holds(agent_id):
             if request.append is not None:
                 return
             namespace = home_namespace(agent_id)
             request = replace(request, agent_id=None, namespace=namespace)
-        engine.check_length(request, reading)
+        engine.intake.check_length(request, reading)
 
     def cancel(self, request_id: str) -> bool:
         """End a request now. False when it had ended."""
@@ -228,9 +228,9 @@ class Fleet:
         if agent_id is None or at not in self._engines:
             return at
         engine = self._engines[at]
-        if engine.is_in_use(agent_id):
+        if engine.moves.is_in_use(agent_id):
             return at
-        recorded = engine.recorded_model(agent_id)
+        recorded = engine.moves.recorded_model(agent_id)
         return at if recorded is None else recorded or self._default
 
     def of(self, agent_id: str | None) -> BlockPoolBatchEngine:
@@ -242,7 +242,7 @@ class Fleet:
         here = {
             view.agent_id: view
             for name, engine in self._engines.items()
-            for view in engine.agents_here()
+            for view in engine.commands.agents_here()
             if self._whereabouts(view.agent_id) == name
         }
         summaries = (s for s in self.store.summaries() if s.agent_id not in here)
@@ -279,7 +279,7 @@ class Fleet:
         )
 
     def _holds(self, agent_id: str) -> bool:
-        return any(engine.holds(agent_id) for engine in self._engines.values())
+        return any(engine.moves.holds(agent_id) for engine in self._engines.values())
 
     def counted(self, views: Sequence[AgentView]) -> list[AgentView]:
         """The same, with what the disk holds of those that are only there."""
@@ -292,7 +292,7 @@ class Fleet:
         """By model, how many of the agents that count talked to it last, in memory or on disk."""
         model_of = self.store.models()
         for name, engine in self._engines.items():
-            here = engine.models_of_agents().items()
+            here = engine.moves.models_of_agents().items()
             model_of |= {agent: model for agent, model in here if self._whereabouts(agent) == name}
         ids = filter(counts, model_of)
         return Counter(model_of[agent_id] or self._default for agent_id in ids)
@@ -306,7 +306,7 @@ class Fleet:
         """As the engine's own, from all engines. Raises UnknownAgent, AgentBusy."""
         self._builder.stop()
         for engine in self._engines.values():
-            if engine.is_in_use(agent_id):
+            if engine.moves.is_in_use(agent_id):
                 raise AgentBusy(agent_id, "delete it")
         commit = self.of(agent_id).delete(agent_id)
         commit.then(partial(self._end_deletion, agent_id))
@@ -315,7 +315,7 @@ class Fleet:
     def _end_deletion(self, agent_id: str, is_done: bool) -> None:
         if is_done:
             for engine in self._engines.values():
-                engine.let_go(agent_id)
+                engine.moves.let_go(agent_id)
             self._at.pop(agent_id, None)
             self._builder.forget(agent_id)
 
@@ -377,7 +377,7 @@ class Fleet:
         if agent_id is not None and agent_id in self._at:
             return self._at[agent_id]
         for name, engine in self._engines.items():
-            if agent_id is not None and engine.holds(agent_id):
+            if agent_id is not None and engine.moves.holds(agent_id):
                 return name
         if self._default in self._engines:
             return self._default
@@ -386,24 +386,24 @@ class Fleet:
     def _talks_elsewhere(self, agent_id: str, engine: BlockPoolBatchEngine) -> bool:
         """Whether the agent is in the middle of a request to another model."""
         here = self.of(agent_id)
-        return here is not engine and here.is_in_use(agent_id)
+        return here is not engine and here.moves.is_in_use(agent_id)
 
     def _move(self, agent_id: str, engine: BlockPoolBatchEngine) -> None:
         """The agent is at this engine now, with all that it knew where it was."""
         here = self.of(agent_id)
-        if here is not engine and here.holds(agent_id):
-            engine.adopt(here.state_of(agent_id))
-            here.leave(agent_id)
-        if engine.holds(agent_id):
+        if here is not engine and here.moves.holds(agent_id):
+            engine.moves.adopt(here.moves.state_of(agent_id))
+            here.moves.leave(agent_id)
+        if engine.moves.holds(agent_id):
             self._at[agent_id] = engine.model
         else:
             self._at.pop(agent_id, None)
 
     def _replace(self, name: str, old: BlockPoolBatchEngine, new: BlockPoolBatchEngine) -> None:
         self._events += old.abandon(OtherWeights(name))
-        for view in old.agents_here():
-            if self._whereabouts(view.agent_id) == name and not old.is_leaving(view.agent_id):
-                new.adopt(old.state_of(view.agent_id))
+        for view in old.commands.agents_here():
+            if self._whereabouts(view.agent_id) == name and not old.moves.is_leaving(view.agent_id):
+                new.moves.adopt(old.moves.state_of(view.agent_id))
 
 
 class _Others:

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from keepwarm.core.errors import InvariantBroken
-from keepwarm.engine.batch_engine import BlockPoolBatchEngine, BuildPlan
+from keepwarm.engine.batch_engine import BlockPoolBatchEngine
 from keepwarm.engine.prompt.reader_threads import Readers, ReadingJob
+from keepwarm.engine.turn.building import BuildPlan
 
 IDLE_S = 1.0
 """So long nobody has asked for anything before it begins."""
@@ -61,8 +62,8 @@ class IdleBuilder:
             self._reading.job.call_off()
             self._reading = None
         for engine in self._engines.values():
-            if engine.is_building:
-                engine.call_off_builds()
+            if engine.building.is_computing:
+                engine.building.call_off()
                 is_stopped = True
         if is_stopped and self._latest is not None:
             self._built.pop(self._latest, None)
@@ -96,8 +97,8 @@ class IdleBuilder:
         self._latest = name, agent_id
         self._built[self._latest] = last_used
         with self._nobody_suffers():
-            state = self._engines[self._home(agent_id)].state_of(agent_id)
-            plan = self._engines[name].begin_building(state)
+            state = self._engines[self._home(agent_id)].moves.state_of(agent_id)
+            plan = self._engines[name].building.begin(state)
             if plan is not None:
                 self._reading = Reading(name, plan, self._readers.begin(plan.read))
 
@@ -108,7 +109,10 @@ class IdleBuilder:
         self._reading = None
         with self._nobody_suffers():
             token_ids = reading.job.answer.result()
-            if not self._engines[reading.model].build(reading.plan, token_ids) and self._latest:
+            if (
+                not self._engines[reading.model].building.build(reading.plan, token_ids)
+                and self._latest
+            ):
                 # Its room went while it was read: once more after another rest.
                 self._built.pop(self._latest, None)
                 self._idle_since_s = None
@@ -125,14 +129,14 @@ class IdleBuilder:
     def _lagging(self) -> Iterator[tuple[int, str, str]]:
         """When it was last used, the model, and the agent."""
         for name, engine in self._engines.items():
-            for agent_id in () if engine.is_suspended else engine.agent_ids():
-                home = self._engines[self._home(agent_id)]
-                if home is engine or home.is_in_use(agent_id) or not home.holds(agent_id):
+            for agent_id in () if engine.is_suspended else engine.moves.agent_ids():
+                home = self._engines[self._home(agent_id)].moves
+                if home is engine.moves or home.is_in_use(agent_id) or not home.holds(agent_id):
                     continue
                 last_used = home.last_used(agent_id)
                 if (
-                    engine.has_answered(agent_id)
+                    engine.moves.has_answered(agent_id)
                     and self._built.get((name, agent_id)) != last_used
-                    and engine.has_room_for(home.num_tokens(agent_id))
+                    and engine.building.has_room_for(home.num_tokens(agent_id))
                 ):
                     yield last_used, name, agent_id

@@ -340,7 +340,7 @@ class AsyncEngine:
 
     async def count_tokens(self, model: str, source: PromptSource) -> int:
         """How many tokens such a prompt has. Raises InvalidRequest."""
-        reader = await self.call_on(model, lambda engine: engine.reader)
+        reader = await self.call_on(model, lambda engine: engine.intake.reader)
         return await self._read(partial(reader.num_tokens, source))
 
     async def _call_reading(

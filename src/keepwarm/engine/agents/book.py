@@ -141,7 +141,7 @@ class AgentBook:
         self._new_blocks = new_blocks
         self._forget = forget
         self._load = load
-        self._give_way = give_way
+        self.give_way = give_way
         self._max_side_lines = max_side_lines
         self._max_anonymous_lines = max_anonymous_lines
         self._model = model
@@ -183,7 +183,7 @@ class AgentBook:
         agent = self.get_staying(agent_id)
         if agent.in_use:
             raise AgentBusy(agent_id, action)
-        self._give_way(agent_id)
+        self.give_way(agent_id)
         return agent
 
     def check_is_new(self, agent_id: str | None) -> None:

@@ -17,7 +17,7 @@ from keepwarm.core.stored import (
     Fetched,
     Saved,
 )
-from keepwarm.engine.agents.agent_keeper import AgentKeeper
+from keepwarm.engine.agents.agent_state import AgentStates
 from keepwarm.engine.agents.book import Agent
 from keepwarm.engine.jobs import Pause, Steps
 from keepwarm.kv.tiers import Tiers
@@ -77,7 +77,7 @@ class StoreInbox:
         self,
         store: AgentStore,
         tiers: Tiers,
-        keeper: AgentKeeper,
+        keeper: AgentStates,
         *,
         emit: Callable[[Completed], None],
     ) -> None:

@@ -1,43 +1,88 @@
-"""An agent as data: into a file, and out of a file."""
+"""Agents that go to another machine in one file, and agents that come from one."""
 
+import logging
+import secrets
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
-from keepwarm.core.agent import in_namespace
+from keepwarm.core.agent import PRIVATE, home_namespace, in_namespace
 from keepwarm.core.agent_store import AgentStore
-from keepwarm.core.errors import AgentExists, DamagedAgent, InvalidRequest, InvariantBroken
-from keepwarm.core.ports import LoadedModel
+from keepwarm.core.errors import (
+    AgentExists,
+    BadBundle,
+    DamagedAgent,
+    InvalidRequest,
+    InvariantBroken,
+)
+from keepwarm.core.ports import LoadedModel, Tokenizer
 from keepwarm.core.stored import (
     AgentState,
     Bundle,
     BundleRead,
     BundleStored,
+    BundleTerms,
     BundleWritten,
     KVFamily,
     LineState,
 )
-from keepwarm.engine.agents.agent_keeper import AgentKeeper
+from keepwarm.core.transcript import Span, Transcript
+from keepwarm.engine.agents.agent_state import AgentStates
 from keepwarm.engine.agents.book import Agent, AgentBook, Line
-from keepwarm.engine.agents.bundles import (
-    ExportSummary,
-    ImportSummary,
-    imported_state,
-    name_of,
-    private_terms,
-    vouched_for,
-)
 from keepwarm.engine.agents.store_inbox import StoreInbox
-from keepwarm.engine.jobs import Pause, Steps
-from keepwarm.engine.requests import valid_agent_id
+from keepwarm.engine.jobs import Jobs, Pause, Steps
+from keepwarm.engine.prompt.continuation import vouching
+from keepwarm.engine.requests import valid_agent_id, valid_namespace
 from keepwarm.kv.tiers import Tiers
 
+T = TypeVar("T")
+
 NAMELESS = "damaged"
-"""An agent's name in a bundle where its own is none any more."""
+"""The name in its file of an agent whose own name was damaged."""
+VOUCH_TOKENS = 1024
+"""Looked at in a step: a few milliseconds."""
+
+_log = logging.getLogger(__name__)
 
 
-class AgentPorter:
+@dataclass(frozen=True, slots=True)
+class ExportSummary:
+    """An agent in a file.
+
+    `num_tokens` of its lines have their KV in it; that of `num_left_out` more was in memory, and
+    the disk had not taken it. `damage`: why it is not all that was said.
+    """
+
+    agent_id: str
+    path: Path
+    file_bytes: int
+    num_records: int
+    num_tokens: int
+    num_left_out: int
+    damage: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ImportSummary:
+    """An agent out of a file.
+
+    `num_tokens`: of its main line. `num_records` of KV were stored; `num_dropped` were of another
+    model or layout, and `num_left_out` did not fit. `is_durable`: the agent is on disk.
+    """
+
+    agent_id: str
+    num_tokens: int
+    num_turns: int
+    num_records: int
+    num_dropped: int
+    num_left_out: int
+    is_durable: bool
+
+
+class Transfers:
     """Exports and imports agents, between the engine's steps: the store's thread does the work."""
 
     def __init__(
@@ -48,8 +93,9 @@ class AgentPorter:
         *,
         store: AgentStore,
         link: StoreInbox,
-        keeper: AgentKeeper,
+        states: AgentStates,
         book: AgentBook,
+        jobs: Jobs,
     ) -> None:
         self._tokenizer = loaded.tokenizer
         self._vocab_size = loaded.vocab_size
@@ -57,11 +103,71 @@ class AgentPorter:
         self._tiers = tiers
         self._store = store
         self._link = link
-        self._keeper = keeper
+        self._states = states
         self._book = book
+        self._jobs = jobs
         self._arriving: set[str] = set()
 
-    def exporting(self, agent_id: str, path: Path, timeout_s: float) -> Steps[ExportSummary]:
+    def export(self, agent_id: str, path: Path | str, *, timeout_s: float = 30.0) -> ExportSummary:
+        """Write the agent with its KV into one file, for another machine.
+
+        It may be in the middle of a reply: then the file has it as its last turn left it. What the
+        disk has not taken within `timeout_s` is left out and counted. Waits for the disk, and
+        nothing else runs meanwhile; see `begin_export`. Raises UnknownAgent, NoAgentStore,
+        BundleFailed.
+        """
+        answer: Future[ExportSummary] = Future()
+        self.begin_export(agent_id, path, answer, timeout_s=timeout_s)
+        return self._wait_for(answer)
+
+    def begin_export(
+        self,
+        agent_id: str,
+        path: Path | str,
+        answer: "Future[ExportSummary]",
+        *,
+        timeout_s: float = 30.0,
+    ) -> None:
+        """The same between steps: the answer gets what `export` returns or raises.
+
+        Where the answer is cancelled, the export is called off and leaves no file.
+        """
+        self._jobs.begin(self._exporting(agent_id, Path(path), timeout_s), answer)
+
+    def import_agent(
+        self, path: Path | str, agent_id: str | None = None, *, namespace: str = ""
+    ) -> ImportSummary:
+        """Make an agent of a file that `export` wrote, anywhere; None keeps its name.
+
+        `namespace` is then that of the name.
+
+        Nobody else finds its KV before `verify` has recomputed it. Of another model only what was
+        said is kept. Waits for the disk, and nothing else runs meanwhile; see `begin_import`.
+        Raises BadBundle (nothing is left behind), AgentExists, InvalidRequest, NoAgentStore,
+        BundleFailed.
+        """
+        answer: Future[ImportSummary] = Future()
+        self.begin_import(path, agent_id, answer, namespace=namespace)
+        return self._wait_for(answer)
+
+    def begin_import(
+        self,
+        path: Path | str,
+        agent_id: str | None,
+        answer: "Future[ImportSummary]",
+        *,
+        namespace: str = "",
+        is_taken: Callable[[str], bool] = lambda name: False,
+    ) -> None:
+        """The same between steps: the answer gets what `import_agent` returns or raises.
+
+        Where the answer is cancelled before the agent is there, nothing is left behind. `is_taken`
+        says of a name whether it is another engine's.
+        """
+        steps = self._importing(Path(path), agent_id, valid_namespace(namespace), is_taken)
+        self._jobs.begin(steps, answer)
+
+    def _exporting(self, agent_id: str, path: Path, timeout_s: float) -> Steps[ExportSummary]:
         """The agent as its last turn left it, whatever it does meanwhile.
 
         What the disk has not taken within `timeout_s` is left out and counted; of a damaged agent,
@@ -73,7 +179,7 @@ class AgentPorter:
             return (yield from self._exporting_rest(agent_id, path, error.problem))
         # A bundle does not say which line was used last: it is the one that knows the most.
         foreign = tuple(line for line in agent.foreign if _is_part_of(agent.main, line))
-        state = self._keeper.state_of(replace(agent, foreign=foreign))
+        state = self._states.state_of(replace(agent, foreign=foreign))
         held = {line.number: line.num_held() for line in agent.lines}
         yield from self._saving(agent, timeout_s)
         written = yield from self._writing(state, path)
@@ -89,7 +195,7 @@ class AgentPorter:
             sum(missing),
         )
 
-    def importing(
+    def _importing(
         self,
         path: Path,
         agent_id: str | None,
@@ -126,12 +232,26 @@ class AgentPorter:
             is_durable=(yield from self._link.committed(agent)),
         )
 
-    def num_unsaved(self, line: Line) -> int:
-        """Of how many of the line's tokens the KV is in memory only."""
-        stored = self._tiers.saver.stored_tokens
-        return max(line.num_held() - stored(line.transcript.token_ids, line.blocks.namespace), 0)
+    def log_unsaved(self) -> None:
+        """Warn of KV that is lost with this process; what was said is not."""
+        for agent in self._book:
+            num_unsaved = sum(map(self._num_unsaved, agent.lines))
+            if num_unsaved:
+                _log.warning(
+                    "the disk has not taken the KV of %s tokens of agent %r: it is computed again",
+                    f"{num_unsaved:,}",
+                    agent.agent_id,
+                )
 
     # -- inside ----------------------------------------------------------------------------------
+
+    def _wait_for(self, answer: "Future[T]") -> T:
+        while not answer.done():
+            if not self._jobs.is_ready:
+                self._link.hear()
+            self._tiers.save_some()
+            self._jobs.advance()
+        return answer.result()
 
     def _exporting_rest(self, agent_id: str, path: Path, damage: str) -> Steps[ExportSummary]:
         """Raises DamagedAgent where nothing can be read."""
@@ -183,7 +303,7 @@ class AgentPorter:
             undo()
             raise
         state = imported_state(bundle, name, stored.num_records)
-        return self._book.add(self._keeper.agent_of(state)), stored
+        return self._book.add(self._states.agent_of(state)), stored
 
     def _check_is_new(
         self, name: str, is_taken: Callable[[str], bool], *, is_own: bool = False
@@ -192,8 +312,67 @@ class AgentPorter:
         if is_taken(name) or (name in self._arriving and not is_own):
             raise AgentExists(name)
 
+    def _num_unsaved(self, line: Line) -> int:
+        """How many of the line's tokens have their KV in memory only."""
+        stored = self._tiers.saver.stored_tokens
+        return max(line.num_held() - stored(line.transcript.token_ids, line.blocks.namespace), 0)
+
     def _num_stored(self, line: LineState) -> int:
         return self._tiers.saver.stored_tokens(line.transcript.token_ids, line.namespace)
+
+
+def private_terms(family: KVFamily, tokenizer: str, vocab_size: int) -> BundleTerms:
+    """Terms under which nobody else can ever find the imported KV."""
+    namespace = f"{PRIVATE}{secrets.token_hex(16)}"
+    return BundleTerms(replace(family, namespace=namespace), tokenizer, vocab_size)
+
+
+def name_of(bundle: Bundle) -> str:
+    """The name that the agent had where it came from. Raises BadBundle."""
+    try:
+        valid_agent_id(bundle.state.agent_id)
+    except InvalidRequest as error:
+        raise BadBundle(bundle.path, error.problem) from error
+    return bundle.state.agent_id
+
+
+def vouched_for(bundle: Bundle, tokenizer: Tokenizer) -> Steps[Bundle]:
+    """The bundle, with what its ids say looked at where they are this tokenizer's.
+
+    Nothing of others' is believed. A step looks at a few messages.
+    """
+    lines: list[LineState] = []
+    num_tokens = 0
+    for line in bundle.state.lines:
+        is_readable = line.tokenizer == tokenizer.fingerprint
+        spans: list[Span] = []
+        for span in vouching(line.transcript, tokenizer.detokenizer if is_readable else None):
+            spans.append(span)
+            num_tokens += len(span.token_ids)
+            if num_tokens >= VOUCH_TOKENS:
+                num_tokens = 0
+                yield Pause.READY
+        lines.append(replace(line, transcript=Transcript(tuple(spans))))
+    return replace(bundle, state=replace(bundle.state, lines=tuple(lines)))
+
+
+def imported_state(bundle: Bundle, agent_id: str, num_records: int) -> AgentState:
+    """The agent under its name here; lines without any KV have no secrets to keep.
+
+    Its main line stays its main line. Under another name than it had it is another agent, and none
+    of its receipts is its own.
+    """
+    home = home_namespace(agent_id)
+    is_same = in_namespace("", agent_id) == in_namespace("", bundle.state.agent_id)
+    lines = tuple(
+        replace(
+            line,
+            namespace=line.namespace if num_records and line.namespace else home,
+            turns=line.turns if is_same else tuple(turn.without_receipt() for turn in line.turns),
+        )
+        for line in bundle.state.lines
+    )
+    return replace(bundle.state, agent_id=agent_id, lines=lines, has_fixed_main=True)
 
 
 def _is_part_of(main: Line, other: LineState) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from keepwarm.core.agent_store import AgentStore
 from keepwarm.core.errors import AgentBusy, InvariantBroken, VerifyInterrupted
 from keepwarm.core.ports import BatchGenerator
-from keepwarm.engine.agents.book import Agent, Line
+from keepwarm.engine.agents.book import Agent, AgentBook, Line
 from keepwarm.engine.agents.store_inbox import Commit, StoreInbox
 from keepwarm.kv.batch import Batch
 from keepwarm.kv.tiers import Tiers
@@ -99,32 +99,62 @@ class _Job:
     """That it has a row in, once it has begun."""
 
 
-class VerifyQueue:
+class Verifications:
     """Owns the verifications that go on beside the requests, one after the other.
 
-    Whatever is asked of an agent calls its
-    verification off, and so does a request that needs the memory.
+    Whatever is asked of an agent calls its verification off, and so does a request that needs the
+    memory. Where nothing else runs, `alone_tokens` are computed at a time.
     """
 
-    def __init__(self, verifier: AgentVerifier, tiers: Tiers) -> None:
+    def __init__(
+        self,
+        verifier: AgentVerifier,
+        tiers: Tiers,
+        *,
+        book: AgentBook,
+        link: StoreInbox,
+        alone_tokens: int,
+    ) -> None:
         self._verifier = verifier
         self._tiers = tiers
+        self._book = book
+        self._link = link
+        self._alone_tokens = alone_tokens
         self._jobs: deque[_Job] = deque()
         self._unit_tokens = 0
 
     def __repr__(self) -> str:
-        return f"VerifyQueue({[job.agent.agent_id for job in self._jobs]})"
+        return f"Verifications({[job.agent.agent_id for job in self._jobs]})"
 
-    def __bool__(self) -> bool:
-        return bool(self._jobs)
+    def __len__(self) -> int:
+        return len(self._jobs)
 
-    def check_is_free(self, agent_id: str) -> None:
-        """Raises AgentBusy while the agent is being verified."""
+    def verify(self, agent_id: str) -> VerifyReport:
+        """Compute the agent's main line cold and compare with what memory and disk hold of it.
+
+        Blocks that differ by more than legitimate computations may are dropped: a cache may forget,
+        never lie. An imported agent that passes is shared from then on, by the KV that was computed
+        here. Takes as long as a prefill, and no request goes on meanwhile: `begin_verify` runs
+        beside them. Raises UnknownAgent, AgentBusy, GeneratorFailed, and PoolExhausted without room
+        for a second copy of the line.
+        """
+        result: Future[VerifyReport] = Future()
+        self.begin_verify(agent_id, result)
+        while not result.done():
+            if not self.advance(self._alone_tokens):
+                self._link.hear()
+        return result.result()
+
+    def begin_verify(self, agent_id: str, result: "Future[VerifyReport]") -> None:
+        """Begin to verify the agent, a unit with each `step` that has time for it.
+
+        The result gets what `verify` returns or raises, or VerifyInterrupted when another call
+        for the agent came or a request needed the memory. Cancelling the result ends it. Raises
+        UnknownAgent and AgentBusy.
+        """
         if any(job.agent.agent_id == agent_id for job in self._jobs):
             raise AgentBusy(agent_id, "verify it twice")
-
-    def begin(self, agent: Agent, result: "Future[VerifyReport]") -> None:
-        """The result gets the report, or what it ended with; cancelling the result ends it."""
+        agent = self._book.get_idle(agent_id, "verify it")
         units = self._verifier.verify(agent, lambda: self._unit_tokens)
         self._jobs.append(_Job(agent, units, result))
 

@@ -1,6 +1,5 @@
 """A request while it is in the engine: its sequence, its line and its reply; and its events."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from keepwarm.core.events import (
@@ -15,13 +14,13 @@ from keepwarm.core.events import (
     Usage,
 )
 from keepwarm.core.layout import BLOCK_TOKENS
-from keepwarm.core.ports import Message
 from keepwarm.core.sequence import TokenSequence
 from keepwarm.core.transcript import Receipt
 from keepwarm.engine.agents.book import Line
-from keepwarm.engine.prompt.continuation import Divergence, Prompt, Reason
+from keepwarm.engine.prompt.continuation import Divergence, Reason
 from keepwarm.engine.prompt.reply_text import Emitted, Reply, ReplyText
 from keepwarm.engine.requests import ReceiptKey
+from keepwarm.engine.turn.intake import Wanted
 
 EVICTED = "evicted"
 CACHED = "cached"
@@ -32,22 +31,14 @@ ANOTHER_TEXT = frozenset({Reason.EDITED_TEXT, Reason.SHORTENED_TEXT, Reason.EDIT
 class ActiveRequest:
     """Everything that belongs to one request. Only the engine's thread touches it.
 
-    `messages` are what the reply follows; `reply_prefix` is what the prompt already has of it.
-    `adapted`: what was changed in the messages for this model.
+    `line` is the one that `wanted` continues, or was opened for it.
     """
 
     sequence: TokenSequence
     line: Line
-    prompt: Prompt
-    messages: tuple[Message, ...] | None
+    wanted: Wanted
     reply: ReplyText
-    locate: Callable[[int], int | None] = lambda token_index: None
-    is_new_line: bool = False
-    num_dropped_turns: int = 0
     receipt_key: ReceiptKey | None = None
-    reply_prefix: str = ""
-    is_appended: bool = False
-    adapted: tuple[str, ...] = ()
     has_started: bool = False
 
     @property
@@ -62,15 +53,19 @@ class ActiveRequest:
     def kept_reply(self) -> Reply:
         """The reply as the line will remember it: by its text, or by its ids as the prompt was."""
         reply = self.reply.reply
-        return reply if self.prompt.is_of_ids else reply.spoken
+        return reply if self.wanted.prompt.is_of_ids else reply.spoken
 
     @property
     def num_kept_tokens(self) -> int:
         """Prompt and reply as the line will remember them."""
         return self.sequence.num_prompt_tokens + len(self.kept_reply.token_ids)
 
+    @property
+    def _is_new_line(self) -> bool:
+        return self.wanted.line is None
+
     def started(self) -> Started:
-        return Started(self.request_id, self.agent_id, self._cache_report(), self.adapted)
+        return Started(self.request_id, self.agent_id, self._cache_report(), self.wanted.adapted)
 
     def progress(self) -> Progress:
         sequence = self.sequence
@@ -99,8 +94,8 @@ class ActiveRequest:
             cache=self._cache_report(),
             timing=self._timing(now_s),
             stop_sequence=self.reply.stopped_by,
-            num_dropped_turns=self.num_dropped_turns,
-            adapted=self.adapted,
+            num_dropped_turns=self.wanted.num_dropped_turns,
+            adapted=self.wanted.adapted,
         )
 
     def receipt(self, reason: FinishReason) -> Receipt | None:
@@ -127,7 +122,7 @@ class ActiveRequest:
             diverged_at=diverged_at,
             reason=reason,
             restored_s=self.sequence.restored_s,
-            message=self.locate(diverged_at),
+            message=self.wanted.locate(diverged_at),
         )
 
     def _divergence(self, cached: int, num_prompt: int) -> tuple[int, str]:
@@ -137,8 +132,8 @@ class ActiveRequest:
         tail; why it could not go on with that line says more than that.
         """
         # The last token of a line may have been sampled and never fed: lacking it is no loss.
-        num_lacking = min(self.prompt.num_shared, num_prompt) - 1 - cached
-        if num_lacking > 0 and not self.is_new_line:
+        num_lacking = min(self.wanted.prompt.num_shared, num_prompt) - 1 - cached
+        if num_lacking > 0 and not self._is_new_line:
             return cached, EVICTED
         if self._is_new_conversation(num_lacking):
             return cached, Reason.NEW_LINE.value
@@ -148,20 +143,21 @@ class ActiveRequest:
 
     def _is_new_conversation(self, num_lacking: int) -> bool:
         """Whether what the prompt shares with a line is no more than how conversations begin."""
-        divergence = self.prompt.divergence
+        divergence = self.wanted.prompt.divergence
         if divergence is None or self.agent_id is not None:
-            return divergence is None and self.is_new_line and num_lacking > 0
-        is_apart = self.is_new_line and num_lacking > 0
+            return divergence is None and self._is_new_line and num_lacking > 0
+        is_apart = self._is_new_line and num_lacking > 0
         if is_apart or divergence.reason in ANOTHER_TEXT:
             return not self._shares_a_reply(divergence)
         return False
 
     def _shares_a_reply(self, divergence: Divergence) -> bool:
-        message = self.locate(divergence.token_index)
-        return any(said["role"] == "assistant" for said in (self.messages or ())[:message])
+        message = self.wanted.locate(divergence.token_index)
+        known = (self.wanted.conversation or ())[:message]
+        return any(said["role"] == "assistant" for said in known)
 
     def _as_known(self, cached: int) -> tuple[int, str]:
-        divergence = self.prompt.divergence
+        divergence = self.wanted.prompt.divergence
         if divergence is None:
             return self.sequence.num_prompt_tokens, CACHED
         is_new = divergence.reason in (Reason.NEW_LINE, Reason.NEW_MESSAGE)

@@ -22,14 +22,10 @@ from keepwarm.engine.prompt.prompt_reader import (
     ReadElsewhere,
     is_long,
 )
-from keepwarm.engine.requests import PromptSource, valid_priority
+from keepwarm.engine.requests import Asked, GenerateRequest, PromptSource
 from keepwarm.kv.tiers import Tiers
 
 Locate = Callable[[int], int | None]
-
-
-def nowhere(token_index: int) -> None:
-    """A prompt that was not given as messages has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,22 +35,27 @@ class Reading:
     draft: Draft | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """A line to continue (None: one of its own) with its prompt, and the conversation before it.
+    """A line to continue (None: a new one) with its prompt, and the conversation before the reply.
 
-    `reply_prefix`: what the prompt has of the reply. `adapted`: what was changed in the messages
-    for this model, a short sentence for each change; the response names it.
     `locate` gives the message that a token of the prompt lies in, None where that is unknown.
+    `reply_prefix`: what the prompt already has of the reply. `adapted`: what was changed in the
+    messages for this model, a short sentence for each change; the response names it. `is_appended`:
+    the request brought the new messages only. `max_reply_tokens` and `priority` are the request's
+    own, or what the context leaves and the agent's settings say.
     """
 
     line: Line | None
     prompt: Prompt
-    conversation: Conversation | None = None
-    locate: Locate = nowhere
-    num_dropped_turns: int = 0
-    reply_prefix: str = ""
-    adapted: tuple[str, ...] = ()
+    max_reply_tokens: int
+    priority: int
+    conversation: Conversation | None
+    locate: Locate
+    num_dropped_turns: int
+    reply_prefix: str
+    adapted: tuple[str, ...]
+    is_appended: bool
 
 
 class Intake:
@@ -75,64 +76,37 @@ class Intake:
         )
         self.reader = PromptReader(loaded.tokenizer, loaded.vocab_size, self._limits)
 
-    def priority(self, agent_id: str | None, priority: int | None) -> int:
-        """None is the agent's own."""
-        if priority is not None:
-            return valid_priority(priority)
-        agent = self._book.find(agent_id) if agent_id is not None else None
-        return agent.settings.priority if agent is not None else 0
+    def choose(self, asked: Asked, reading: Reading | None = None) -> Wanted:
+        """Find the line that the request continues, and its prompt.
 
-    def choose(
-        self,
-        agent_id: str | None,
-        source: PromptSource,
-        *,
-        namespace: str = "",
-        max_tokens: int | None = None,
-        reading: Reading | None = None,
-    ) -> Wanted:
-        """`namespace` is for requests without an agent; `max_tokens` as it was asked for.
-
-        With `reading`, raises ReadElsewhere for what would take long. Without, everything is done
-        here.
+        With `reading`, a prompt that would take long raises ReadElsewhere; without, it is read
+        here. Raises InvalidRequest (ContextTooLong, NeverFits), AgentBusy and UnknownAgent.
         """
-        if source.append is not None:
-            agent = self._agent_to_append_to(agent_id, source)
+        if asked.source.append is not None:
+            agent = self._agent_to_append_to(asked)
             if agent.main.in_use:
                 raise AgentBusy(agent.agent_id, "append to it")
-            wanted = self._choose_main(agent, source, max_tokens, reading)
+            wanted = self._choose_main(agent, asked, reading)
         else:
-            wanted = self._choose_line(agent_id, source, namespace, reading)
+            wanted = self._choose_line(asked, reading)
         self.num_mended_spans += wanted.prompt.num_mended
         return wanted
 
-    def check_length(
-        self,
-        agent_id: str | None,
-        source: PromptSource,
-        *,
-        namespace: str = "",
-        max_tokens: int | None = None,
-        reading: Reading | None = None,
-    ) -> None:
-        """Refuse a prompt that is too long as things stand, also for a line that is in use."""
-        if source.append is not None:
-            agent = self._agent_to_append_to(agent_id, source)
-            wanted = self._choose_main(agent, source, max_tokens, reading)
+    def check_length(self, request: GenerateRequest, reading: Reading | None = None) -> None:
+        """Refuse a prompt that is too long as things stand, also for a line that is in use.
+
+        Raises what `choose` raises, but AgentBusy.
+        """
+        asked = request.checked()
+        if asked.source.append is not None:
+            self._choose_main(self._agent_to_append_to(asked), asked, reading)
         else:
-            wanted = self._choose_line(agent_id, source, namespace, reading)
-        self._limits.check(wanted.prompt.transcript.num_tokens)
+            self._choose_line(asked, reading)
 
     def would_drop_turns(self, num_prompt_tokens: int) -> bool:
         """Whether a conversation that long is cut, or refused, when it goes on."""
         limit = self._limits.max_tokens
         return num_prompt_tokens + reply_room(limit, None) > limit
-
-    def reply_tokens(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
-        """How long the reply may be: as asked for, within the context and the memory budget."""
-        self._limits.check(num_prompt_tokens)
-        room = self._limits.max_tokens - num_prompt_tokens
-        return room if max_tokens is None else min(max_tokens, room)
 
     def slab_bytes(self, num_tokens: int) -> int:
         """What a line of so many tokens takes in memory."""
@@ -140,15 +114,9 @@ class Intake:
 
     # -- a whole prompt --------------------------------------------------------------------------
 
-    def _choose_line(
-        self,
-        agent_id: str | None,
-        source: PromptSource,
-        namespace: str,
-        reading: Reading | None,
-    ) -> Wanted:
-        lines = self._book.lines_of(agent_id, namespace)
-        named = agent_id is not None
+    def _choose_line(self, asked: Asked, reading: Reading | None) -> Wanted:
+        source, named = asked.source, asked.agent_id is not None
+        lines = self._book.lines_of(asked.agent_id, asked.namespace)
         draft = reading.draft if reading is not None else None
         if draft is None and reading is not None and is_long(source):
             raise ReadElsewhere(self._to_prepare(source, lines, named, None))
@@ -159,7 +127,7 @@ class Intake:
         except TooMuchToEncode:
             raise ReadElsewhere(self._to_prepare(source, lines, named, draft)) from None
         known = None if line is None else line.messages
-        return self._wanted(line, prompt, draft, known, reading)
+        return self._wanted(asked, line, prompt, draft, known, reading)
 
     def _to_prepare(
         self, source: PromptSource, lines: Sequence[Line], named: bool, draft: Draft | None
@@ -170,28 +138,22 @@ class Intake:
 
     # -- an agent that is sent its new messages only ---------------------------------------------
 
-    def _agent_to_append_to(self, agent_id: str | None, source: PromptSource) -> Agent:
-        if agent_id is None:
+    def _agent_to_append_to(self, asked: Asked) -> Agent:
+        if asked.agent_id is None:
             raise InvalidRequest("append", "needs an agent_id: only an agent has a history")
-        agent = self._book.get(agent_id)
+        agent = self._book.get(asked.agent_id)
         if agent.main.messages is None:
             raise InvalidRequest("append", "this agent's last prompt was not given as messages")
         return agent
 
-    def _choose_main(
-        self,
-        agent: Agent,
-        source: PromptSource,
-        max_tokens: int | None,
-        reading: Reading | None,
-    ) -> Wanted:
-        history = _history_of(agent)
+    def _choose_main(self, agent: Agent, asked: Asked, reading: Reading | None) -> Wanted:
+        source, max_tokens, history = asked.source, asked.max_tokens, _history_of(agent)
         elsewhere = ReadElsewhere(
             lambda guard: self.reader.prepare_append(history, source, max_tokens, guard)
         )
         draft = reading.draft if reading is not None else None
         if draft is not None and draft.history != history:
-            draft = None  # somebody else has gone on with the line
+            draft = None  # another request has gone on with the line meanwhile
         if draft is None and reading is not None and is_long(source, history.messages):
             raise elsewhere
         guard = _guard_of(reading)
@@ -201,12 +163,13 @@ class Intake:
             prompt = draft.continuation.of(history.transcript)
         except TooMuchToEncode:
             raise elsewhere from None
-        return self._wanted(agent.main, prompt, draft, history.messages, reading)
+        return self._wanted(asked, agent.main, prompt, draft, history.messages, reading)
 
     # -- inside ----------------------------------------------------------------------------------
 
     def _wanted(
         self,
+        asked: Asked,
         line: Line | None,
         prompt: Prompt,
         draft: Draft,
@@ -217,15 +180,30 @@ class Intake:
         if reading is None or not draft.is_long:
             message_at = self.reader.message_at
             locate = cache(partial(message_at, draft=draft, prompt=prompt, known=known))
+        self._limits.check(prompt.transcript.num_tokens)
         return Wanted(
-            line,
-            prompt,
-            draft.conversation,
-            locate,
-            draft.num_dropped_turns,
-            draft.reply_prefix,
-            draft.continuation.adapted,
+            line=line,
+            prompt=prompt,
+            conversation=draft.conversation,
+            locate=locate,
+            num_dropped_turns=draft.num_dropped_turns,
+            reply_prefix=draft.reply_prefix,
+            adapted=(*asked.source.mended, *draft.continuation.adapted),
+            is_appended=asked.source.append is not None,
+            max_reply_tokens=self._reply_tokens(prompt, asked.max_tokens),
+            priority=self._priority(asked),
         )
+
+    def _reply_tokens(self, prompt: Prompt, max_tokens: int | None) -> int:
+        """As asked for, within the context and the memory budget."""
+        room = self._limits.max_tokens - prompt.transcript.num_tokens
+        return room if max_tokens is None else min(max_tokens, room)
+
+    def _priority(self, asked: Asked) -> int:
+        if asked.priority is not None:
+            return asked.priority
+        agent = self._book.find(asked.agent_id) if asked.agent_id is not None else None
+        return agent.settings.priority if agent is not None else 0
 
 
 def _guard_of(reading: Reading | None) -> Guard:

@@ -1,6 +1,6 @@
 """KV that is brought into slabs before anybody asks for it: from the disk, or computed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from keepwarm.core.sequence import TokenSequence, prefetch_sequence
@@ -23,9 +23,10 @@ class Prefetcher:
     Belongs to the engine's thread.
     """
 
-    def __init__(self, batch: Batch, tiers: Tiers) -> None:
+    def __init__(self, batch: Batch, tiers: Tiers, ids: Iterator[int]) -> None:
         self._batch = batch
         self._tiers = tiers
+        self._ids = ids
         self._running: dict[str, _Prefetch] = {}
 
     def __repr__(self) -> str:
@@ -38,11 +39,11 @@ class Prefetcher:
     def is_computing(self) -> bool:
         return any(prefetch.sequence.may_compute for prefetch in self._running.values())
 
-    def begin(
-        self, number: int, line: Line, token_ids: Sequence[int], *, may_compute: bool = False
-    ) -> bool:
+    def begin(self, line: Line, token_ids: Sequence[int], *, may_compute: bool = False) -> bool:
         """For these ids, of which all but the last get KV. False when there is nothing to do."""
-        sequence = prefetch_sequence(number, line.blocks, token_ids, may_compute=may_compute)
+        sequence = prefetch_sequence(
+            next(self._ids), line.blocks, token_ids, may_compute=may_compute
+        )
         if sequence is None:
             return False
         sequence.known_ids = line.transcript.token_ids

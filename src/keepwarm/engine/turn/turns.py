@@ -8,10 +8,14 @@ from dataclasses import replace
 from keepwarm.core.errors import InvariantBroken, RequestBroke
 from keepwarm.core.events import Event, FinishReason
 from keepwarm.core.ports import Tokenizer
+from keepwarm.core.sequence import TokenSequence
 from keepwarm.engine.agents.book import AgentBook, history
 from keepwarm.engine.agents.store_inbox import StoreInbox
 from keepwarm.engine.prompt.continuation import with_reply
+from keepwarm.engine.prompt.reply_text import ReplyText
+from keepwarm.engine.requests import Asked
 from keepwarm.engine.turn.active_request import ActiveRequest
+from keepwarm.engine.turn.intake import Wanted
 from keepwarm.kv.batch import Advanced, Batch, Broken, Opened, Outcome, Sampled
 from keepwarm.kv.tiers import Tiers
 
@@ -31,6 +35,7 @@ class Turns:
         link: StoreInbox,
         emit: Callable[[Event], None],
         clock: Callable[[], float],
+        ids: Iterator[int],
     ) -> None:
         self.active: dict[str, ActiveRequest] = {}
         self._tokenizer = tokenizer
@@ -40,13 +45,34 @@ class Turns:
         self._link = link
         self._emit = emit
         self._clock = clock
+        self._ids = ids
 
     def __repr__(self) -> str:
         return f"Turns({len(self.active)} requests)"
 
-    def begin(self, active: ActiveRequest) -> None:
+    def begin(self, asked: Asked, wanted: Wanted) -> str:
+        """Queue the request on its line, or on a new one. Returns its id."""
+        reply = ReplyText(self._tokenizer.detokenizer(), asked.stops)
+        line = wanted.line or self._book.open_line(asked.agent_id, asked.namespace)
+        line.in_use = True
+        number = next(self._ids)
+        sequence = TokenSequence(
+            request_id=f"req-{number}",
+            agent_id=asked.agent_id,
+            arrival=number,
+            token_ids=list(wanted.prompt.token_ids),
+            num_prompt_tokens=len(wanted.prompt.token_ids),
+            max_tokens=wanted.max_reply_tokens,
+            sampling=asked.sampling,
+            priority=wanted.priority,
+            blocks=line.blocks,
+            known_ids=line.transcript.token_ids,
+            submitted_s=self._clock(),
+        )
+        active = ActiveRequest(sequence, line, wanted, reply, asked.receipt_key)
         self.active[active.request_id] = active
-        self._batch.enqueue(active.sequence)
+        self._batch.enqueue(sequence)
+        return active.request_id
 
     def cancel(self, request_id: str) -> bool:
         """Returns whether it had not ended yet."""
@@ -138,22 +164,19 @@ class Turns:
         A request that was cancelled before its first token leaves the conversation as it was; what
         it computed stays with the line's blocks. Returns whether there is a turn to commit.
         """
-        line = active.line
-        reply = active.kept_reply
+        line, wanted, reply = active.line, active.wanted, active.kept_reply
         self._tiers.truncate(line.blocks, active.num_kept_tokens)
         if active.sequence.first_token_s is None:
             return False
-        conversation = history(active.messages, active.reply_prefix + reply.text)
-        line.transcript = with_reply(active.prompt.transcript, reply)
-        num_kept = active.prompt.num_shared
-        receipt = active.receipt(reason)
+        conversation = history(wanted.conversation, wanted.reply_prefix + reply.text)
+        line.transcript = with_reply(wanted.prompt.transcript, reply)
         self._book.record_turn(
             active.agent_id,
             line,
-            num_kept,
+            wanted.prompt.num_shared,
             conversation,
-            receipt,
-            is_appended=active.is_appended,
+            active.receipt(reason),
+            is_appended=wanted.is_appended,
         )
         return True
 

@@ -19,8 +19,8 @@ from keepwarm.core.errors import (
 )
 from keepwarm.core.stored import DEFAULT_SETTINGS, AgentSettings
 from keepwarm.engine.agents.book import AgentView
-from keepwarm.engine.agents.bundles import ExportSummary, ImportSummary
 from keepwarm.engine.agents.store_inbox import Commit
+from keepwarm.engine.agents.transfer import ExportSummary, ImportSummary
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
 from keepwarm.engine.requests import GenerateRequest, ReceiptKey, valid_name
 from keepwarm.fleet.fleet import Fleet

@@ -12,7 +12,7 @@ from keepwarm.core.transcript import Turn
 from keepwarm.engine.agents.book import Agent, Line
 
 
-class AgentKeeper:
+class AgentStates:
     """Writes agents to the store after every change, and reads them when they are asked for."""
 
     def __init__(

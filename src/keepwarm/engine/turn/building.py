@@ -1,0 +1,82 @@
+"""KV that an agent will want on a model that it does not talk to at the moment."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from keepwarm.core.agent_store import AgentStore
+from keepwarm.core.stored import AgentState
+from keepwarm.engine.agents.book import Line
+from keepwarm.engine.agents.moves import AgentMoves
+from keepwarm.engine.prompt.encoding import Guard
+from keepwarm.engine.turn.intake import Intake
+from keepwarm.engine.turn.prefetcher import Prefetcher
+from keepwarm.kv.tiers import Tiers
+
+
+@dataclass(frozen=True, slots=True)
+class BuildPlan:
+    """An agent's line whose KV is to be computed in advance, and what finds its ids."""
+
+    line: Line
+    read: Callable[[Guard], tuple[int, ...]]
+
+
+class Building:
+    """Computes KV in advance on one engine, where memory and disk have room for it."""
+
+    def __init__(
+        self,
+        intake: Intake,
+        prefetches: Prefetcher,
+        tiers: Tiers,
+        *,
+        store: AgentStore,
+        moves: AgentMoves,
+    ) -> None:
+        self._intake = intake
+        self._prefetches = prefetches
+        self._tiers = tiers
+        self._store = store
+        self._moves = moves
+
+    def begin(self, state: AgentState) -> BuildPlan | None:
+        """Take over an agent that talks to another engine's model, for when it comes here.
+
+        `read` of the plan can be called on any thread; `build` takes what it returns. None where
+        the agent has a quota, so that somebody would have to give way. Raises AgentBusy.
+        """
+        if state.settings.quota_bytes is not None:
+            return None
+        agent = self._moves.take_over(state)
+        agent.has_left = True
+        line = agent.main
+        line.blocks.pinned = False  # until it comes
+        history_ids = self._intake.reader.history_ids
+        return BuildPlan(line, partial(history_ids, line.messages, line.transcript))
+
+    def build(self, plan: BuildPlan, token_ids: tuple[int, ...]) -> bool:
+        """Compute its KV in the background, until `call_off_builds`, where nobody has to give way.
+
+        Memory and disk must have room. Returns whether it was begun.
+        """
+        num_tokens = len(token_ids)
+        if self._intake.would_drop_turns(num_tokens) or not self.has_room_for(num_tokens):
+            return False
+        return self._prefetches.begin(plan.line, token_ids, may_compute=True)
+
+    def has_room_for(self, num_tokens: int) -> bool:
+        """Whether KV of so many tokens fits into memory and onto the disk as they are."""
+        needed_bytes = self._intake.slab_bytes(num_tokens)
+        health = self._store.health()
+        disk_bytes = health.disk_bytes + health.queued_bytes + needed_bytes
+        has_disk = not health.budget_bytes or disk_bytes <= health.budget_bytes
+        return has_disk and needed_bytes <= self._tiers.pool.free_bytes
+
+    @property
+    def is_computing(self) -> bool:
+        return self._prefetches.is_computing
+
+    def call_off(self) -> None:
+        """What has been computed stays."""
+        self._prefetches.call_off(only_computing=True)
