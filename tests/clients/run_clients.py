@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from clients import install, run_node, run_pi, run_python
-from servers import ServerProcess, server_process
+from servers import ServerProcess, home_beside, server_process
 
 pytest.importorskip("mlx.core")
 
@@ -34,9 +34,7 @@ def server(
     until its context ends.
     """
     install(NAMES)
-    home = tmp_path_factory.mktemp("home")
-    (keepwarm_home / "models").mkdir(parents=True, exist_ok=True)
-    (home / "models").symlink_to(keepwarm_home / "models")
+    home = home_beside(keepwarm_home, tmp_path_factory.mktemp("home"))
     settings = (
         f"server.api_keys=clients={KEY}",
         "server.default_temperature=0",

@@ -1,6 +1,5 @@
 """What the engine expects of every `AgentStore`: the fake one, the one on a disk, a share of it."""
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from keepwarm.core.transcript import Span, Transcript, Turn
 from keepwarm.fleet.shared_store import SharedStore
 from keepwarm.store.agent_cache_store import AgentCacheStore
 from keepwarm.testing.agent_store import MemoryAgentStore
+from waiting import wait_until
 
 FAMILY = KVFamily("model", CacheLayout((LayerLayout(1, 2, 2),), "float16"))
 IDS = [(position * 37 + position // 7) % 4096 for position in range(1000)]
@@ -67,12 +67,14 @@ def store(reopen: Reopen) -> AgentStore:
 
 
 def events_of(store: AgentStore, num_events: int) -> list[StoreEvent]:
-    """So many events; the store has ten seconds for them."""
+    """Wait until the store has told `num_events` events, and no more; return them."""
     events: list[StoreEvent] = []
-    until = time.monotonic() + 10.0
-    while len(events) < num_events and time.monotonic() < until:
+
+    def hear() -> None:
         store.wait(0.1)
-        events += store.poll()
+        events.extend(store.poll())
+
+    wait_until(lambda: len(events) >= num_events, hear)
     assert len(events) == num_events, events
     store.check()
     return events

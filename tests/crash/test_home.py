@@ -15,6 +15,7 @@ from engines import ids
 from keepwarm import AgentCacheStore
 from keepwarm.store.disk.home_lock import HomeInUse
 from stores import opened, record_files
+from waiting import PATIENCE_S
 
 HOLD = """
 import sys
@@ -77,7 +78,7 @@ def test_a_refusal_leaves_the_holder_alone(tmp_path: Path) -> None:
 def test_a_process_that_died_holds_nothing(tmp_path: Path, how: signal.Signals) -> None:
     with holder(tmp_path) as other:
         other.send_signal(how)
-        other.wait(10)
+        other.wait(PATIENCE_S)
         AgentCacheStore(tmp_path).close()
 
 

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from keepwarm.store.agent_cache_store import StoreConfig
 from keepwarm.store.bundle import archive
 from keepwarm.store.disk.files import RecordFiles
 from stores import record_files
+from waiting import wait_until
 
 NUM_TOKENS = 900
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -76,12 +76,9 @@ def bundle_path(tmp_path: Path) -> Path:
     return path
 
 
-def until(condition: Callable[[], bool], engine: BlockPoolBatchEngine) -> None:
-    ends_at = time.monotonic() + 30.0
-    while not condition():
-        assert time.monotonic() < ends_at
-        engine._store.wait(0.02)
-        step(engine)
+def go_on(engine: BlockPoolBatchEngine) -> None:
+    engine._store.wait(0.02)
+    step(engine)
 
 
 @pytest.mark.parametrize(
@@ -113,8 +110,11 @@ def test_a_kill_in_mid_import_leaves_an_agent_or_nothing(
         engine = fake_engine(store=store)
         assert engine.knows("eve") == is_whole
         num_files = 4 if is_whole else 0
-        until(lambda: len(record_files(home)) == num_files, engine)
-        until(lambda: store._disk._scan is not None and not store._thread._queue, engine)
+        wait_until(lambda: len(record_files(home)) == num_files, lambda: go_on(engine))
+        wait_until(
+            lambda: store._disk._scan is not None and not store._thread._queue,
+            lambda: go_on(engine),
+        )
         assert len(record_files(home)) == store.health().num_records == num_files
         store.check()
         if not is_whole:

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +15,8 @@ from typing import IO, Any
 
 import pytest
 
-WAIT_S = 30.0
+from waiting import PATIENCE_S, wait_until
+
 INSTALL_S = 240.0
 PROGRAMS = (
     "chromium",
@@ -100,14 +100,12 @@ class Page:
         return answer["result"].get("value")
 
     def wait_for(self, expression: str) -> Any:
-        """Until it is true; returns its value."""
-        until = time.monotonic() + WAIT_S
-        while time.monotonic() < until:
-            value = self.value(f"(() => {{ try {{ return {expression}; }} catch {{}} }})()")
-            if value:
-                return value
-            time.sleep(0.05)
-        raise AssertionError(f"{expression} did not come true: {self.text('body')}")
+        """Wait until the expression is true; return its value."""
+        script = f"(() => {{ try {{ return {expression}; }} catch {{}} }})()"
+        return wait_until(
+            lambda: self.value(script),
+            explain=lambda: f"{expression} is not true: {self.text('body')}",
+        )
 
     def wait_for_text(self, selector: str, text: str) -> None:
         self.wait_for(f"document.querySelector({selector!r}).innerText.includes({text!r})")
@@ -158,7 +156,7 @@ def browser_page(folder: Path) -> Iterator[Page]:
             yield _new_page(Page(orders, answers))
         finally:
             process.kill()
-            process.wait(WAIT_S)
+            process.wait(PATIENCE_S)
 
 
 def _new_page(page: Page) -> Page:

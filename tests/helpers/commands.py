@@ -17,8 +17,8 @@ from typing import Any
 from unittest import mock
 
 from keepwarm.cli import main
+from waiting import PATIENCE_S
 
-WAIT_S = 30.0
 MAX_PATTERN = 200
 """What a pattern may match, so that what was searched need not be searched again."""
 
@@ -86,7 +86,7 @@ class Terminal:
 
     def wait_for(self, pattern: str) -> str:
         """Until it is shown; returns what was shown up to there, which is then forgotten."""
-        until = time.monotonic() + WAIT_S
+        until = time.monotonic() + PATIENCE_S
         searched = 0
         while not (found := re.compile(pattern).search(self.shown, searched)):
             searched = max(len(self.shown) - MAX_PATTERN, 0)
@@ -98,9 +98,9 @@ class Terminal:
 
     def end(self) -> int:
         """Returns the exit code."""
-        while self._read(WAIT_S):
+        while self._read(PATIENCE_S):
             pass
-        return self.process.wait(WAIT_S)
+        return self.process.wait(PATIENCE_S)
 
     def _read(self, timeout_s: float) -> bool:
         if not select.select([self.keyboard], [], [], timeout_s)[0]:
@@ -131,5 +131,5 @@ def terminal(*arguments: str, url: str) -> Iterator[Terminal]:
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
-        process.wait(WAIT_S)
+        process.wait(PATIENCE_S)
         os.close(ours)

@@ -16,10 +16,9 @@ from keepwarm.fleet.fleet import Fleet
 from keepwarm.service.async_engine import AsyncEngine
 from keepwarm.service.event_stream import EventStream
 from keepwarm.testing.generator import FakeBatchGenerator
+from waiting import PATIENCE_S
 
 T = TypeVar("T")
-
-TEST_S = 60.0
 
 
 class Gate:
@@ -51,7 +50,7 @@ class Gate:
         time.sleep(DEVICE_S)
         with self._changed:
             self.num_waited += 1
-            self._changed.wait_for(lambda: self._num_allowed != 0, TEST_S)
+            self._changed.wait_for(lambda: self._num_allowed != 0, PATIENCE_S)
             if self._num_allowed is not None:
                 self._num_allowed -= 1
 
@@ -132,7 +131,7 @@ def run(test: Coroutine[Any, Any, T]) -> T:
     """No test hangs, and none leaves a task behind."""
 
     async def bounded() -> T:
-        result = await asyncio.wait_for(test, TEST_S)
+        result = await asyncio.wait_for(test, PATIENCE_S)
         await settled()
         return result
 
@@ -182,10 +181,10 @@ async def hold(engine: AsyncEngine) -> threading.Event:
 
     def wait(_: object) -> None:
         holding.set()
-        released.wait(TEST_S)
+        released.wait(PATIENCE_S)
 
     engine._thread.ask(wait)
-    await asyncio.to_thread(holding.wait, TEST_S)
+    await asyncio.to_thread(holding.wait, PATIENCE_S)
     return released
 
 

@@ -24,9 +24,32 @@ from keepwarm.server.edge.sockets import uvicorn_config
 from keepwarm.service.async_engine import AsyncEngine
 from keepwarm.testing.models import FixedSource
 from keepwarm.wiring import start_server
+from waiting import PATIENCE_S, wait_until
 
-START_S = 60.0
 MODEL = "fake"
+
+
+def send(
+    client: httpx.Client,
+    agent: str = "ada",
+    content: str = "Hello",
+    *,
+    headers: Mapping[str, str] | None = None,
+    **fields: Any,
+) -> httpx.Response:
+    """Send a message to the agent; the reply has four tokens unless `fields` say otherwise."""
+    body = {"content": content, "max_tokens": 4, **fields}
+    return client.post(f"/v1/agents/{agent}/messages", json=body, headers=headers)
+
+
+def say(
+    client: httpx.Client, agent: str = "ada", content: str = "Hello", **more: Any
+) -> dict[str, Any]:
+    """Send a message as `send` does, and return the answer, whose status must be 200."""
+    response = send(client, agent, content, **more)
+    assert response.status_code == 200, response.text
+    document: dict[str, Any] = response.json()
+    return document
 
 
 @dataclass(slots=True)
@@ -40,18 +63,20 @@ class FakeServer:
     server: uvicorn.Server
 
     def client(self, **options: Any) -> httpx.Client:
-        """Raises where an answer is not what the server's description says."""
+        """A client that raises where an answer is not what the server's description says."""
         hooks = {"response": [check_described]}
-        base: dict[str, Any] = {"base_url": self.url, "timeout": 30.0, "trust_env": False}
+        # Without `verify`, which loads certificates: no server of these tests speaks TLS.
+        base: dict[str, Any] = {"base_url": self.url, "timeout": PATIENCE_S, "verify": False}
+        base["trust_env"] = False
         return httpx.Client(event_hooks=hooks, **base, **options)
 
     def call(self, function: Any) -> Any:
-        """On the engine of the default model, on its thread, between two steps."""
+        """Call a function of the default model's engine on its thread, between two steps."""
         return self.call_fleet(lambda fleet: function(fleet.of(None)))
 
     def call_fleet(self, function: Any) -> Any:
         future = asyncio.run_coroutine_threadsafe(self.engine.call(function), self.loop)
-        return future.result(30.0)
+        return future.result(PATIENCE_S)
 
 
 @contextmanager
@@ -104,14 +129,14 @@ def fake_server(
         thread = threading.Thread(target=run, name="fake-server")
         thread.start()
         try:
-            assert ready.wait(START_S)
+            assert ready.wait(PATIENCE_S)
             if failed:
                 raise failed[0]
             yield opened[0]
         finally:
             if opened:
                 opened[0].server.should_exit = True
-            thread.join(60.0)
+            thread.join(PATIENCE_S)
             assert not thread.is_alive()
         if failed:
             raise failed[0]
@@ -133,16 +158,17 @@ class ServerProcess:
     log: Path
 
     def client(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=120.0, trust_env=False, **options)
+        base: dict[str, Any] = {"base_url": self.url, "timeout": PATIENCE_S, "trust_env": False}
+        return httpx.Client(**base, **options)
 
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
-        self.process.wait(30.0)
+        self.process.wait(PATIENCE_S)
 
     def stop(self) -> int:
-        """As `kill PID` does; returns the exit code."""
+        """Send SIGTERM, as `kill PID` does; return the exit code."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60.0)
+        return self.process.wait(PATIENCE_S)
 
 
 @contextmanager
@@ -152,7 +178,7 @@ def server_process(
     *arguments: str,
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[ServerProcess]:
-    """On SmolLM2, with a home of its own, listening on a port that was free a moment ago."""
+    """Serve SmolLM2 from a home of its own, on a port that was free a moment ago."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "keepwarm.cli.main", "serve", "--port", str(port), *arguments]
@@ -167,21 +193,28 @@ def server_process(
         if process.poll() is None:
             process.terminate()
             try:
-                process.wait(60.0)
+                process.wait(PATIENCE_S)
             except subprocess.TimeoutExpired:
                 process.kill()
-                process.wait(30.0)
+                process.wait(PATIENCE_S)
+
+
+def home_beside(home: Path, folder: Path) -> Path:
+    """Make an empty home in `folder` that has the converted models of `home`."""
+    models = home / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
+    (folder / "models").symlink_to(models)
+    return folder
 
 
 def _wait_until_ready(server: ServerProcess) -> None:
-    until = time.monotonic() + START_S
+    def is_ready() -> bool:
+        assert server.process.poll() is None, server.log.read_text()
+        try:
+            return client.get("/health").status_code == 200
+        except httpx.TransportError:
+            return False
+
     with server.client() as client:
-        while time.monotonic() < until:
-            if server.process.poll() is not None:
-                break
-            try:
-                if client.get("/health").status_code == 200:
-                    return
-            except httpx.TransportError:
-                time.sleep(0.1)
-    raise AssertionError(f"the server did not start:\n{server.log.read_text()}")
+        wait_until(is_ready, lambda: time.sleep(0.1), explain=server.log.read_text)

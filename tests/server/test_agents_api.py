@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 import sse
-from servers import FakeServer, fake_server
+from servers import FakeServer, fake_server, say
 
 KEY = {"Idempotency-Key": "key-1"}
 OTHER_KEY = {"Authorization": "Bearer other-key"}
@@ -19,21 +19,6 @@ def server(tmp_path: Path) -> Iterator[FakeServer]:
     with fake_server(tmp_path) as running:
         yield running
         running.call(lambda engine: engine.check())
-
-
-@pytest.fixture
-def client(server: FakeServer) -> Iterator[httpx.Client]:
-    with server.client() as client:
-        yield client
-
-
-def say(client: httpx.Client, agent: str, content: str, **more: Any) -> dict[str, Any]:
-    headers = more.pop("headers", {})
-    body = {"content": content, "max_tokens": 4, **more}
-    response = client.post(f"/v1/agents/{agent}/messages", json=body, headers=headers)
-    assert response.status_code == 200, response.text
-    document: dict[str, Any] = response.json()
-    return document
 
 
 def events_of(response: httpx.Response) -> list[tuple[str, dict[str, Any]]]:

@@ -40,13 +40,6 @@ SCHEMAS = {
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeServer]:
-    with fake_server(tmp_path_factory.mktemp("home")) as running:
-        yield running
-        running.call(lambda engine: engine.check())
-
-
-@pytest.fixture(scope="module")
 def client(server: FakeServer) -> Iterator[httpx.Client]:
     with server.client(headers={"anthropic-version": "2023-06-01"}) as client:
         yield client

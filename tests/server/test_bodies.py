@@ -44,12 +44,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeServer]:
         yield running
 
 
-@pytest.fixture
-def client(server: FakeServer) -> Iterator[httpx.Client]:
-    with server.client() as client:
-        yield client
-
-
 def post(client: httpx.Client, name: str, body: bytes = JSON, **options: Any) -> httpx.Response:
     encoding, encode = ENCODERS[name]
     headers = {"Content-Encoding": encoding, "Content-Type": "application/json"}

@@ -3,7 +3,7 @@
 import gc
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from keepwarm.core.errors import KeepwarmError
 from keepwarm.server.edge import connection
-from servers import START_S, FakeServer, fake_server
+from servers import FakeServer, fake_server
 from sockets import RawClient
+from waiting import wait_until
 
 CHAT = "/v1/chat/completions"
 LIMIT = 4096
@@ -54,13 +55,6 @@ def hasty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServe
 
 def num_connections(server: FakeServer) -> int:
     return len(server.server.server_state.connections)
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    until = time.monotonic() + START_S
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.01)
 
 
 def error_of(raw: RawClient) -> tuple[int, str]:

@@ -1,7 +1,6 @@
 """`keepwarm chat` against a server on the fake generator: said once, piped, and in a terminal."""
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from commands import Done, Terminal, keepwarm, terminal
 from engines import FakeFactory
 from keepwarm.cli.chat import summary
 from servers import FakeServer, fake_server
+from waiting import wait_until
 
 PARAGRAPH_SEPARATOR = "\u2029"
 EVIL = f"a\x85b{PARAGRAPH_SEPARATOR}c\x1b[31m\r\nd"
@@ -145,10 +145,7 @@ def test_ctrl_c_stops_the_reply_and_not_the_chat(server: FakeServer) -> None:
         shell.wait_for("dab")
         shell.interrupt()
         shell.wait_for("stopped")
-        until = time.monotonic() + 10
-        while server.engine.num_requests and time.monotonic() < until:
-            time.sleep(0.01)
-        assert not server.engine.num_requests
+        wait_until(lambda: not server.engine.num_requests)
         say(shell, "not sent")
         # Python's readline sees a signal only while it waits for a key, so not before the echo.
         shell.wait_for("not sent")

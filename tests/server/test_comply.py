@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from keepwarm.home import keepwarm_home
-from servers import ServerProcess, server_process
+from servers import ServerProcess, home_beside, server_process
 
 pytest.importorskip("mlx.core")
 
@@ -21,12 +20,11 @@ GREEDY = "server.default_temperature=0"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    home = tmp_path_factory.mktemp("home")
-    converted = keepwarm_home() / "models"
-    if converted.is_dir():
-        (home / "models").symlink_to(converted)
-    with server_process(home, Path(home) / "log", "--set", GREEDY) as running:
+def server(
+    tmp_path_factory: pytest.TempPathFactory, keepwarm_home: Path
+) -> Iterator[ServerProcess]:
+    home = home_beside(keepwarm_home, tmp_path_factory.mktemp("home"))
+    with server_process(home, home / "log", "--set", GREEDY) as running:
         yield running
 
 

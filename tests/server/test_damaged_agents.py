@@ -11,14 +11,9 @@ import pytest
 from commands import Done, keepwarm
 from keepwarm.store.disk.disk_store import CATALOG_NAME
 from keepwarm.wiring import STORE_FOLDER
-from servers import FakeServer, fake_server
+from servers import FakeServer, fake_server, say, send
 
 STORY = "A story of one's own. "
-
-
-def say(client: httpx.Client, name: str, content: str = "Hello") -> httpx.Response:
-    body = {"content": content, "max_tokens": 4}
-    return client.post(f"/v1/agents/{name}/messages", json=body)
 
 
 def run(server: FakeServer, *arguments: str) -> Done:
@@ -38,8 +33,8 @@ def home(tmp_path: Path) -> Path:
     with fake_server(tmp_path) as server, server.client() as client:
         for name in ("ada", "bob"):
             client.put(f"/v1/agents/{name}", json={"pinned": name == "bob"})
-            assert say(client, name, STORY * 9).json()["durable"]
-            assert say(client, name).json()["durable"]
+            assert say(client, name, STORY * 9)["durable"]
+            assert say(client, name)["durable"]
     return tmp_path
 
 
@@ -59,12 +54,6 @@ def server(home: Path, request: pytest.FixtureRequest) -> Iterator[FakeServer]:
         yield server
 
 
-@pytest.fixture
-def client(server: FakeServer) -> Iterator[httpx.Client]:
-    with server.client() as client:
-        yield client
-
-
 def test_every_call_says_what_is_wrong_and_what_can_be_done(client: httpx.Client) -> None:
     answers = [
         client.get("/v1/agents/bob"),
@@ -75,7 +64,7 @@ def test_every_call_says_what_is_wrong_and_what_can_be_done(client: httpx.Client
         client.post("/v1/agents/bob/park"),
         client.post("/v1/agents/bob/prefetch"),
         client.post("/v1/agents/bob/verify"),
-        say(client, "bob"),
+        send(client, "bob"),
     ]
     for answer in answers:
         assert answer.status_code == 410, answer.text
@@ -93,7 +82,7 @@ def test_it_is_listed_and_deleted_and_the_others_are_served(client: httpx.Client
     listed = {agent["id"]: agent for agent in client.get("/v1/agents").json()["agents"]}
     assert listed["bob"]["damage"]
     assert listed["ada"]["damage"] is None
-    assert say(client, "ada").json()["turn"] == 3
+    assert say(client, "ada")["turn"] == 3
     health = client.get("/health").json()
     assert health["status"] == "degraded"
     assert "1 agent is damaged" in health["causes"][0]
@@ -101,7 +90,7 @@ def test_it_is_listed_and_deleted_and_the_others_are_served(client: httpx.Client
     assert client.delete("/v1/agents/bob").json() == {"id": "bob", "deleted": True}
     assert client.get("/v1/agents/bob").status_code == 404
     assert client.put("/v1/agents/bob", json={}).status_code == 201
-    assert say(client, "bob").json()["turn"] == 1
+    assert say(client, "bob")["turn"] == 1
 
 
 def test_the_command_line_shows_and_deletes_it(server: FakeServer, client: httpx.Client) -> None:
@@ -130,7 +119,7 @@ def test_what_can_be_read_is_exported_and_imported_under_another_name(
     num_turns = made.json()["num_turns"]
     rows = client.get("/v1/agents/rest/turns").json()["turns"]
     assert [row["messages"][0]["content"] for row in rows] == [STORY * 9, "Hello"][:num_turns]
-    assert say(client, "rest").json()["turn"] == num_turns + 1
+    assert say(client, "rest")["turn"] == num_turns + 1
     done = run(server, "export", "bob", str(tmp_path / "bob.keepwarm"))
     assert done.code == 0
     assert "is damaged" in done.err
@@ -155,5 +144,5 @@ def test_a_catalogue_that_is_lost_is_said(home: Path, harmed: str) -> None:
         health = client.get("/health").json()
         assert health["status"] == "degraded"
         assert "begun anew" in health["causes"][0]
-        assert say(client, "ada").status_code == 404
+        assert send(client, "ada").status_code == 404
         assert client.put("/v1/agents/ada", json={}).status_code == 201

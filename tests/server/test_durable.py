@@ -3,8 +3,7 @@
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,9 +14,9 @@ from benchmarks.child_process import environment
 from commands import keepwarm
 from keepwarm.store.catalog.catalog import Catalog
 from keepwarm.store.catalog.errors import CatalogUnavailable
-from servers import FakeServer, fake_server
+from servers import FakeServer, fake_server, say
+from waiting import wait_until
 
-WAIT_S = 30.0
 REFUSAL = "database or disk is full"
 
 
@@ -58,24 +57,9 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     return Disk(monkeypatch)
 
 
-def say(client: httpx.Client, content: str = "Hello", **headers: str) -> dict[str, Any]:
-    body = {"content": content, "max_tokens": 4}
-    response = client.post("/v1/agents/ada/messages", json=body, headers=headers)
-    assert response.status_code == 200, response.text
-    document: dict[str, Any] = response.json()
-    return document
-
-
 def turns(client: httpx.Client, name: str = "ada") -> list[Any]:
     rows: list[Any] = client.get(f"/v1/agents/{name}/turns").json()["turns"]
     return rows
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    until = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.02)
 
 
 def test_changes_on_a_full_disk_say_so_and_are_written_when_it_is_not_full(
@@ -95,14 +79,14 @@ def test_changes_on_a_full_disk_say_so_and_are_written_when_it_is_not_full(
     assert not say(client)["durable"]
     disk.free()
     names = ("new", "bob", "ada")
-    wait_for(lambda: all(client.get(f"/v1/agents/{n}").json()["durable"] for n in names))
+    wait_until(lambda: all(client.get(f"/v1/agents/{n}").json()["durable"] for n in names))
     assert client.put("/v1/agents/new", json={"priority": 3}).json()["durable"]
 
 
 def test_a_deletion_that_the_disk_refuses_is_a_507_and_leaves_the_agent(
     server: FakeServer, client: httpx.Client, disk: Disk
 ) -> None:
-    say(client, "a long story " * 60)
+    say(client, "ada", "a long story " * 60)
     before, said = client.get("/v1/agents/ada").json(), turns(client)
     disk.fill()
     refused = client.delete("/v1/agents/ada")
@@ -113,10 +97,10 @@ def test_a_deletion_that_the_disk_refuses_is_a_507_and_leaves_the_agent(
     assert "'ada' was not deleted" in error["message"]
     assert client.get("/v1/agents/ada").json() == before
     assert turns(client) == said
-    reply = say(client, "Go on.")
+    reply = say(client, "ada", "Go on.")
     assert reply["cache"]["tier"] == "hot"
     disk.free()
-    wait_for(lambda: client.get("/v1/agents/ada").json()["durable"])
+    wait_until(lambda: client.get("/v1/agents/ada").json()["durable"])
     assert client.delete("/v1/agents/ada").json() == {"id": "ada", "deleted": True}
     assert client.get("/v1/agents/ada").status_code == 404
 
@@ -126,12 +110,12 @@ def test_a_reply_that_is_repeated_is_durable_when_the_disk_has_it(
 ) -> None:
     disk.fill()
     key = {"Idempotency-Key": "once"}
-    first = say(client, **key)
-    again = say(client, **key)
+    first = say(client, headers=key)
+    again = say(client, headers=key)
     assert (first["durable"], again["durable"]) == (False, False)
     assert first["message"] == again["message"]
     disk.free()
-    wait_for(lambda: say(client, **key)["durable"])
+    wait_until(lambda: say(client, headers=key)["durable"])
     assert len(turns(client)) == 1
 
 
@@ -172,12 +156,12 @@ class TestHealth:
         assert health(client) == {"status": "ok", "model": "fake", "causes": []}
         disk.fill()
         assert not client.put("/v1/agents/ada", json={"priority": 2}).json()["durable"]
-        wait_for(lambda: health(client)["status"] == "degraded")
+        wait_until(lambda: health(client)["status"] == "degraded")
         (cause,) = health(client)["causes"]
         assert REFUSAL in cause
         assert client.get("/health/ready").status_code == 200
         disk.free()
-        wait_for(lambda: health(client)["status"] == "ok")
+        wait_until(lambda: health(client)["status"] == "ok")
         assert client.get("/v1/agents/ada").json()["durable"]
 
     def test_well_again_where_nothing_waits_to_be_written(
@@ -185,9 +169,9 @@ class TestHealth:
     ) -> None:
         disk.fill()
         assert client.delete("/v1/agents/ada").status_code == 507
-        wait_for(lambda: health(client)["status"] == "degraded")
+        wait_until(lambda: health(client)["status"] == "degraded")
         disk.free()
-        wait_for(lambda: health(client)["status"] == "ok")
+        wait_until(lambda: health(client)["status"] == "ok")
 
 
 def health(client: httpx.Client) -> dict[str, Any]:
@@ -218,10 +202,10 @@ def test_told_to_stop_while_the_disk_refuses_it_ends_and_says_what_is_lost(tmp_p
         with httpx.Client(base_url=url, timeout=60.0, trust_env=False) as client:
             client.put("/v1/agents/ada", json={}).raise_for_status()
             client.put("/v1/agents/idle", json={}).raise_for_status()
-            usage = [say(client, "a long story " * 40)["usage"] for _ in range(2)][-1]
+            usage = [say(client, "ada", "a long story " * 40)["usage"] for _ in range(2)][-1]
             assert health(client)["status"] == "degraded"
         process.send_signal(signal.SIGTERM)
-        process.wait(WAIT_S)  # it waited for twice as long before it gave up
+        process.wait(55.0)  # it does not wait for the disk, which has 60 seconds in other places
     said = log.read_text()
     num_tokens = usage["prompt_tokens"] + usage["completion_tokens"]
     assert f"agent 'ada': all of it, 2 turns and {num_tokens:,} tokens" in said

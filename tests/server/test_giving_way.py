@@ -2,12 +2,10 @@
 
 import asyncio
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
 import pytest
 
 from doors import (
@@ -22,22 +20,11 @@ from doors import (
     until,
 )
 from keepwarm.core.errors import EngineBroke, VerifyInterrupted
-from servers import FakeServer, fake_server
+from servers import FakeServer, fake_server, say, send
 from sockets import RawClient
+from waiting import PATIENCE_S, wait_until
 
 NUM_PREFETCHES = 6
-WAIT_S = 60.0
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    until_s = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < until_s
-        time.sleep(0.001)
-
-
-def say(client: httpx.Client, content: str) -> httpx.Response:
-    return client.post("/v1/agents/ada/messages", json={"content": content, "max_tokens": 3})
 
 
 @pytest.fixture
@@ -46,7 +33,7 @@ def server(tmp_path: Path) -> Iterator[FakeServer]:
     with fake_server(tmp_path, factory=GatedFactory(), engine__always_restore=True) as server:
         with server.client() as client:
             client.put("/v1/agents/ada", json={}).raise_for_status()
-            say(client, "y" * 9_000).raise_for_status()
+            say(client, "ada", "y" * 9_000, max_tokens=3)
         yield server
 
 
@@ -59,9 +46,9 @@ def test_a_message_right_after_a_prefetch(server: FakeServer) -> None:
     with server.client() as client:
         for number in range(NUM_PREFETCHES):
             client.post("/v1/agents/ada/park").raise_for_status()
-            wait_for(lambda: client.get("/v1/agents/ada").json()["tier"] == "cold")
+            wait_until(lambda: client.get("/v1/agents/ada").json()["tier"] == "cold")
             client.post("/v1/agents/ada/prefetch").raise_for_status()
-            answer = say(client, "And?")
+            answer = send(client, "ada", "And?")
             assert answer.status_code == 200
             assert answer.json()["turn"] == number + 2
             assert answer.json()["cache"]["cached_tokens"] > 9_000
@@ -74,11 +61,11 @@ class TestVerify:
             gate.close()
             verifying = pool.submit(client.post, "/v1/agents/ada/verify")
             gate.allow(3)
-            wait_for(lambda: server.engine._results)
+            wait_until(lambda: server.engine._results)
             with server.client() as other:
                 gate.open()
-                assert say(other, "And?").status_code == 200
-            answer = verifying.result(WAIT_S)
+                assert send(other, "ada", "And?").status_code == 200
+            answer = verifying.result(PATIENCE_S)
         assert answer.status_code == 409
         assert "interrupted" in answer.json()["error"]["message"]
         assert answer.headers["retry-after"]
@@ -93,10 +80,10 @@ class TestVerify:
                 raw.read_until(lambda data: data.count(b"data: ") > 5)
                 num_said = raw.received.count(b"data: ")
                 verifying = pool.submit(client.post, "/v1/agents/ada/verify")
-                wait_for(lambda: server.engine._results)
+                wait_until(lambda: server.engine._results)
                 raw.read_until(lambda data: data.count(b"data: ") > num_said + 20)
                 assert not verifying.done()
-                report = verifying.result(WAIT_S).json()
+                report = verifying.result(PATIENCE_S).json()
             assert report["passed"]
             assert report["compared_tokens"] > 9_000
             assert gate.num_waited
@@ -107,11 +94,11 @@ class TestVerify:
         with RawClient(server.url) as raw:
             raw.socket.sendall(raw.request("/v1/agents/ada/verify", b""))
             gate.allow(2)
-            wait_for(lambda: server.engine._results)
-        wait_for(lambda: not server.engine._results)
+            wait_until(lambda: server.engine._results)
+        wait_until(lambda: not server.engine._results)
         num_waited = gate.num_waited
         gate.open()
-        wait_for(lambda: not server.call(lambda engine: engine.has_work))
+        wait_until(lambda: not server.call(lambda engine: engine.has_work))
         assert gate.num_waited <= num_waited + 1
         server.call(check_is_empty)
 

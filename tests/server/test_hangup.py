@@ -3,7 +3,7 @@
 import asyncio
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,21 +16,14 @@ from keepwarm.fleet.fleet import Fleet
 from keepwarm.service.event_stream import EventStream
 from servers import FakeServer, fake_server
 from sockets import RawClient
+from waiting import wait_until
 
 CHAT = "/v1/chat/completions"
-WAIT_S = 30.0
 NUM_HANG_UPS = 500
 AT_ONCE = 10
 AGENTS = ("ada", "eve", "bob")
 
 Request = tuple[str, dict[str, Any]]
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    until = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.001)
 
 
 def chat(content: str = "Hello", *, stream: bool = True, **more: Any) -> Request:
@@ -71,9 +64,9 @@ class Watch:
 
     def check(self) -> None:
         door = self.server.engine
-        wait_for(lambda: not door.num_requests)
-        wait_for(lambda: len(asyncio.all_tasks(self.server.loop)) <= self.num_tasks)
-        wait_for(lambda: not self.server.call(lambda e: e.has_work))
+        wait_until(lambda: not door.num_requests)
+        wait_until(lambda: len(asyncio.all_tasks(self.server.loop)) <= self.num_tasks)
+        wait_until(lambda: not self.server.call(lambda e: e.has_work))
         self.server.call(check_is_empty)
         assert not door._streams
         assert not door._turnstile._locks
@@ -88,7 +81,7 @@ def watched(home: Path, **options: Any) -> Iterator[tuple[FakeServer, Watch]]:
         with server.client() as client:
             for name in AGENTS:
                 assert client.put(f"/v1/agents/{name}", json={}).status_code == 201
-        wait_for(lambda: not server.server.server_state.connections)
+        wait_until(lambda: not server.server.server_state.connections)
         watch = Watch(server)
         yield server, watch
         watch.check()
@@ -187,12 +180,12 @@ class TestWithinOneStep:
             factory.gate.close()
             path, body = chat("y" * 700, stream=stream)
             client.post(path, body)
-            wait_for(lambda: factory.gate.num_waited == 1)
+            wait_until(lambda: factory.gate.num_waited == 1)
             factory.gate.allow(calls)
-            wait_for(lambda: factory.gate.num_waited == 1 + calls)
+            wait_until(lambda: factory.gate.num_waited == 1 + calls)
             self._go(server, client, reset=reset)
             factory.gate.allow(1)
-            wait_for(lambda: not server.engine.num_requests)
+            wait_until(lambda: not server.engine.num_requests)
             assert factory.gate.num_waited == 1 + calls
             factory.gate.open()
 
@@ -202,13 +195,13 @@ class TestWithinOneStep:
         with watched(tmp_path, factory=factory) as (server, _), RawClient(server.url) as client:
             path, body = chat(stream=stream, n=4)
             client.post(path, body)
-            wait_for(lambda: server.engine.num_requests == 4)
-            wait_for(lambda: factory.made[-1].batch_sizes[-1:] == [4])
+            wait_until(lambda: server.engine.num_requests == 4)
+            wait_until(lambda: factory.made[-1].batch_sizes[-1:] == [4])
             num_before = factory.gate.close()
-            wait_for(lambda: factory.gate.num_waited == num_before + 1)
+            wait_until(lambda: factory.gate.num_waited == num_before + 1)
             self._go(server, client, num_cancels=4)
             factory.gate.allow(1)
-            wait_for(lambda: not server.engine.num_requests)
+            wait_until(lambda: not server.engine.num_requests)
             assert factory.gate.num_waited == num_before + 1
             factory.gate.open()
 
@@ -224,19 +217,19 @@ class TestWithinOneStep:
         ):
             factory.gate.close()
             first.post(*to_agent("ada"))
-            wait_for(lambda: factory.gate.num_waited == 1)
+            wait_until(lambda: factory.gate.num_waited == 1)
             if where == "queue":
                 second.post(*chat(stream=stream))
-                wait_for(lambda: server.engine._thread._mailbox._commands.qsize() == 1)
+                wait_until(lambda: server.engine._thread._mailbox._commands.qsize() == 1)
             else:
                 second.post(*to_agent("ada", stream=stream))
-                wait_for(lambda: server.engine._turnstile.num_waiting == 1)
+                wait_until(lambda: server.engine._turnstile.num_waiting == 1)
             second.socket.close()
             if where == "queue":
-                wait_for(lambda: server.engine._thread._mailbox._commands.qsize() >= 2)
-            wait_for(lambda: not server.engine._turnstile.num_waiting)
+                wait_until(lambda: server.engine._thread._mailbox._commands.qsize() >= 2)
+            wait_until(lambda: not server.engine._turnstile.num_waiting)
             self._let_step(factory)
-            wait_for(lambda: server.engine.num_requests == 1)
+            wait_until(lambda: server.engine.num_requests == 1)
             assert not factory.made[-1].batch_sizes or max(factory.made[-1].batch_sizes) == 1
             factory.gate.open()
             first.socket.close()
@@ -247,12 +240,12 @@ class TestWithinOneStep:
             path, body = to_agent("ada", "y" * 2_000, stream=False, max_tokens=3)
             client.post(path, json=body).raise_for_status()
             client.post("/v1/agents/ada/park").raise_for_status()
-            wait_for(lambda: client.get("/v1/agents/ada").json()["tier"] == "cold")
+            wait_until(lambda: client.get("/v1/agents/ada").json()["tier"] == "cold")
             disk = _HeldDisk(server)
             with RawClient(server.url) as raw:
                 raw.post(*to_agent("ada", stream=stream))
-                wait_for(lambda: disk.num_held)
-            wait_for(lambda: not server.engine.num_requests)
+                wait_until(lambda: disk.num_held)
+            wait_until(lambda: not server.engine.num_requests)
             disk.is_held = False
             body = {"content": "Again", "max_tokens": 3}
             answer = client.post("/v1/agents/ada/messages", json=body).json()
@@ -268,12 +261,12 @@ class TestWithinOneStep:
         else:
             client.socket.close()
         commands = server.engine._thread._mailbox._commands
-        wait_for(lambda: commands.qsize() >= num_cancels)
+        wait_until(lambda: commands.qsize() >= num_cancels)
 
     def _let_step(self, factory: GatedFactory) -> None:
         waited = factory.gate.num_waited
         factory.gate.allow(2)
-        wait_for(lambda: factory.gate.num_waited == waited + 2)
+        wait_until(lambda: factory.gate.num_waited == waited + 2)
 
 
 def test_a_request_that_runs_once_runs_on(tmp_path: Path) -> None:
@@ -295,6 +288,6 @@ def test_what_was_said_before_the_hang_up_is_kept(tmp_path: Path) -> None:
         with RawClient(server.url) as raw:
             raw.post(*to_agent("ada"))
             raw.read_until(lambda data: data.count(b"event: delta") > 5)
-        wait_for(lambda: not server.engine.num_requests)
+        wait_until(lambda: not server.engine.num_requests)
         (turn,) = client.get("/v1/agents/ada/turns").json()["turns"]
         assert turn["messages"][-1]["content"]

@@ -8,8 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from keepwarm.home import keepwarm_home
-from servers import server_process
+from servers import home_beside, server_process
 
 pytest.importorskip("mlx.core")
 
@@ -17,12 +16,9 @@ TALE = "A short tale about a river and the town that grew beside it. " * 12
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    home = tmp_path_factory.mktemp("home")
-    converted = keepwarm_home() / "models"
-    if converted.is_dir():
-        (home / "models").symlink_to(converted)
-    with server_process(home, Path(home) / "log") as server, server.client() as client:
+def client(tmp_path_factory: pytest.TempPathFactory, keepwarm_home: Path) -> Iterator[httpx.Client]:
+    home = home_beside(keepwarm_home, tmp_path_factory.mktemp("home"))
+    with server_process(home, home / "log") as server, server.client() as client:
         yield client
 
 

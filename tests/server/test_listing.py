@@ -8,16 +8,15 @@ import pytest
 
 from fleets import loaded
 from keepwarm.testing.models import FixedSource
-from servers import FakeServer, fake_server
+from servers import FakeServer, fake_server, say
 
 LONG = "y" * 700
 SESSION = "2a8f7c1e-53d4-4b6f-9a0c-1e2d3c4b5a69"
 
 
-def say(client: httpx.Client, name: str, content: str, model: str | None = None) -> None:
-    client.put(f"/v1/agents/{name}", json={}).raise_for_status()
-    body = {"content": content, "max_tokens": 4, "model": model}
-    client.post(f"/v1/agents/{name}/messages", json=body).raise_for_status()
+def create(client: httpx.Client, *names: str) -> None:
+    for name in names:
+        client.put(f"/v1/agents/{name}", json={}).raise_for_status()
 
 
 def listed(client: httpx.Client) -> dict[str, Any]:
@@ -31,8 +30,8 @@ def agents_of_models(client: httpx.Client) -> dict[str, int]:
 @pytest.mark.parametrize("length", [5, 255, 256, 700])
 def test_after_a_restart(tmp_path: Path, length: int) -> None:
     with fake_server(tmp_path) as server, server.client() as client:
+        create(client, "ada", "new")
         say(client, "ada", "y" * length)
-        client.put("/v1/agents/new", json={}).raise_for_status()
         before = listed(client)["ada"]
     with fake_server(tmp_path) as server, server.client() as client:
         after = listed(client)
@@ -58,6 +57,7 @@ def test_after_a_restart(tmp_path: Path, length: int) -> None:
 
 def test_what_the_disk_has_lost_is_not_held(tmp_path: Path) -> None:
     with fake_server(tmp_path) as server, server.client() as client:
+        create(client, "ada")
         say(client, "ada", "y" * 900)
         before = listed(client)["ada"]
     blocks = sorted((tmp_path / "agents" / "blocks").rglob("*.safetensors"))
@@ -86,9 +86,10 @@ def test_by_model(tmp_path: Path) -> None:
     config_file.write_text("[models.third]\n", "utf-8")
     options: dict[str, Any] = {"source": source, "model__name": "small", "config_file": config_file}
     with fake_server(tmp_path / "home", **options) as server, server.client() as client:
+        create(client, "ada", "bob", "eve")
         for name in ("ada", "bob", "eve"):
             say(client, name, LONG)
-        say(client, "bob", "And?", "third")
+        say(client, "bob", "And?", model="third")
         assert agents_of_models(client) == {"small": 2, "third": 1}
     with fake_server(tmp_path / "home", **options) as server, server.client() as client:
         assert agents_of_models(client) == {"small": 2, "third": 1}
@@ -100,8 +101,7 @@ def test_by_model(tmp_path: Path) -> None:
 def test_pages_of_many(tmp_path: Path) -> None:
     names = [f"agent-{number:03}" for number in range(120)]
     with fake_server(tmp_path) as server, server.client() as client:
-        for name in names:
-            client.put(f"/v1/agents/{name}", json={}).raise_for_status()
+        create(client, *names)
     with fake_server(tmp_path) as server, server.client() as client:
         found: list[str] = []
         while True:

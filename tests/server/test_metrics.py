@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from servers import FakeServer, fake_server
 from sockets import RawClient
+from waiting import wait_until
 
 BODY = {"model": "fake", "messages": [{"role": "user", "content": "x" * 600}], "max_tokens": 8}
 
@@ -18,12 +19,6 @@ BODY = {"model": "fake", "messages": [{"role": "user", "content": "x" * 600}], "
 def server(tmp_path: Path) -> Iterator[FakeServer]:
     with fake_server(tmp_path) as running:
         yield running
-
-
-@pytest.fixture
-def client(server: FakeServer) -> Iterator[httpx.Client]:
-    with server.client() as client:
-        yield client
 
 
 def samples(client: httpx.Client) -> dict[str, float]:
@@ -88,8 +83,7 @@ def test_open_connections_and_tasks_are_counted(server: FakeServer, client: http
         other.post("/v1/agents/nobody/messages", {"content": "Hello"})
         other.read_document()
         assert samples(client)["keepwarm_connections"] == 2
-    while samples(client)["keepwarm_connections"] != 1:
-        time.sleep(0.01)
+    wait_until(lambda: samples(client)["keepwarm_connections"] == 1)
     assert alone["keepwarm_tasks"] >= 1
 
 

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from keepwarm.service.model_registry import ModelState
 from keepwarm.testing.models import FixedSource
 from servers import FakeServer, fake_server
 from sockets import RawClient
+from waiting import wait_until
 
 TOML = """
 [models.other]
@@ -92,13 +92,6 @@ def text_of(answer: httpx.Response) -> str:
 
 def states(client: httpx.Client) -> dict[str, str]:
     return {card["id"]: card["state"] for card in client.get("/v1/models").json()["data"]}
-
-
-def wait_until(condition: Any) -> None:
-    until = time.monotonic() + 30.0
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.005)
 
 
 class TestByName:

@@ -1,13 +1,11 @@
 """What OpenAI's clients send: what the model is given of it, and what is refused by name."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 
 from keepwarm.testing.tokenizer import FakeTokenizer
-from servers import fake_server
 from sse import events_of
 
 CHAT = "/v1/chat/completions"
@@ -15,15 +13,6 @@ TEXT = "/v1/completions"
 HELLO = {"role": "user", "content": "Hello"}
 CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {}}}
-
-
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    with (
-        fake_server(tmp_path_factory.mktemp("home")) as server,
-        server.client() as client,
-    ):
-        yield client
 
 
 def chat(client: httpx.Client, *messages: Any, **more: Any) -> httpx.Response:

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,6 @@ from servers import fake_server
 GOLDEN = Path(__file__).parent / "golden"
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
-
-
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    with (
-        fake_server(tmp_path_factory.mktemp("home")) as server,
-        server.client() as client,
-    ):
-        yield client
 
 
 def collected(text: str) -> dict[str, Any]:

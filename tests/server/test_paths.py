@@ -1,26 +1,12 @@
 """Paths as clients write them: what is meant is served, where there is no doubt."""
 
-from collections.abc import Iterator
-
 import httpx
 import pytest
 
 from keepwarm.server.edge.paths import tidy
-from servers import FakeServer, fake_server
+from servers import FakeServer
 
 BODY = {"model": "fake", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeServer]:
-    with fake_server(tmp_path_factory.mktemp("home")) as running:
-        yield running
-
-
-@pytest.fixture
-def client(server: FakeServer) -> Iterator[httpx.Client]:
-    with server.client() as client:
-        yield client
 
 
 @pytest.mark.parametrize(

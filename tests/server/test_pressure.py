@@ -3,8 +3,6 @@
 import json
 import socket
 import threading
-import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,8 @@ from engines import FakeFactory
 from servers import FakeServer, fake_server
 from sockets import RawClient
 from sse import DONE, body_of, events_of
+from waiting import PATIENCE_S, wait_until
 
-WAIT_S = 30.0
 CHAT = "/v1/chat/completions"
 DIALECTS = {
     "openai": (CHAT, {"model": "fake", "messages": [{"role": "user", "content": "Hello"}]}),
@@ -35,13 +33,6 @@ HEARTBEATS = {
     "anthropic": b"event: ping\n",
     "agents": COMMENT,
 }
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    until = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.001)
 
 
 def request(dialect: str, **more: Any) -> tuple[str, dict[str, Any]]:
@@ -69,7 +60,7 @@ def occupied(server: FakeServer, clients: ExitStack, factory: GatedFactory) -> N
     client_of_row = clients.enter_context(RawClient(server.url))
     waited = factory.gate.num_waited
     client_of_row.post(*request("openai"))
-    wait_for(lambda: factory.gate.num_waited > waited)
+    wait_until(lambda: factory.gate.num_waited > waited)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -87,10 +78,10 @@ def test_a_full_queue_answers_429(tmp_path: Path, dialect: str, stream: bool) ->
             others.append(clients.enter_context(RawClient(server.url)))
             others[-1].post(*request(dialect, stream=stream))
         num_asked = 1 if dialect == "agents" else 2
-        wait_for(lambda: server.engine._thread._mailbox._commands.qsize() >= num_asked)
+        wait_until(lambda: server.engine._thread._mailbox._commands.qsize() >= num_asked)
         factory.gate.allow(3)
         answered: list[RawClient] = []
-        wait_for(lambda: answered.extend(_readable(others)) or answered)
+        wait_until(lambda: answered.extend(_readable(others)) or answered)
         status, headers, body = answered[0].read_document()
         assert status == 429
         assert int(headers["retry-after"]) >= 1
@@ -115,7 +106,7 @@ def test_a_wait_that_is_too_long_answers_503(tmp_path: Path, dialect: str, strea
         occupied(server, clients, factory)
         waiting = clients.enter_context(RawClient(server.url))
         waiting.post(*request(dialect, stream=stream))
-        wait_for(lambda: server.engine._thread._mailbox._commands.qsize() >= 1)
+        wait_until(lambda: server.engine._thread._mailbox._commands.qsize() >= 1)
         factory.gate.allow(1)
         status, headers, body = waiting.read_document()
         assert status == 503
@@ -153,7 +144,7 @@ def test_or_ends_its_stream_with_an_error(tmp_path: Path, dialect: str) -> None:
         last = events_of(response.text)[-1]
         assert "was not complete within 0.2 s" in last.data["error"]["message"]
         assert last.name == ("" if dialect in ("openai", "completions") else "error")
-        wait_for(lambda: not server.call(lambda e: e.has_work))
+        wait_until(lambda: not server.call(lambda e: e.has_work))
         server.call(check_is_empty)
 
 
@@ -166,7 +157,7 @@ def test_what_breaks_off_under_way_ends_with_an_error(tmp_path: Path) -> None:
         frames = [frame for frame in response.text.split("\n\n") if "error" in frame]
         assert len(frames) == 1
         assert response.text.rstrip().endswith(frames[0])
-        wait_for(lambda: not server.call(lambda e: e.has_work))
+        wait_until(lambda: not server.call(lambda e: e.has_work))
         server.call(check_is_empty)
 
 
@@ -178,7 +169,7 @@ def test_further_choices_that_find_the_queue_full(tmp_path: Path, stream: bool) 
         response = client.post(path, json=body)
         assert response.status_code == (200 if stream else 429)
         assert "waiting already" in response.text
-        wait_for(lambda: not server.call(lambda e: e.has_work))
+        wait_until(lambda: not server.call(lambda e: e.has_work))
         server.call(check_is_empty)
 
 
@@ -191,13 +182,13 @@ class TestSlowReaders:
         ):
             path, body = request("openai", stream=True, max_tokens=90_000)
             slow.post(path, body)
-            wait_for(lambda: server.engine.num_requests)
+            wait_until(lambda: server.engine.num_requests)
             for _ in range(3):
                 reply = client.post(path, json={**body, "max_tokens": 50})
                 assert reply.text.endswith("data: [DONE]\n\n")
             connections = server.server.server_state.connections
-            wait_for(lambda: len(connections) == 1)
-            wait_for(lambda: not server.call(lambda e: e.has_work))
+            wait_until(lambda: len(connections) == 1)
+            wait_until(lambda: not server.call(lambda e: e.has_work))
             server.call(check_is_empty)
             assert b"[DONE]" not in slow.read_until(lambda _: False)
 
@@ -209,9 +200,9 @@ class TestSlowReaders:
             RawClient(server.url, receive_buffer=4096) as slow,
         ):
             slow.post(*request("openai", stream=True, max_tokens=20_000))
-            wait_for(lambda: server.engine.num_requests)
+            wait_until(lambda: server.engine.num_requests)
             (stream,) = server.engine._running
-            wait_for(lambda: stream.has_ended)
+            wait_until(lambda: stream.has_ended)
             assert len(stream._unread) <= 2
             text = slow.read_until(lambda data: data.endswith(b"0\r\n\r\n"))
             assert b"[DONE]" in text
@@ -221,9 +212,9 @@ class TestSlowReaders:
         with fake_server(tmp_path) as server:
             slow = RawClient(server.url, receive_buffer=4096)
             slow.post(*request("openai", stream=True, max_tokens=90_000))
-            wait_for(lambda: server.engine.num_requests)
+            wait_until(lambda: server.engine.num_requests)
             slow.reset()
-            wait_for(lambda: not server.engine.num_requests)
+            wait_until(lambda: not server.engine.num_requests)
 
 
 class TestHeartbeats:
@@ -258,7 +249,7 @@ class TestHeartbeats:
             occupied(server, clients, factory)
             waiting = clients.enter_context(RawClient(server.url))
             waiting.post(*request("openai", stream=True))
-            wait_for(lambda: server.engine._thread._mailbox._commands.qsize() >= 1)
+            wait_until(lambda: server.engine._thread._mailbox._commands.qsize() >= 1)
             factory.gate.allow(1)
             waiting.read_until(lambda data: data.endswith(b"0\r\n\r\n"))
             assert b" 200 OK" in waiting.received
@@ -319,7 +310,7 @@ def test_a_stop_tells_streams_that_they_broke_off(tmp_path: Path) -> None:
         whole = RawClient(server.url)
         whole.post(*request("openai"))
         streamed.read_until(lambda data: data.count(b"data: ") > 3)
-        wait_for(lambda: server.engine.num_requests == 2)
+        wait_until(lambda: server.engine.num_requests == 2)
         factory.gate.close()
         server.server.should_exit = True
 
@@ -329,7 +320,7 @@ def test_a_stop_tells_streams_that_they_broke_off(tmp_path: Path) -> None:
 
         reader = threading.Thread(target=read)
         reader.start()
-        reader.join(WAIT_S)
+        reader.join(PATIENCE_S)
         factory.gate.open()
     assert b"the server is stopping" in received[0]
     assert b" 503 " in received[1]
@@ -348,7 +339,7 @@ def _readable(clients: list[RawClient]) -> list[RawClient]:
         except TimeoutError:
             continue
         finally:
-            client.socket.settimeout(WAIT_S)
+            client.socket.settimeout(PATIENCE_S)
     return found
 
 

@@ -3,13 +3,11 @@
 import json
 import threading
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
 
-from keepwarm.home import keepwarm_home
-from servers import ServerProcess, server_process
+from servers import ServerProcess, home_beside, say, server_process
+from waiting import PATIENCE_S
 
 pytest.importorskip("mlx.core")
 
@@ -17,39 +15,26 @@ STORY = "Tell me about rivers. " * 30
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Path:
-    """Empty but for the converted model, which is that of the other tests."""
-    (tmp_path / "home").mkdir()
-    converted = keepwarm_home() / "models"
-    if converted.is_dir():
-        (tmp_path / "home" / "models").symlink_to(converted)
-    return tmp_path / "home"
-
-
-def say(client: httpx.Client, content: str, **more: Any) -> dict[str, Any]:
-    body = {"content": content, "max_tokens": 8, "temperature": 0, **more}
-    response = client.post("/v1/agents/ada/messages", json=body)
-    assert response.status_code == 200, response.text
-    document: dict[str, Any] = response.json()
-    return document
+def home(keepwarm_home: Path, tmp_path: Path) -> Path:
+    return home_beside(keepwarm_home, tmp_path / "home")
 
 
 def test_an_agent_outlives_its_server(home: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     with server_process(home, log) as server, server.client() as client:
         client.put("/v1/agents/ada", json={"system": "Be brief."})
-        first = say(client, STORY)
+        first = say(client, "ada", STORY, temperature=0)
         assert first["durable"]
         num_first = first["usage"]["prompt_tokens"] + first["usage"]["completion_tokens"]
         server.kill()
     with server_process(home, log) as server, server.client() as client:
-        second = say(client, "Go on.")
+        second = say(client, "ada", "Go on.", temperature=0)
         assert second["turn"] == 2
         assert second["usage"]["cached_tokens"] > num_first - 256 - 1
         num_second = second["usage"]["prompt_tokens"] + second["usage"]["completion_tokens"]
         assert server.stop() == 0
     with server_process(home, log) as server, server.client() as client:
-        third = say(client, "Go on.")
+        third = say(client, "ada", "Go on.", temperature=0)
         assert third["turn"] == 3
         assert third["cache"]["tier"] == "cold"
         assert third["usage"]["cached_tokens"] == num_second - 1
@@ -72,9 +57,9 @@ def test_a_stop_lets_replies_end(home: Path, tmp_path: Path) -> None:
 
         reader = threading.Thread(target=read)
         reader.start()
-        assert has_begun.wait(60)
+        assert has_begun.wait(PATIENCE_S)
         assert server.stop() == 0
-        reader.join(60)
+        reader.join(PATIENCE_S)
         end = lines[lines.index("event: completed") + 1]
         assert json.loads(end.removeprefix("data: "))["durable"]
 

@@ -3,13 +3,11 @@ missing.
 """
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 
-from servers import fake_server
 from sse import events_of
 
 CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
@@ -31,15 +29,6 @@ def result(*content: Any) -> dict[str, Any]:
 
 
 READ = [ASKED, {"role": "assistant", "content": [CALL]}]
-
-
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    with (
-        fake_server(tmp_path_factory.mktemp("home")) as server,
-        server.client() as client,
-    ):
-        yield client
 
 
 def ask(client: httpx.Client, path: str, messages: Any, **more: Any) -> httpx.Response:

@@ -3,7 +3,6 @@
 import errno
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -15,24 +14,9 @@ import pytest
 from engines import FakeFactory
 from keepwarm.server.dialects.agents.transfers import Transfers
 from keepwarm.store.disk.files import RecordFiles
-from servers import FakeServer, fake_server
+from servers import FakeServer, fake_server, say
 from sockets import RawClient
-
-PATIENCE_S = 30.0
-
-
-def until(condition: Callable[[], bool]) -> None:
-    ends_at = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < ends_at
-        time.sleep(0.01)
-
-
-def say(client: httpx.Client, agent: str, content: str, **more: Any) -> httpx.Response:
-    body = {"content": content, "max_tokens": 4, **more}
-    response = client.post(f"/v1/agents/{agent}/messages", json=body)
-    assert response.status_code == 200, response.text
-    return response
+from waiting import PATIENCE_S, wait_until
 
 
 def files_in(home: Path) -> list[Path]:
@@ -49,7 +33,7 @@ def home(tmp_path: Path) -> Path:
 def server(home: Path) -> Iterator[FakeServer]:
     with fake_server(home, factory=FakeFactory(pause_s=0.001)) as running:
         yield running
-        until(lambda: not files_in(home))
+        wait_until(lambda: not files_in(home))
         running.call(lambda engine: engine.check())
         assert not running.call(lambda engine: bool(engine._jobs))
 
@@ -183,9 +167,9 @@ class TestHangingUp:
         raw = get(server, "/v1/agents/ada/export")
         gate.until_there()
         raw.reset()
-        until(lambda: not server.call(lambda engine: bool(engine._jobs)))
+        wait_until(lambda: not server.call(lambda engine: bool(engine._jobs)))
         gate.may_go.set()
-        until(lambda: not files_in(home))
+        wait_until(lambda: not files_in(home))
         assert client.get("/v1/agents/ada/export").content == bundle
 
     def test_while_a_file_is_on_its_way(
@@ -194,9 +178,9 @@ class TestHangingUp:
         raw = RawClient(server.url)
         whole = raw.request("/v1/agents/import?id=eve", bundle)
         raw.socket.sendall(whole[: len(whole) - 100])
-        until(lambda: len(files_in(home)) == 1)
+        wait_until(lambda: len(files_in(home)) == 1)
         raw.reset()
-        until(lambda: not files_in(home))
+        wait_until(lambda: not files_in(home))
         assert client.get("/v1/agents/eve").status_code == 404
 
     def test_while_an_agent_is_taken_in(
@@ -213,9 +197,9 @@ class TestHangingUp:
         raw.socket.sendall(raw.request("/v1/agents/import?id=eve", bundle))
         gate.until_there()
         raw.reset()
-        until(lambda: not server.call(lambda engine: bool(engine._jobs)))
+        wait_until(lambda: not server.call(lambda engine: bool(engine._jobs)))
         gate.may_go.set()
-        until(
+        wait_until(
             lambda: server.call(lambda engine: engine.snapshot().store.num_records) == num_records
         )
         assert client.get("/v1/agents/eve").status_code == 404
@@ -228,7 +212,7 @@ class TestHangingUp:
             raw.read_until(lambda data: b"\r\n\r\n" in data)
             assert len(files_in(home)) == 1
             raw.reset()
-            until(lambda: not files_in(home))
+            wait_until(lambda: not files_in(home))
 
 
 def large_agent(client: httpx.Client) -> None:
@@ -248,7 +232,7 @@ def test_a_client_that_takes_nothing_is_cut_off(home: Path) -> None:
     ):
         with get(server, "/v1/agents/ada/export") as slow:
             slow.read_until(lambda data: b"\r\n\r\n" in data)
-            until(lambda: not files_in(home))
+            wait_until(lambda: not files_in(home))
             with suppress(ConnectionResetError):
                 slow.read_until(lambda data: False)
             assert len(slow.received) < length

@@ -1,12 +1,7 @@
 """Numbers that JSON's grammar allows or Python adds to it, and that nothing can keep."""
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import httpx
 import pytest
-
-from servers import fake_server
 
 CHAT = """{"model": "fake", "max_tokens": 2, "messages": [
     {"role": "user", "content": "Hi"},
@@ -26,13 +21,6 @@ BODIES = {
     "/v1/messages/count_tokens": MESSAGES.replace('"max_tokens": 2, ', ""),
 }
 JSON = {"Content-Type": "application/json", "X-Agent-ID": "ada"}
-
-
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    home: Path = tmp_path_factory.mktemp("home")
-    with fake_server(home) as server, server.client() as client:
-        yield client
 
 
 @pytest.mark.parametrize("path", BODIES)

@@ -32,12 +32,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeServer]:
         yield running
 
 
-@pytest.fixture
-def client(server: FakeServer) -> Iterator[httpx.Client]:
-    with server.client() as client:
-        yield client
-
-
 @pytest.mark.parametrize("name", STREAMS)
 def test_no_proxy_collects_or_keeps_a_stream(client: httpx.Client, name: str) -> None:
     path, body = STREAMS[name]

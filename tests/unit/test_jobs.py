@@ -1,7 +1,6 @@
 """Exports and imports between the engine's steps: beside requests, called off, or cut short."""
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -42,8 +41,7 @@ from keepwarm.engine.agents.transfer import (
 from keepwarm.store.agent_cache_store import StoreConfig
 from keepwarm.store.disk.io_thread import Priority
 from keepwarm.testing.agent_store import MemoryAgentStore
-
-PATIENCE_S = 30.0
+from waiting import PATIENCE_S, wait_until
 
 
 @pytest.fixture
@@ -76,23 +74,25 @@ def import_(
     return answer
 
 
-def finish(engine: BlockPoolBatchEngine, answer: "Future[Any]") -> Any:
-    until = time.monotonic() + PATIENCE_S
-    while not answer.done():
-        assert time.monotonic() < until
-        assert engine.has_chores
-        engine._store.wait(0.05)
+def go_on(engine: BlockPoolBatchEngine, num_steps: int = 1) -> None:
+    """Step, with a little time for the store before each step."""
+    for _ in range(num_steps):
+        engine._store.wait(0.005)
         step(engine)
+
+
+def finish(engine: BlockPoolBatchEngine, answer: "Future[Any]") -> Any:
+    def go_on_if_busy() -> None:
+        assert engine.has_chores
+        go_on(engine)
+
+    wait_until(answer.done, go_on_if_busy)
     return answer.result()
 
 
 def quieten(engine: BlockPoolBatchEngine) -> None:
     """Until no job is left, and the store has done what it was told before."""
-    until = time.monotonic() + PATIENCE_S
-    while engine._jobs or engine._store._bundles._jobs:
-        assert time.monotonic() < until
-        engine._store.wait(0.02)
-        step(engine)
+    wait_until(lambda: not engine._jobs and not engine._store._bundles._jobs, lambda: go_on(engine))
     settle(engine)
     assert engine.flush()
     for _ in range(4):  # work of many units lets what comes behind it go first
@@ -282,7 +282,7 @@ class TestCalledOff:
     def test_an_export(self, engine: BlockPoolBatchEngine, path: Path, num_steps: int) -> None:
         run(engine, agent_id="ada", token_ids=ids(900), max_tokens=5)
         answer = export(engine, path)
-        self.go_on(engine, num_steps)
+        go_on(engine, num_steps)
         is_called_off = answer.cancel()
         quieten(engine)
         assert list(path.parent.iterdir()) == ([] if is_called_off else [path])
@@ -297,7 +297,7 @@ class TestCalledOff:
         quieten(engine)
         num_records = engine.snapshot().store.num_records
         answer = import_(engine, path, "eve")
-        self.go_on(engine, num_steps)
+        go_on(engine, num_steps)
         answer.cancel()
         quieten(engine)
         is_there = engine.knows("eve")
@@ -307,24 +307,13 @@ class TestCalledOff:
             assert finish(engine, import_(engine, path, "eve")).num_records == num_records
         assert run(engine, agent_id="eve", token_ids=ids(900), max_tokens=5).cache.cached_tokens
 
-    @staticmethod
-    def go_on(engine: BlockPoolBatchEngine, num_steps: int) -> None:
-        for _ in range(num_steps):
-            engine._store.wait(0.005)
-            step(engine)
-
     def test_what_had_just_ended(self, engine: BlockPoolBatchEngine, path: Path) -> None:
         """The store has answered, and the engine has not looked yet."""
         run(engine, agent_id="ada", token_ids=ids(300), max_tokens=5)
         settle(engine)
         answer = export(engine, path)
-        until = time.monotonic() + PATIENCE_S
-        while not engine._store._bundles._jobs:
-            assert time.monotonic() < until
-            step(engine)
-        while not engine._link._answers:
-            assert time.monotonic() < until
-            engine._link.hear()
+        wait_until(lambda: engine._store._bundles._jobs, lambda: step(engine))
+        wait_until(lambda: engine._link._answers, engine._link.hear)
         assert path.exists()
         assert answer.cancel()
         quieten(engine)
@@ -352,8 +341,7 @@ class TestTheEnd:
             engine = fake_engine(store=store)
             run(engine, agent_id="ada", token_ids=ids(900), max_tokens=5)
             answer = export(engine, path)
-            while not store._bundles._jobs:
-                step(engine)
+            wait_until(lambda: store._bundles._jobs, lambda: step(engine))
         assert list(path.parent.iterdir()) in ([], [path])
         assert not answer.done()
 
@@ -380,10 +368,7 @@ def test_what_a_file_says_is_looked_at_a_part_at_a_time(
     ticket = store.read_bundle(
         path, private_terms(family, tokenizer.fingerprint, tokenizer.vocab_size)
     )
-    until = time.monotonic() + PATIENCE_S
-    while ticket not in engine._link._answers:
-        assert time.monotonic() < until
-        engine._link.hear()
+    wait_until(lambda: ticket in engine._link._answers, engine._link.hear)
     answer = engine._link._answers.pop(ticket)
     assert isinstance(answer, BundleRead)
     assert answer.bundle is not None

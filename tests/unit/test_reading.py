@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from doors import (
-    TEST_S,
     Opener,
     cancel,
     check_is_empty,
@@ -30,6 +29,7 @@ from keepwarm.engine.prompt.reader_threads import Readers
 from keepwarm.engine.requests import GenerateRequest, PromptSource
 from keepwarm.engine.turn.intake import Reading
 from keepwarm.testing.tokenizer import FakeTokenizer
+from waiting import PATIENCE_S
 
 ENGINE_THREAD = "keepwarm-engine"
 GATE = "<gate>"
@@ -60,7 +60,7 @@ class WatchedTokenizer(FakeTokenizer):
         if GATE in text:
             assert name != ENGINE_THREAD
             self.at_gate.set()
-            assert self.gate.wait(TEST_S)
+            assert self.gate.wait(PATIENCE_S)
         return super().encode(text)
 
     def render(self, messages: Any, **options: Any) -> Any:
@@ -412,18 +412,18 @@ def test_a_job_that_is_called_off_stops_at_its_next_text() -> None:
     def work(guard: Any) -> None:
         guard(0)
         begun.set()
-        assert go_on.wait(TEST_S)
+        assert go_on.wait(PATIENCE_S)
         guard(10)
 
     job, behind = readers.begin(work), readers.begin(work)
-    assert begun.wait(TEST_S)
+    assert begun.wait(PATIENCE_S)
     job.call_off()
     behind.call_off()
     go_on.set()
     with pytest.raises(NobodyWaits):
-        job.answer.result(TEST_S)
+        job.answer.result(PATIENCE_S)
     assert behind.answer.cancelled()
-    assert readers.begin(lambda guard: 7).answer.result(TEST_S) == 7
+    assert readers.begin(lambda guard: 7).answer.result(PATIENCE_S) == 7
 
 
 def test_only_so_many_wait_for_a_reader() -> None:
@@ -432,16 +432,16 @@ def test_only_so_many_wait_for_a_reader() -> None:
 
     def work(guard: Any) -> None:
         begun.set()
-        assert go_on.wait(TEST_S)
+        assert go_on.wait(PATIENCE_S)
 
     jobs = [readers.begin(work)]
-    assert begun.wait(TEST_S)
+    assert begun.wait(PATIENCE_S)
     jobs += [readers.begin(work), readers.begin(work)]
     with pytest.raises(QueueFull):
         readers.begin(work)
     go_on.set()
     for job in jobs:
-        job.answer.result(TEST_S)
+        job.answer.result(PATIENCE_S)
 
 
 def test_what_a_reader_raises_is_raised_where_it_was_asked_for() -> None:
@@ -449,4 +449,4 @@ def test_what_a_reader_raises_is_raised_where_it_was_asked_for() -> None:
         raise InvalidRequest("messages", "are wrong")
 
     with pytest.raises(InvalidRequest):
-        Readers(1).begin(fail).answer.result(TEST_S)
+        Readers(1).begin(fail).answer.result(PATIENCE_S)

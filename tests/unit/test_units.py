@@ -1,7 +1,6 @@
 """Work of many units on the store's thread: what comes meanwhile goes first; it can be ended."""
 
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ from keepwarm.store.catalog.catalog import Catalog
 from keepwarm.store.disk import disk_store
 from keepwarm.store.disk.files import RecordFiles
 from keepwarm.store.disk.units import Units, UnitWork, finish
+from waiting import PATIENCE_S, wait_until
 
-PATIENCE_S = 30.0
 NUM_BLOCKS = 12
 
 
@@ -102,11 +101,12 @@ def engine(store: AgentCacheStore) -> BlockPoolBatchEngine:
 
 def events_until(store: AgentCacheStore, kind: type) -> list[Any]:
     events: list[Any] = []
-    until = time.monotonic() + PATIENCE_S
-    while not any(isinstance(event, kind) for event in events):
-        assert time.monotonic() < until
+
+    def hear() -> None:
         store.wait(0.05)
-        events += store.poll()
+        events.extend(store.poll())
+
+    wait_until(lambda: any(isinstance(event, kind) for event in events), hear)
     return events
 
 

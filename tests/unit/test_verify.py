@@ -29,6 +29,7 @@ from keepwarm.core.stored import Record, Saved
 from keepwarm.kv.verifier import SCRATCH_ROW, VerifyReport
 from keepwarm.testing.agent_store import MemoryAgentStore
 from keepwarm.testing.generator import FakePayload, FakeSlab
+from waiting import wait_until
 
 Restart = Callable[..., BlockPoolBatchEngine]
 
@@ -414,7 +415,7 @@ def spoil(engine: BlockPoolBatchEngine, said: list[int], depth: int) -> None:
     record = records_of(engine, said)[depth]
     buffer = bytearray(store.record_bytes(engine.tiers._family, record.num_tokens))
     store.fetch(engine.tiers._family, record, buffer)
-    (event,) = wait_for(store)
+    (event,) = wait_until(store.poll, lambda: store.wait(0.1))
     values = array("Q", bytes(event.data))
     values[7] += 1
     data = memoryview(values.tobytes())
@@ -422,12 +423,6 @@ def spoil(engine: BlockPoolBatchEngine, said: list[int], depth: int) -> None:
     store.drop([record.hash])
     half = len(data) // 2
     store.save(engine.tiers._family, record, block, [data[:half], data[half:]], "ada")
-    assert wait_for(store) == [Saved(record.hash, retry=False)]
-
-
-def wait_for(store: AgentStore) -> list[Any]:
-    for _ in range(100):
-        if events := store.poll():
-            return list(events)
-        store.wait(0.1)
-    raise AssertionError("the store said nothing")
+    assert list(wait_until(store.poll, lambda: store.wait(0.1))) == [
+        Saved(record.hash, retry=False)
+    ]
