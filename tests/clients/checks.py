@@ -41,7 +41,7 @@ def get(to: Target, path: str) -> Any:
 
 
 def check_all_is_cached(cached: int, prompt: int, reply: int) -> None:
-    """Of a second turn: it found the first's prompt and reply, but for the token that ended it."""
+    """Check that a second turn found the first's prompt and reply, but for its last token."""
     assert prompt + reply - 1 <= cached <= prompt + reply, (cached, prompt, reply)
 
 

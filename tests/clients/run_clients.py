@@ -96,7 +96,7 @@ def _pi(folder: Path, api: str, url: str, model: str) -> list[str]:
 
 
 def _usages(sessions: Path) -> list[dict[str, int]]:
-    """Of each reply in the agent's latest session."""
+    """Return the tokens of each reply in the agent's latest session."""
     session = max(sessions.rglob("*.jsonl"), key=lambda path: path.stat().st_mtime_ns)
     rows = [json.loads(line) for line in session.read_text("utf-8").splitlines()]
     messages = [row["message"] for row in rows if row["type"] == "message"]

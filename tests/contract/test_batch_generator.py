@@ -275,7 +275,7 @@ def test_the_largest_difference_of_payloads(generator: BatchGenerator) -> None:
 
 
 def test_a_single_flipped_bit_is_a_difference(generator: BatchGenerator) -> None:
-    """Of whichever byte of whichever tensor."""
+    """The first, the middle and the last byte each make a difference."""
     payload = generator.extract(filled(generator, 20), 0, 20)
     data = b"".join(generator.pack(payload))
     for position in (0, len(data) // 2, len(data) - 1):

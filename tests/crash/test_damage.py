@@ -119,7 +119,7 @@ def extend(draw: random.Random, data: bytearray) -> None:
 
 
 def shift(draw: random.Random, data: bytearray) -> None:
-    """As many bytes, some of them elsewhere."""
+    """Move some bytes elsewhere; the length stays."""
     start = draw.randrange(len(data) - 1)
     del data[start]
     data.insert(draw.randrange(len(data)), draw.randrange(256))
@@ -173,7 +173,7 @@ def test_two_thousand_damages_are_found_and_no_answer_changes(home: Home, tmp_pa
 
 
 def _everybody_answers(home: Home, folder: Path, damaged: dict[str, int], where: str) -> None:
-    """As a cold engine would, with all that came before the damage, and no more, from the disk."""
+    """The reply is a cold engine's; the disk gives all that came before the damage, and no more."""
     with opened(folder, num_blocks=MEMORY) as setup:
         for agent_id, turn in _replies(home, setup).items():
             assert turn.token_ids == home.replies[agent_id], (where, agent_id)

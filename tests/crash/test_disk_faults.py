@@ -91,7 +91,7 @@ def wait_a_minute(setup: Setup) -> None:
 
 @pytest.fixture
 def says_it_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a disk does that others fill between question and write: the kernel is who refuses."""
+    """Other programs fill the disk between the question and the write: the kernel refuses it."""
     roomy = os.statvfs("/")
     monkeypatch.setattr("keepwarm.store.disk.budget.os.statvfs", lambda _folder: roomy)
 

@@ -1,6 +1,6 @@
 """Headless Chromium, driven over its debugging pipe: no driver, no library.
 
-Where there is none it is installed if that is possible without asking (root, on Debian's kin).
+Where Chromium is missing, it is installed as root on Debian and its derivatives.
 """
 
 import json
@@ -37,7 +37,7 @@ OPTIONS = (
 
 
 def chromium() -> str:
-    """The program. Skips the test where there is none and none can be installed."""
+    """Find or install Chromium and return its path. Skips the test where neither works."""
     found = _found()
     if found is None and os.geteuid() == 0 and shutil.which("apt-get"):
         _install()
@@ -69,7 +69,7 @@ def _install() -> None:
 
 @dataclass(slots=True)
 class Page:
-    """One tab. `complaints`: what its console said, exceptions and violations of its policy."""
+    """A tab. `complaints` are console messages, exceptions and violations of the page's policy."""
 
     orders: IO[bytes]
     answers: IO[bytes]
@@ -91,7 +91,7 @@ class Page:
         return result
 
     def open(self, url: str) -> None:
-        """A page that has not loaded yet; `wait_for` waits."""
+        """Start loading the page; `wait_for` waits for what it shows."""
         self.send("Page.navigate", url=url)
 
     def value(self, expression: str) -> Any:
@@ -111,7 +111,7 @@ class Page:
         self.wait_for(f"document.querySelector({selector!r}).innerText.includes({text!r})")
 
     def text(self, selector: str) -> str:
-        """As a person sees it: without what is hidden."""
+        """Return the text that a person sees: hidden text is left out."""
         return str(self.value(f"document.querySelector({selector!r}).innerText"))
 
     def _next(self) -> dict[str, Any]:
@@ -132,7 +132,7 @@ class Page:
 
 @contextmanager
 def browser_page(folder: Path) -> Iterator[Page]:
-    """A tab of a browser of its own, whose files are in `folder`."""
+    """Start a browser whose files are in `folder`, and open a tab."""
     program = chromium()
     their_orders, our_orders = os.pipe()
     our_answers, their_answers = os.pipe()

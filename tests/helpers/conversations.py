@@ -1,4 +1,4 @@
-"""The shapes of conversations that clients send, over OpenAI's API."""
+"""Conversations of many shapes, as clients send them over OpenAI's API."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Whether what a server answers is what its own description says."""
+"""Whether an answer is what the server's OpenAPI description says."""
 
 from functools import cache
 from typing import Any
@@ -13,7 +13,7 @@ from keepwarm.server.app import ROUTERS
 
 @cache
 def _api() -> tuple[list[APIRoute], dict[str, Any]]:
-    """The routes in their order, and their description, in which no field may be unsaid."""
+    """Return the routes in order, and their description, in which every field must be listed."""
     api = FastAPI()
     for router in ROUTERS:
         api.include_router(router)
@@ -26,7 +26,7 @@ def _api() -> tuple[list[APIRoute], dict[str, Any]]:
 
 
 def check_described(response: httpx.Response) -> None:
-    """For `event_hooks`. What is streamed, and paths without a route, are not looked at."""
+    """Check a response, as one of `event_hooks`; streams and paths without a route are left out."""
     kind = response.headers.get("content-type", "")
     schema = _schema_of(response, kind.partition(";")[0])
     if schema is None or not kind.startswith("application/json"):

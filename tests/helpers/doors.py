@@ -1,4 +1,4 @@
-"""The async door to an engine on the fake generator, and a gate that lets it step."""
+"""The async engine on the fake generator, and a gate that lets it step."""
 
 import asyncio
 import threading
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Gate:
-    """Open at first. Closed, each call of the generator waits until it is let through."""
+    """A gate, open at first. While it is closed, each call of the generator waits at it."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -30,7 +30,7 @@ class Gate:
         self.num_waited = 0
 
     def close(self) -> int:
-        """How many calls came before; the next one waits."""
+        """Let the next call wait; return how many came before."""
         with self._changed:
             self._num_allowed = 0
             return self.num_waited
@@ -46,7 +46,7 @@ class Gate:
             self._changed.notify_all()
 
     def pass_through(self) -> None:
-        """On the engine's thread, which leaves the interpreter's lock to the others."""
+        """Let the engine's thread wait, without the interpreter's lock, until the gate is open."""
         time.sleep(DEVICE_S)
         with self._changed:
             self.num_waited += 1
@@ -66,7 +66,7 @@ class _GatedGenerator(FakeBatchGenerator):
 
 
 class GatedFactory(FakeFactory):
-    """Its generators wait at a gate before each prefill and each decode."""
+    """Makes generators that wait at a gate before each prefill and each decode."""
 
     def __init__(self, *, script: list[int] | None = None) -> None:
         super().__init__(script=script)
@@ -79,7 +79,7 @@ class GatedFactory(FakeFactory):
 
 
 class Opener:
-    """Opens one engine after another, on a store where there is a folder; `bugs` come first."""
+    """Opens one engine after another, on a store where `home` is given; `change` may break each."""
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ async def engine_of(
 
 
 def run(test: Coroutine[Any, Any, T]) -> T:
-    """No test hangs, and none leaves a task behind."""
+    """Run an async test; it must end in PATIENCE_S seconds and leave no task behind."""
 
     async def bounded() -> T:
         result = await asyncio.wait_for(test, PATIENCE_S)
@@ -139,7 +139,7 @@ def run(test: Coroutine[Any, Any, T]) -> T:
 
 
 async def settled() -> None:
-    """Until only the task that asks is left."""
+    """Wait until no task is left but the calling one."""
     for _ in range(200):
         if len(asyncio.all_tasks()) == 1:
             return
@@ -148,6 +148,7 @@ async def settled() -> None:
 
 
 async def until(condition: Callable[[], object]) -> None:
+    """Wait until the condition holds; `run` bounds the time."""
     while not condition():  # noqa: ASYNC110 - what it waits for happens in another thread
         await asyncio.sleep(0.001)
 
@@ -176,7 +177,7 @@ async def reply(engine: AsyncEngine, request: GenerateRequest) -> Completed:
 
 
 async def hold(engine: AsyncEngine) -> threading.Event:
-    """The engine's thread waits until the event is set."""
+    """Hold the engine's thread until the returned event is set."""
     holding, released = threading.Event(), threading.Event()
 
     def wait(_: object) -> None:
@@ -195,7 +196,7 @@ async def cancel(task: "asyncio.Task[Any]") -> None:
 
 
 def check_is_empty(engine: BlockPoolBatchEngine) -> None:
-    """Nobody waits, nobody has a row, no line is in use."""
+    """Check that no request waits, no row is taken and no line is in use."""
     engine.check()
     assert not engine.batch.waiting
     assert not engine.batch.running

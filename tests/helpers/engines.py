@@ -1,4 +1,4 @@
-"""Engines on the fake generator, and what the tests ask of them again and again."""
+"""Engines on the fake generator, and the questions that many tests ask of them."""
 
 import time
 from collections.abc import Sequence
@@ -28,11 +28,11 @@ DEVICE_S = 20e-6
 
 
 class FakeFactory:
-    """Makes generators and keeps them all; `fail_at` says of one after another when they fail.
+    """Makes generators and keeps them all; `fail_at` has the failing calls of one after another.
 
-    A decode step lasts `pause_s` longer and leaves the interpreter's lock, as a device does that
-    computes: DEVICE_S suffices. Without, an engine's thread can keep a server's loop from it for
-    seconds.
+    A decode step sleeps `pause_s` seconds without the interpreter's lock, as if a device computed:
+    DEVICE_S suffices. Otherwise the engine's thread can keep the lock from a server's event loop
+    for seconds.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ def fake_loaded(
     max_context_tokens: int = 100_000,
     fingerprint: str = "fake",
 ) -> LoadedModel:
-    """A model on the fake generator."""
+    """Build a model on the fake generator."""
     return LoadedModel(
         name="fake",
         fingerprint=fingerprint,
@@ -106,7 +106,7 @@ def fake_engine(
     fingerprint: str = "fake",
     **config: Any,
 ) -> BlockPoolBatchEngine:
-    """An engine on a fake generator with a budget of `num_blocks` blocks."""
+    """Build an engine on a fake generator with a budget of `num_blocks` blocks."""
     loaded = fake_loaded(
         factory=factory,
         tokenizer=tokenizer,
@@ -125,7 +125,7 @@ def fake_engine(
 
 
 def scripted(*token_ids: int, **more: Any) -> BlockPoolBatchEngine:
-    """An engine whose every reply is these ids."""
+    """Build an engine whose every reply is these ids."""
     return fake_engine(factory=FakeFactory(script=token_ids), **more)
 
 
@@ -144,12 +144,12 @@ def assistant(text: str) -> dict[str, str]:
 
 
 def ids(num_tokens: int, salt: int = 0) -> list[int]:
-    """Prompt ids that look like nothing else; another salt, other ids from the first on."""
+    """Return prompt ids; those of two salts differ from the first on."""
     return [(7 + salt + position * (3 + salt)) % 256 for position in range(num_tokens)]
 
 
 def step(engine: BlockPoolBatchEngine, times: int = 1) -> list[Event]:
-    """So many steps, each checked."""
+    """Step `times` times, check the engine after each, and return the events."""
     events: list[Event] = []
     for _ in range(times):
         events += engine.step()
@@ -159,7 +159,7 @@ def step(engine: BlockPoolBatchEngine, times: int = 1) -> list[Event]:
 
 
 def settle(engine: BlockPoolBatchEngine) -> None:
-    """Until the store has taken all that waits for it."""
+    """Step until the store has taken all KV that waits for it."""
     for _ in range(10_000):
         if not len(engine.tiers.saves):
             engine.check()
@@ -171,7 +171,7 @@ def settle(engine: BlockPoolBatchEngine) -> None:
 
 
 def drain(engine: BlockPoolBatchEngine, *, max_steps: int = 20_000) -> list[Event]:
-    """All events until nothing is left to do."""
+    """Step until the engine has no work; return the events."""
     events: list[Event] = []
     for _ in range(max_steps):
         if not engine.has_work:
@@ -181,7 +181,7 @@ def drain(engine: BlockPoolBatchEngine, *, max_steps: int = 20_000) -> list[Even
 
 
 def ending_of(events: Sequence[Event], request_id: str) -> Completed | Failed:
-    """The one event that ended the request."""
+    """Return the one event that ended the request."""
     endings = [
         event
         for event in events
@@ -204,7 +204,7 @@ def failed(events: Sequence[Event], request_id: str) -> Failed:
 
 
 def run(engine: BlockPoolBatchEngine, **request: Any) -> Completed:
-    """Submit, and step until everything is done."""
+    """Submit a request and step until the engine has no work; return its end."""
     request_id = engine.submit(**request)
     return completed(drain(engine), request_id)
 
@@ -220,7 +220,7 @@ def text_of(events: Sequence[Event], request_id: str) -> str:
 def fresh_reply(
     prompt_ids: Sequence[int], *, vocab_size: int = 256, **request: Any
 ) -> tuple[int, ...]:
-    """What an engine with nothing in it and all the memory in the world replies."""
+    """Return what a new engine with plenty of memory replies."""
     engine = fake_engine(factory=FakeFactory(vocab_size=vocab_size))
     request_id = engine.submit(token_ids=list(prompt_ids), **request)
     events: list[Event] = []
@@ -230,7 +230,7 @@ def fresh_reply(
 
 
 def kv_values(token_ids: Sequence[int]) -> list[int]:
-    """The fake KV that these ids must have."""
+    """Return the fake KV that these ids must have."""
     values: list[int] = []
     previous = 0
     for token_id in token_ids:
@@ -240,7 +240,7 @@ def kv_values(token_ids: Sequence[int]) -> list[int]:
 
 
 def check_values(tiers: Tiers) -> None:
-    """Whatever a line claims to hold, in slab, blocks and tail, is the KV of its ids."""
+    """Check that all that lines hold, in slab, blocks and tail, is the KV of their ids."""
     for line in tiers._lines.values():
         expected = kv_values(line.token_ids)
         if line.slab is not None:
@@ -257,12 +257,12 @@ def check_values(tiers: Tiers) -> None:
 
 
 def main_blocks(engine: BlockPoolBatchEngine, agent_id: str) -> Any:
-    """The block table of the agent's main line."""
+    """Return the block table of the agent's main line."""
     return engine._book.get(agent_id).main.blocks
 
 
 def prompt_of(engine: BlockPoolBatchEngine, request_id: str) -> list[int]:
-    """The prompt's ids of a request that has not ended."""
+    """Return the prompt's ids of a request that has not ended."""
     sequence = engine._active[request_id].sequence
     return sequence.token_ids[: sequence.num_prompt_tokens]
 

@@ -1,4 +1,4 @@
-"""Fleets of fake models over a real store, and what the tests ask of them."""
+"""Fleets of fake models over a real store, and the questions that tests ask of them."""
 
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -79,7 +79,7 @@ class Setup:
         return answer.result()
 
     def settle(self) -> None:
-        """Until the disk has taken what there is."""
+        """Step until nothing is left to do and the disk has taken everything."""
         while self.fleet.has_work or self.fleet.has_chores:
             self.store.wait(0.05)
             self.step()
@@ -116,7 +116,7 @@ def new_engine(
 
 @contextmanager
 def opened(home: Path, *, budget_bytes: int = BUDGET_BYTES, **options: Any) -> Iterator[Setup]:
-    """With the default model; `options` are the fleet's."""
+    """Open a fleet with its default model; `options` are the fleet's."""
     with AgentCacheStore(home, config=StoreConfig(free_floor_bytes=0)) as store:
         fleet = Fleet(
             new_engine, default="small", store=store, budget_bytes=budget_bytes, **options

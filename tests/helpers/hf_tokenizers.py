@@ -1,4 +1,4 @@
-"""Real tokenizers for tests: the embedded model's, and a small one in the manner of Llama 2."""
+"""Real tokenizers: the embedded model's, and a small one in the manner of Llama 2."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ LLAMA_TEMPLATE = (
 
 
 def smollm2_tokenizer(folder: Path) -> Any:
-    """The embedded model's tokenizer, read from its GGUF without the weights."""
+    """Read the embedded model's tokenizer from its GGUF, without the weights."""
     path = embedded_source().path
     _, metadata = mx.load(str(path), return_metadata=True)
     facts = GGUFFacts(path, metadata)
@@ -37,7 +37,7 @@ def smollm2_tokenizer(folder: Path) -> Any:
 
 
 def sentencepiece_tokenizer(style: str) -> PreTrainedTokenizerFast:
-    """Words with a leading `▁`, bytes for the rest; `style` is "legacy", "first" or "always"."""
+    """Build a tokenizer of words with a leading `▁`; `style` is "legacy", "first" or "always"."""
     specials = ["<unk>", "<s>", "</s>", "<|pad|>"]
     words = ["▁", "▁Hello", "Hello", "▁world", "▁[", "[", "]", "▁I", "INST", "/", "."]
     letters = [chr(code) for code in range(ord("A"), ord("z") + 1)]

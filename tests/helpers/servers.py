@@ -1,4 +1,4 @@
-"""Servers on free loopback ports: on the fake generator in a thread, or a process of their own."""
+"""Servers on free loopback ports: in a thread on the fake generator, or in their own process."""
 
 import asyncio
 import os
@@ -63,7 +63,7 @@ class FakeServer:
     server: uvicorn.Server
 
     def client(self, **options: Any) -> httpx.Client:
-        """A client that raises where an answer is not what the server's description says."""
+        """Open a client that checks each answer against the server's description."""
         hooks = {"response": [check_described]}
         # Without `verify`, which loads certificates: no server of these tests speaks TLS.
         base: dict[str, Any] = {"base_url": self.url, "timeout": PATIENCE_S, "verify": False}
@@ -90,7 +90,7 @@ def fake_server(
     config_file: Path | None = None,
     **flags: object,
 ) -> Iterator[FakeServer]:
-    """`flags` are settings, with two underscores for the dot: `server__heartbeat_s=0.1`."""
+    """Serve in a thread; `flags` are settings with `__` for the dot: `server__heartbeat_s=0.1`."""
     factory = factory or FakeFactory(pause_s=DEVICE_S)
     values = {name.replace("__", "."): value for name, value in flags.items()}
     settings = load_settings(

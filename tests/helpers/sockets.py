@@ -10,7 +10,7 @@ READ_S = 60.0
 
 
 class RawClient:
-    """One connection. Sends what it is told, reads when it is told, and may just go away."""
+    """A connection that sends and reads when it is told, and may end at any moment."""
 
     def __init__(self, url: str, *, receive_buffer: int | None = None) -> None:
         host, _, port = url.removeprefix("http://").partition(":")
@@ -57,7 +57,7 @@ class RawClient:
         return f"POST {path} HTTP/{version}\r\n{head}\r\n".encode() + data
 
     def read_until(self, wanted: Callable[[bytes], object]) -> bytes:
-        """Until what came so far is as wanted, or the connection ends."""
+        """Read until `wanted` holds for all that came, or the connection ends; return all of it."""
         while not wanted(self.received):
             data = self.socket.recv(4096)
             if not data:
@@ -66,7 +66,7 @@ class RawClient:
         return self.received
 
     def read_document(self) -> tuple[int, dict[str, str], bytes]:
-        """One response that has a length."""
+        """Read a response that has a length; return its status, headers and body."""
         self.read_until(lambda data: b"\r\n\r\n" in data)
         head = self.received.partition(b"\r\n\r\n")[0]
         first, *lines = head.decode("latin-1").split("\r\n")
@@ -78,6 +78,6 @@ class RawClient:
         return int(first.split()[1]), headers, body
 
     def reset(self) -> None:
-        """Go away without a word: the server's next packet is answered with a reset."""
+        """Close without a goodbye: the server's next packet is answered with a reset."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.socket.close()

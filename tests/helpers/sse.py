@@ -9,15 +9,16 @@ DONE = "[DONE]"
 
 @dataclass(frozen=True, slots=True)
 class ServerEvent:
-    """`name` is empty where the stream has none."""
+    """An event of a stream; `name` is empty where the stream has none."""
 
     name: str
     data: Any
 
 
 def events_of(text: str) -> list[ServerEvent]:
-    """Line by line; each blank line must end an event that has data, as openai-go before 3.43
-    wants it: it ends a stream where a comment stands between two blank lines.
+    """Parse a stream line by line; each blank line must end an event that has data.
+
+    openai-go before 3.43 ends a stream where a comment stands between two blank lines.
     """
     events: list[ServerEvent] = []
     name, data = "", ""
@@ -39,7 +40,7 @@ def events_of(text: str) -> list[ServerEvent]:
 
 
 def body_of(received: bytes) -> str:
-    """Of a whole response with chunks, as it came from the socket."""
+    """Return the body of a whole chunked response, given as it came from the socket."""
     head, _, rest = received.partition(b"\r\n\r\n")
     assert b"transfer-encoding: chunked" in head
     body = b""

@@ -1,4 +1,4 @@
-"""Stores in a folder, and what the crash tests ask of the folder."""
+"""Stores in a folder, and the questions that crash tests ask of the folder."""
 
 import os
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ MEGABYTE = 1 << 20
 
 @dataclass
 class Setup:
-    """An engine on a store, and the time that passes for the store."""
+    """An engine on a store, and the store's clock."""
 
     engine: BlockPoolBatchEngine
     store: AgentCacheStore
@@ -29,11 +29,11 @@ class Setup:
         return completed(drain(self.engine), request_id)
 
     def settle(self) -> None:
-        """Until the store has taken all that waits for it."""
+        """Step until the store has taken all KV that waits for it."""
         settle(self.engine)
 
     def settle_or_refused(self) -> None:
-        """Until nothing is on its way to the disk any more."""
+        """Step until nothing is on its way to the disk any more."""
         for _ in range(500):
             if not self.store.health().num_queued:
                 return
@@ -42,7 +42,7 @@ class Setup:
         raise AssertionError(f"{self.store.health()}")
 
     def reconcile(self, folder: Path) -> None:
-        """Until the store names the same records as the folder."""
+        """Step until the store counts as many records as the folder has."""
         for _ in range(500):
             if self.store.health().num_records == len(record_files(folder)):
                 return
@@ -53,7 +53,7 @@ class Setup:
 
 @contextmanager
 def opened(folder: Path, *, config: dict[str, Any] | None = None, **engine: Any) -> Iterator[Setup]:
-    """Closed as after a crash: what only memory has is lost."""
+    """Open an engine on a store; it ends as in a crash: what only memory has is lost."""
     terms = StoreConfig(**{"free_floor_bytes": 0, **(config or {})})
     clock = FakeClock()
     with AgentCacheStore(folder, config=terms, clock=clock) as store:
@@ -71,7 +71,7 @@ def set_aside_files(folder: Path) -> list[Path]:
 
 
 def disk_bytes(folder: Path) -> int:
-    """Of all files below; those that vanish meanwhile count nothing."""
+    """Return the size of all files below; those that vanish meanwhile count nothing."""
     total = 0
     with os.scandir(folder) as entries:
         for entry in entries:

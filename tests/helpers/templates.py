@@ -28,12 +28,12 @@ FAMILIES = {
 `old_mistral` has the system's message in the user's last one. `glm` and `qwen_coder` iterate over
 arguments. `llama_with_tools` takes one call at a time, prints its arguments by `tojson`, and drops
 the text beside it. `text_arguments` puts arguments together with texts. `harmony` is gpt-oss's:
-developers speak first, and whoever speaks later than that as one is not heard.
+only a conversation's first message can be a developer's, later ones are left out.
 """
 
 
 def byte_tokenizer(template: str) -> PreTrainedTokenizerFast:
-    """Every byte a token, and the special tokens of all families."""
+    """Build a tokenizer with a token for each byte, and the special tokens of all families."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: n for n, letter in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -45,7 +45,7 @@ def byte_tokenizer(template: str) -> PreTrainedTokenizerFast:
 
 
 def templated(tokenizer: Any, *, reply: str = "Well.") -> LoadedModel:
-    """A model on the fake generator, with this template, that always says the same."""
+    """Build a model on the fake generator, with this tokenizer, whose every reply is `reply`."""
     end = tokenizer.convert_tokens_to_ids(tokenizer.eos_token)
     hf_tokenizer = HFTokenizer(tokenizer, [end])
     script = [*hf_tokenizer.encode(reply), end]

@@ -23,7 +23,7 @@ _HEAD_DIM = 32
 
 
 def tiny_config(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
-    """Two layers, four heads of 32 over two KV heads."""
+    """Return a config: two layers, four heads of 32 over two KV heads."""
     config = {
         "model_type": model_type,
         "hidden_size": 128,
@@ -52,7 +52,7 @@ def write_tiny_model(
     other_ids: bool = False,
     **changes: Any,
 ) -> Path:
-    """Config, random weights and a byte-level tokenizer; `changes` go into the config.
+    """Write config, random weights and a byte-level tokenizer; `changes` go into the config.
 
     With `other_ids` the tokenizer gives its tokens other ids.
     """
@@ -94,7 +94,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def change_config(folder: Path, **changes: Any) -> None:
-    """None removes a key."""
+    """Change keys of a config; None removes one."""
     config = {**json.loads((folder / "config.json").read_text("utf-8")), **changes}
     kept = {key: value for key, value in config.items() if value is not None}
     write_json(folder / "config.json", kept)

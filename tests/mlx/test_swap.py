@@ -27,7 +27,7 @@ ONE_FITS_BYTES = 60 << 20
 
 @pytest.fixture
 def folders(tmp_path: Path) -> dict[str, Path]:
-    """Of two models that differ in shape and in their tokenizers' ids."""
+    """Two models that differ in shape and in their tokenizers' ids."""
     return {
         A: write_tiny_model(tmp_path / A, seed=1),
         B: write_tiny_model(

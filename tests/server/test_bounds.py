@@ -234,8 +234,8 @@ class TestHalfOpen:
 
 
 @pytest.mark.parametrize("extra", [(), ("Connection: close",)])
-def test_an_answer_that_nobody_reads(tmp_path: Path, extra: tuple[str, ...]) -> None:
-    """Of any route: exports and documents are answers as well."""
+def test_an_answer_that_is_not_read(tmp_path: Path, extra: tuple[str, ...]) -> None:
+    """A client that does not read is cut off on any route; documents and exports count too."""
     times = {"server__slow_reader_s": 0.3, "server__keep_alive_s": 1.0}
     with (
         fake_server(tmp_path, send_buffer=4096, **times) as server,

@@ -180,7 +180,7 @@ def test_a_name_that_is_none_is_a_wrong_use(server: FakeServer, name: str) -> No
 
 
 def at_fsync(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
-    """Of the command, that is, and not of the server in its own threads."""
+    """Do something at each fsync of the command, and at none of the server's threads."""
     fsync = os.fsync
 
     def acting(number: int) -> None:

@@ -104,7 +104,7 @@ class TestKeys:
             assert client.get("/v1/models", headers=headers).status_code == 200
 
     def test_two_keys_share_nothing(self, keyed: FakeServer) -> None:
-        """The same name is two agents, and the same prompt is computed for each of them."""
+        """Two keys' agents of one name are two agents, and their prompt is computed for each."""
         body = {**BODY, "messages": [{"role": "user", "content": "Hello " * 300}], "user": "ada"}
         anonymous = {key: value for key, value in body.items() if key != "user"}
         with keyed.client() as client:

@@ -134,7 +134,7 @@ class TestClientsConversations:
             assert set(listed(client)) == {SESSION, "by-header"}
 
     def test_a_title_first(self, server: FakeServer) -> None:
-        """As opencode asks: both under one session, and only the conversation goes on."""
+        """opencode sends both under one session, and only the conversation goes on."""
         title = [
             {"role": "system", "content": "Give a title. " * 20},
             {"role": "user", "content": "Fix it"},

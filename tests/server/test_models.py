@@ -324,7 +324,7 @@ class TestLoadAndUnload:
 
 class TestRefusals:
     def test_twenty_loads_that_fail(self, tmp_path: Path) -> None:
-        """Whoever made room comes back, and its agents have lost nothing."""
+        """The model that made room comes back, and its agents have lost nothing."""
         kinds: list[Exception] = [
             ModelLoadError("config.json", "the file is missing", "Fetch it"),
             MemoryError("no memory"),

@@ -28,7 +28,7 @@ def text_of(response: httpx.Response) -> str:
 
 
 def num_tokens(*messages: Any) -> int:
-    """Of a conversation as the template writes it."""
+    """Count a conversation's tokens as the template writes it."""
     tokenizer = FakeTokenizer()
     pieces = tokenizer.render(messages)
     return sum(1 if p.special_id is not None else len(tokenizer.encode(p.text)) for p in pieces)

@@ -149,7 +149,7 @@ def test_or_ends_its_stream_with_an_error(tmp_path: Path, dialect: str) -> None:
 
 
 def test_what_breaks_off_under_way_ends_with_an_error(tmp_path: Path) -> None:
-    """Of several choices the others are not computed on, and one error is told."""
+    """Where one of several choices fails, the others are cancelled and one error is sent."""
     factory = FakeFactory(fail_at=[[30]])
     with fake_server(tmp_path, factory=factory) as server, server.client() as client:
         path, body = request("openai", stream=True, n=3)
@@ -193,7 +193,7 @@ class TestSlowReaders:
             assert b"[DONE]" not in slow.read_until(lambda _: False)
 
     def test_what_it_does_not_read_is_kept_once(self, tmp_path: Path) -> None:
-        """As one event, whatever its length; it is not cut off while it has time."""
+        """It comes as one event, whatever its length, and is not cut off while it has time."""
         options: dict[str, Any] = {"server__slow_reader_s": 60.0, "send_buffer": 4096}
         with (
             fake_server(tmp_path, **options) as server,
@@ -344,7 +344,7 @@ def _readable(clients: list[RawClient]) -> list[RawClient]:
 
 
 def _has_facts(data: Any) -> bool:
-    """Of a last chunk, or of an agent's whole reply."""
+    """Whether this is a stream's last chunk, or an agent's whole reply."""
     return isinstance(data, dict) and ("keepwarm" in data or "finish_reason" in data)
 
 

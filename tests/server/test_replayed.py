@@ -143,7 +143,7 @@ def test_in_an_argument_of_a_tool_as_well(client: httpx.Client) -> None:
 def test_in_the_newest_message_it_is_refused(
     client: httpx.Client, path: str, messages: list[Any], param: str
 ) -> None:
-    """Whoever asks about a picture must be told that nobody looks at it."""
+    """A question about a picture is refused: the model cannot see it."""
     response = ask(client, path, messages)
     assert response.status_code == 400
     error = response.json()["error"]

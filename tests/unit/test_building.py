@@ -39,7 +39,7 @@ def is_building(setup: Setup) -> bool:
 
 
 def rest(setup: Setup, clock: FakeClock, seconds: float = 2 * IDLE_S) -> None:
-    """Nobody asks for anything for so long, and then until nothing is done any more."""
+    """Let time pass without requests, then step until nothing is built any more."""
     while setup.fleet.has_work:  # a commit
         setup.step()
     setup.step()

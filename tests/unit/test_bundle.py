@@ -66,7 +66,7 @@ NewEngine = Callable[..., BlockPoolBatchEngine]
 
 
 class OtherTokenizer(FakeTokenizer):
-    """The same words by other ids, as far as the engine can know."""
+    """Spells words by other ids, as far as the engine can know."""
 
     @property
     def fingerprint(self) -> str:

@@ -41,7 +41,7 @@ values = st.recursive(
 
 @st.composite
 def messages(draw: st.DrawFn) -> dict[str, Any]:
-    """Of any role; some with tool calls, and with whatever else a client adds."""
+    """Draw messages of any role, some with tool calls and with fields that clients add."""
     message: dict[str, Any] = {
         "role": draw(st.sampled_from(["system", "developer", "user", "assistant", "tool"])),
         "content": draw(text),
@@ -56,7 +56,7 @@ conversations = st.none() | st.lists(messages(), max_size=3).map(tuple)
 
 
 def made(cls: type, **known: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """Of that type, each field by its type unless it is known better."""
+    """Draw a value of a class: each field by its type, unless `known` has a strategy for it."""
     hints = get_type_hints(cls)
     return st.builds(
         cls,

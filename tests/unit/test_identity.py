@@ -19,7 +19,7 @@ HEADERS = {
 
 
 def named(headers: dict[str, str], user_id: str | None = None) -> str | None:
-    """As over Anthropic's API."""
+    """Return the agent that a request over Anthropic's API names."""
     return agent_of(headers, session_of(user_id), user_id)
 
 

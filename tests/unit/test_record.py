@@ -64,7 +64,7 @@ def file_of(
 
 
 def resealed(raw: bytes) -> bytes:
-    """The same bytes with the checksum that belongs to them, as a forger would write it."""
+    """Return the bytes with the checksum that belongs to them, as a forger would write it."""
     zeroed = raw[: record_module._CHECKSUM_START] + b"0" * 32 + raw[record_module._CHECKSUM_STOP :]
     checksum = record_module._checksum([zeroed])
     return raw[: record_module._CHECKSUM_START] + checksum + raw[record_module._CHECKSUM_STOP :]

@@ -26,7 +26,7 @@ def test_one_value_that_differs_is_another_seal(row: list[Any], place: int, valu
 
 
 def plain(row: list[Any]) -> list[Any]:
-    """As SQLite gives it back."""
+    """Return a row as SQLite gives it back."""
     return [int(value) if isinstance(value, bool) else value for value in row]
 
 
