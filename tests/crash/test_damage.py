@@ -355,7 +355,7 @@ def test_without_its_catalogue_kv_is_found_by_content(
 
 
 @pytest.mark.parametrize("part", range(4))
-def test_a_catalogue_with_a_damaged_page_opens_and_nobody_says_anything_wrong(
+def test_a_catalogue_with_a_damaged_page_opens_and_no_answer_is_wrong(
     home: Home, tmp_path: Path, part: int
 ) -> None:
     """Agents may be lost, or cannot be read, and both is said; what answers is right."""

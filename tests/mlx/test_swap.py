@@ -81,7 +81,7 @@ def test_one_conversation_on_two_models(folders: dict[str, Path], tmp_path: Path
         assert client.post("/v1/agents/ada/verify").json()["passed"]
 
 
-def test_what_was_said_elsewhere_is_computed_when_nobody_asks(
+def test_what_was_said_elsewhere_is_computed_at_rest(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
     """By the bits that a cold computation gives."""

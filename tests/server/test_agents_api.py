@@ -74,7 +74,7 @@ class TestCreation:
     def test_a_wrong_name_is_refused(self, client: httpx.Client, name: str) -> None:
         assert error_of(client.put(f"/v1/agents/{name}", json={}))[:2] == (400, "invalid_request")
 
-    def test_nobody_is_not_found(self, client: httpx.Client) -> None:
+    def test_an_unknown_agent_is_not_found(self, client: httpx.Client) -> None:
         for method, path, body in (
             ("GET", "", None),
             ("DELETE", "", None),

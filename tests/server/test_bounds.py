@@ -196,7 +196,7 @@ class TestHalfOpen:
             assert raw.read_until(lambda _: False) == b""
 
     @pytest.mark.parametrize("length", ["1000000000", "90000"])
-    def test_a_body_that_nobody_reads(self, hasty: FakeServer, length: str) -> None:
+    def test_a_body_that_no_route_reads(self, hasty: FakeServer, length: str) -> None:
         """Refused by its length, or not looked at; the client goes on sending a byte at a time."""
         with RawClient(hasty.url) as raw:
             raw.socket.sendall(raw.request("/v1/nothing", b"", {"Content-Length": length}))

@@ -142,7 +142,7 @@ def test_set_used_wrongly(server: FakeServer, ada: str, options: tuple[str, ...]
 
 
 @pytest.mark.parametrize("command", ["pin", "unpin", "set"])
-def test_settings_of_nobody_make_no_agent(server: FakeServer, command: str) -> None:
+def test_settings_of_an_unknown_agent_make_none(server: FakeServer, command: str) -> None:
     options = ("--priority", "1") if command == "set" else ()
     assert "no agent is named 'nobody'" in one_sentence(run(server, command, "nobody", *options))
     assert run(server, "ls", "--json").json == []
@@ -246,7 +246,7 @@ def test_an_export_that_cannot_be_written_leaves_nothing(
     assert list(folder.iterdir()) == []
 
 
-def test_an_export_of_nobody_leaves_nothing(server: FakeServer, folder: Path) -> None:
+def test_an_export_of_an_unknown_agent_leaves_nothing(server: FakeServer, folder: Path) -> None:
     assert "no agent is named" in one_sentence(run(server, "export", "nobody"))
     assert list(folder.iterdir()) == []
 
@@ -272,7 +272,7 @@ def free_url() -> str:
         return f"http://127.0.0.1:{probe.getsockname()[1]}"
 
 
-def test_nobody_answers() -> None:
+def test_no_server_answers() -> None:
     url = free_url()
     said = one_sentence(keepwarm("agents", "ls", url=url))
     assert said == (
@@ -316,7 +316,7 @@ def stranger(status: int, body: bytes, *, promised: int | None = None) -> Iterat
 @pytest.mark.parametrize(
     ("status", "body"), [(200, b"<html>"), (404, b"{}"), (500, b"[1]"), (200, b"[]")]
 )
-def test_somebody_else_answers(status: int, body: bytes) -> None:
+def test_another_program_answers(status: int, body: bytes) -> None:
     with stranger(status, body) as url:
         said = one_sentence(keepwarm("agents", "ls", url=url))
     assert f"status {status}, but not as a Keepwarm server; check KEEPWARM_URL" in said

@@ -50,7 +50,7 @@ def test_a_message_makes_an_agent_that_goes_on(server: FakeServer) -> None:
     assert turns(server, "ada")[0][0] == "Be brief."
 
 
-def test_text_is_passed_on_as_it_is_where_nobody_looks_on(server: FakeServer) -> None:
+def test_text_is_passed_on_as_it_is_without_a_terminal(server: FakeServer) -> None:
     done = chat(server, "raw", "Hello", "--max-tokens", str(len(EVIL.encode())))
     assert done.out == EVIL + "\n"
 
@@ -172,7 +172,7 @@ def test_an_error_ends_the_reply_and_not_the_chat(tmp_path: Path) -> None:
         assert shell.end() == 0
 
 
-def test_somebody_who_only_looks_makes_no_agent(server: FakeServer) -> None:
+def test_looking_makes_no_agent(server: FakeServer) -> None:
     with terminal("chat", "typo", url=server.url) as shell:
         say(shell, "\x04")
         assert shell.end() == 0

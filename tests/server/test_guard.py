@@ -119,7 +119,7 @@ class TestKeys:
                 stats = client.get("/v1/stats", headers=bearer(key)).json()
                 assert [agent["id"] for agent in stats["agents"]] == ["ada"]
 
-    def test_anothers_agent_is_nobody(self, keyed: FakeServer) -> None:
+    def test_another_keys_agent_is_unknown(self, keyed: FakeServer) -> None:
         with keyed.client() as client:
             client.put("/v1/agents/eve", json={}, headers=bearer("key-of-blue"))
             for key in ("key-red", "key-of-default"):
@@ -439,7 +439,7 @@ class TestBodies:
         ],
     )
     @pytest.mark.parametrize("stream", [False, True])
-    def test_half_a_surrogate_pair_harms_nobody(
+    def test_half_a_surrogate_pair_harms_nothing(
         self, client: httpx.Client, body: dict[str, Any], stream: bool
     ) -> None:
         content = json.dumps({**BODY, "stream": stream, **body}).encode()
@@ -524,7 +524,7 @@ def test_so_many_requests_in_a_minute(tmp_path: Path) -> None:
         assert all(client.get("/health").status_code == 200 for _ in range(5))
 
 
-def test_whoever_guesses_keys_is_slowed_down(tmp_path: Path) -> None:
+def test_a_client_that_guesses_keys_is_slowed_down(tmp_path: Path) -> None:
     with (
         fake_server(tmp_path, server__rate_per_minute=3, **KEYS) as server,
         server.client() as client,

@@ -329,7 +329,7 @@ class TestStopping:
 
         run(test())
 
-    def test_whoever_waits_is_refused(self) -> None:
+    def test_a_waiting_request_is_refused(self) -> None:
         async def test() -> None:
             factory = GatedFactory()
             async with engine_of(Opener(factory=factory)) as engine:

@@ -312,7 +312,7 @@ class TestLoadAndUnload:
             assert client.post("/v1/agents/ada/fork", json={"new_id": "eve"}).status_code == 201
             assert text_of(ask(client, "fake")) == "ffff"
 
-    def test_one_that_nobody_uses(self, tmp_path: Path) -> None:
+    def test_one_that_is_not_used(self, tmp_path: Path) -> None:
         toml = TOML + "idle_unload_s = 0.2\n"
         options = {"toml": toml}
         with served(tmp_path, **options) as (server, source), server.client() as client:
@@ -455,7 +455,7 @@ class TestRefusals:
             finally:
                 source.open.set()
 
-    def test_after_a_stop_nobody_waits(self, tmp_path: Path) -> None:
+    def test_after_a_stop_no_request_waits(self, tmp_path: Path) -> None:
         with served(tmp_path) as (server, _):
             models = server.engine.models
             assert models is not None

@@ -181,7 +181,7 @@ def test_minus_one_is_no_limit(client: httpx.Client, field: str) -> None:
     )
 
 
-def test_seeds_are_drawn_where_nobody_gives_one(client: httpx.Client) -> None:
+def test_seeds_are_drawn_where_none_is_given(client: httpx.Client) -> None:
     for seed in (-1, None):  # one in 256 pairs of seeds says the same on the fake generator
         replies = {text_of(chat(client, temperature=1, seed=seed, max_tokens=20)) for _ in "abcde"}
         assert len(replies) > 1
@@ -263,6 +263,6 @@ class TestCompletions:
         body = {"model": "fake", "prompt": "Hello", "max_tokens": 2, "suffix": ""}
         assert client.post(TEXT, json=body).status_code == 200
 
-    def test_sixteen_tokens_where_nobody_says(self, client: httpx.Client) -> None:
+    def test_sixteen_tokens_by_default(self, client: httpx.Client) -> None:
         answer = client.post(TEXT, json={"model": "fake", "prompt": "Hello"}).json()
         assert answer["usage"]["completion_tokens"] == 16

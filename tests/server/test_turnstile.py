@@ -76,7 +76,7 @@ def test_no_more_than_so_many_wait() -> None:
 
 
 @pytest.mark.parametrize("position", range(4))
-def test_whoever_is_cancelled_makes_way(position: int) -> None:
+def test_a_cancelled_request_makes_way(position: int) -> None:
     """Also the one whose turn has just come."""
 
     async def test() -> None:

@@ -308,7 +308,7 @@ class TestVerify:
         check_is_left_clean(engine)
         assert engine.verify("ada").passed
 
-    def test_a_unit_that_fails_is_for_whoever_asked(self) -> None:
+    def test_a_units_error_goes_to_its_caller(self) -> None:
         factory = FakeFactory()
         engine, result = half_verified(factory=factory)
         generator = factory.made[-1]
@@ -318,7 +318,7 @@ class TestVerify:
             result.result()
         check_is_left_clean(engine)
 
-    def test_whoever_asked_has_gone(self) -> None:
+    def test_the_caller_has_gone(self) -> None:
         engine, result = half_verified()
         assert result.cancel()
         num_prefilled = len(generator_of(engine).prefilled)

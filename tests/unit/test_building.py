@@ -162,7 +162,7 @@ def test_a_shutdown_in_the_middle_saves_what_there_is(
     setup.fleet.check()
 
 
-def test_only_in_memory_that_nobody_takes(tmp_path: Path, clock: FakeClock) -> None:
+def test_only_in_memory_that_is_free(tmp_path: Path, clock: FakeClock) -> None:
     budget_bytes = 20 * BLOCK_BYTES
     with opened(tmp_path, budget_bytes=budget_bytes, builds_when_idle=True, clock=clock) as setup:
         setup.attach("other")
@@ -220,7 +220,7 @@ def test_a_pinned_agent_is_pinned_where_it_is(setup: Setup, clock: FakeClock) ->
     assert small.agent("ada").pinned
 
 
-def test_what_nobody_asked_for_goes_first(setup: Setup, clock: FakeClock) -> None:
+def test_what_was_built_unasked_goes_first(setup: Setup, clock: FakeClock) -> None:
     create(setup, "bob")
     setup.say("bob", "word " * 100, "small")
     rest(setup, clock)

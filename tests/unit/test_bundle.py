@@ -286,7 +286,7 @@ class TestRefusals:
         with pytest.raises(NoAgentStore):
             engine.import_agent(path)
 
-    def test_of_nobody(self, homes: NewEngine, path: Path) -> None:
+    def test_an_unknown_agent(self, homes: NewEngine, path: Path) -> None:
         one = homes("one")
         with pytest.raises(UnknownAgent):
             one.export("nobody", path)
@@ -311,9 +311,7 @@ class TestRefusals:
 
 
 class TestPrivacy:
-    def test_nobody_finds_it_before_verify_and_everyone_afterwards(
-        self, homes: NewEngine, path: Path
-    ) -> None:
+    def test_other_agents_find_it_only_after_verify(self, homes: NewEngine, path: Path) -> None:
         one, two = homes("one"), homes("two")
         first = run(one, agent_id="ada", token_ids=ids(600), max_tokens=3)
         prompt = [*ids(600), *first.token_ids, 1]

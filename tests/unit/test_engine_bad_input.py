@@ -177,7 +177,7 @@ def test_what_needs_the_agent_at_rest_waits_for_its_request(
 
 
 @pytest.mark.parametrize("action", ["append", "fork", "rollback", "demote", "pin", "delete", "see"])
-def test_nobody_is_an_unknown_agent(engine: BlockPoolBatchEngine, action: str) -> None:
+def test_an_unknown_agent_is_refused(engine: BlockPoolBatchEngine, action: str) -> None:
     actions = {
         "append": lambda: engine.submit(agent_id="ada", append=HELLO, max_tokens=2),
         "fork": lambda: engine.fork("ada", "bob"),
@@ -193,7 +193,7 @@ def test_nobody_is_an_unknown_agent(engine: BlockPoolBatchEngine, action: str) -
     assert engine.agents() == ()
 
 
-def test_a_fork_overwrites_nobody(engine: BlockPoolBatchEngine) -> None:
+def test_a_fork_overwrites_no_agent(engine: BlockPoolBatchEngine) -> None:
     run(engine, agent_id="ada", messages=HELLO, max_tokens=2)
     run(engine, agent_id="bob", messages=HELLO, max_tokens=2)
     for new_id in ("ada", "bob"):

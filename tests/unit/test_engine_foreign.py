@@ -171,7 +171,9 @@ def test_what_raises_when_a_client_hangs_up_ends_that_request(
     check_is_as_before(engine, "ada")
 
 
-def test_bookkeeping_that_contradicts_itself_is_everybodys(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bookkeeping_that_contradicts_itself_fails_every_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     engine = fake_engine()
     engine.submit(messages=[user("Hello")], max_tokens=3)
 

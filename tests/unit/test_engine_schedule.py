@@ -117,7 +117,7 @@ def test_a_higher_priority_overtakes_those_who_wait() -> None:
 
 
 @pytest.mark.parametrize("priority", [1, 3])
-def test_a_flood_of_higher_priority_starves_nobody(priority: int) -> None:
+def test_a_flood_of_higher_priority_starves_no_request(priority: int) -> None:
     engine = fake_engine(max_rows=1)
     patient = engine.submit(token_ids=ids(10), max_tokens=1)
     num_served = 0

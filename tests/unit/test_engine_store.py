@@ -158,7 +158,7 @@ class TestSharing:
 class TestMemoryPressure:
     """A budget of memory for one agent, and several agents on disk."""
 
-    def test_agents_take_turns_and_nobody_prefills_twice(self, restart: Restart) -> None:
+    def test_agents_take_turns_and_none_prefills_twice(self, restart: Restart) -> None:
         engine = restart(num_blocks=6)
         prompts = {f"a{n}": ids(600, n) for n in range(4)}
         for agent_id, prompt in prompts.items():
@@ -245,7 +245,7 @@ class TestParkAndPrefetch:
         turn = run(engine, agent_id="ada", token_ids=ids(600), max_tokens=2)
         assert turn.token_ids == fresh_reply(ids(600), max_tokens=2)
 
-    def test_of_nobody(self, restart: Restart) -> None:
+    def test_an_unknown_agent(self, restart: Restart) -> None:
         engine = restart()
         for call in (engine.park, engine.prefetch):
             with pytest.raises(UnknownAgent):

@@ -93,7 +93,7 @@ class TestSwap:
         assert again.turn == 2
         assert len(setup.fleet.of("ada").turns("ada")) == 2
 
-    def test_a_model_that_nobody_knows(self, setup: Setup) -> None:
+    def test_an_unknown_model(self, setup: Setup) -> None:
         with pytest.raises(UnknownModel):
             setup.start("nobody", token_ids=[1])
 
@@ -238,7 +238,7 @@ class TestTwoModels:
         with pytest.raises(UnknownAgent):
             setup.say("ada", "Hello")
 
-    def test_a_request_that_is_refused_moves_nobody(self, setup: Setup) -> None:
+    def test_a_request_that_is_refused_moves_no_agent(self, setup: Setup) -> None:
         setup.attach("other")
         create(setup, "ada")
         setup.say("ada", "Hello", "small")
@@ -336,7 +336,7 @@ class TestOneBudget:
         tight.attach("other")
         assert len(tight.finish(request).token_ids) == 256 * 20
 
-    def test_whoever_comes_while_all_is_taken_waits(self, tight: Setup) -> None:
+    def test_a_request_waits_while_all_memory_is_taken(self, tight: Setup) -> None:
         first = tight.start("small", token_ids=ids(256 * 36), max_tokens=200)
         tight.step(60)
         tight.attach("other")

@@ -164,7 +164,9 @@ class TestInTheMiddle:
         assert finish(engine, export(engine, path)).num_left_out == 0
         drain(engine)
 
-    def test_nobody_is_still_refused(self, engine: BlockPoolBatchEngine, path: Path) -> None:
+    def test_an_unknown_agent_is_still_refused(
+        self, engine: BlockPoolBatchEngine, path: Path
+    ) -> None:
         with pytest.raises(UnknownAgent):
             export(engine, path, "nobody").result(0)
 

@@ -184,7 +184,7 @@ class TestWhatStays:
         assert main_says(client.engine) == said
 
     @pytest.mark.parametrize("how", ["fork", "rollback", "import"])
-    def test_what_somebody_decided(self, how: str, tmp_path: Path) -> None:
+    def test_what_a_client_decided(self, how: str, tmp_path: Path) -> None:
         engine = fake_engine(store=MemoryAgentStore())
         client = Client(engine, agent_id="old")
         client.ask("code", CODE)

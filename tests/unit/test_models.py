@@ -117,7 +117,7 @@ class TestRoom:
     def names(self, needed: int, limit: int, *models: Model) -> list[str]:
         return [one.name for one in choose_to_unload(model("new"), needed, limit, models)]
 
-    def test_where_it_fits_nobody_goes(self) -> None:
+    def test_where_it_fits_no_model_goes(self) -> None:
         assert self.names(40, 100, model("a", size=60)) == []
 
     def test_who_was_used_longest_ago_goes_first_and_no_more_than_needed(self) -> None:

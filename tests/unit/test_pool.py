@@ -111,7 +111,7 @@ class TestCheckFinds:
         with pytest.raises(InvariantBroken, match="without a holder"):
             pool.check()
 
-    def test_what_nobody_holds(self) -> None:
+    def test_what_no_agent_holds(self) -> None:
         pool = BlockPool(100)
         pool.allocate(Kind.BLOCK, 10)
         with pytest.raises(InvariantBroken, match="nobody holds"):

@@ -123,7 +123,7 @@ class TestCheckFinds:
         with pytest.raises(InvariantBroken, match="another name"):
             index.check()
 
-    def test_a_payload_that_nobody_pays_for(self, index: PrefixIndex) -> None:
+    def test_a_payload_that_is_not_charged(self, index: PrefixIndex) -> None:
         stored(index, ADA, 0, FIRST).allocation = None
         with pytest.raises(InvariantBroken, match="without bytes"):
             index.check()

@@ -94,7 +94,7 @@ def test_pinned_blocks_and_what_pinned_agents_made_stay() -> None:
     index.check()
 
 
-def test_what_a_deleted_agent_shared_stays_as_nobodys_and_may_go() -> None:
+def test_what_a_deleted_agent_shared_stays_without_an_owner_and_may_go() -> None:
     index = RecordIndex()
     for start, stop in ((0, 256), (256, 356), (356, 456)):
         index.add(entry_of(1, start, stop, maker="ada" if stop < 456 else "bob"))

@@ -297,7 +297,7 @@ class TestImported:
 
 
 class TestWhereItCannot:
-    def test_of_nobody_and_of_somebody_busy(self, restart: Restart) -> None:
+    def test_an_unknown_agent_and_a_busy_one(self, restart: Restart) -> None:
         engine = restart()
         with pytest.raises(UnknownAgent):
             engine.verify("nobody")
