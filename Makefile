@@ -13,7 +13,7 @@ else
 EXTRAS := dev
 endif
 
-.PHONY: serve demo test clients check bench file-map install clean
+.PHONY: serve demo test clients check bench file-map release-check install clean
 
 serve: $(STAMP)
 	$(BIN)/keepwarm serve
@@ -41,6 +41,10 @@ bench: $(STAMP)
 # docs/files.md, out of the modules' docstrings.
 file-map:
 	$(PYTHON) tools/file_map.py
+
+# What must hold before a version is uploaded; see CONTRIBUTING.md.
+release-check: $(STAMP)
+	$(BIN)/python tools/release_check.py
 
 install: $(STAMP)
 

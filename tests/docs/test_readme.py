@@ -11,17 +11,25 @@ import typer
 from keepwarm.cli.main import app
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
-def _links(page: Path) -> list[str]:
-    return re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text())
+def _leads_somewhere(link: str, page: Path) -> bool:
+    path, _, anchor = link.partition("#")
+    target = page.parent / path if path else page
+    return target.exists() and (not anchor or anchor in _anchors(target))
+
+
+def _anchors(page: Path) -> set[str]:
+    """Headings as hosting sites turn them into anchors: lower case, hyphens for spaces."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_leads_somewhere(page: Path) -> None:
-    broken = [link for link in _links(page) if not (page.parent / link).exists()]
-    assert not broken
+    links = re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text())
+    assert not [link for link in links if not _leads_somewhere(link, page)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

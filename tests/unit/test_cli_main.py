@@ -3,6 +3,7 @@
 import pytest
 from typer.testing import CliRunner
 
+import keepwarm
 from keepwarm.cli import main
 from keepwarm.core.errors import ModelLoadError
 
@@ -12,6 +13,12 @@ def test_help_names_the_commands() -> None:
 
     assert result.exit_code == 0
     assert "doctor" in result.stdout
+
+
+def test_the_version() -> None:
+    result = CliRunner().invoke(main.app, ["--version"])
+
+    assert (result.exit_code, result.stdout) == (0, f"keepwarm {keepwarm.__version__}\n")
 
 
 def test_an_error_that_is_raised_on_purpose_is_one_line(

@@ -1,9 +1,11 @@
 """The `keepwarm` command: a list of its subcommands."""
 
 import sys
+from typing import Annotated
 
 import typer
 
+from keepwarm import __version__
 from keepwarm.cli.agents import agents
 from keepwarm.cli.bench import bench
 from keepwarm.cli.chat import chat
@@ -13,12 +15,25 @@ from keepwarm.cli.models import models
 from keepwarm.cli.serve import serve
 from keepwarm.core.errors import KeepwarmError
 
-app = typer.Typer(
-    name="keepwarm",
-    help="A local LLM server on MLX in which every agent keeps its memory warm.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(name="keepwarm", no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"keepwarm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """A local LLM server on MLX in which every agent keeps its memory warm."""
 
 
 app.command()(serve)
