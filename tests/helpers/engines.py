@@ -130,7 +130,7 @@ def scripted(*token_ids: int, **more: Any) -> BlockPoolBatchEngine:
 
 
 def generator_of(engine: BlockPoolBatchEngine) -> FakeBatchGenerator:
-    generator = engine.tiers.generator
+    generator = engine.tiers.model.generator
     assert isinstance(generator, FakeBatchGenerator)
     return generator
 

@@ -347,7 +347,7 @@ def test_the_generator_is_asked_for_canonical_shapes_and_their_blocks_have_other
 
     plain = fake_engine()
     canonical = BlockPoolBatchEngine(fake_loaded(), pool=BlockPool(1 << 20), deterministic=True)
-    generator = canonical.tiers.generator
+    generator = canonical.tiers.model.generator
     assert isinstance(generator, FakeBatchGenerator)
     assert generator.deterministic
     for engine in (plain, canonical):

@@ -10,6 +10,7 @@ from engines import (
     drain,
     failed,
     fake_engine,
+    fake_loaded,
     fresh_reply,
     generator_of,
     ids,
@@ -21,8 +22,9 @@ from keepwarm import BlockPool
 from keepwarm.core.agent import Tier
 from keepwarm.core.errors import PoolExhausted
 from keepwarm.core.stored import KVFamily
+from keepwarm.kv.generator_source import GeneratorSource
 from keepwarm.kv.tiers import Tiers
-from keepwarm.testing.generator import FAKE_LAYOUT, FakeBatchGenerator
+from keepwarm.testing.generator import FAKE_LAYOUT
 
 SHARED = ids(512, 9)
 
@@ -139,16 +141,16 @@ class TestPressure:
     def test_cutting_a_block_for_its_first_tokens_never_evicts_that_block(self) -> None:
         tiers = Tiers(
             BlockPool(2 * BLOCK_BYTES + 100),
-            FakeBatchGenerator(),
+            GeneratorSource(fake_loaded()),
             family=KVFamily("fake", FAKE_LAYOUT),
         )
         line = tiers.new_line()
         tiers.make_hot(line, ids(512), 512)
         assert line.slab is not None
         for chunk in (ids(512)[:256], ids(512)[256:]):
-            tiers.generator.open_row(1, line.slab)  # type: ignore[arg-type]
-            tiers.generator.prefill(1, chunk)  # type: ignore[arg-type]
-            tiers.generator.close_row(1)  # type: ignore[arg-type]
+            tiers.model.generator.open_row(1, line.slab)  # type: ignore[arg-type]
+            tiers.model.generator.prefill(1, chunk)  # type: ignore[arg-type]
+            tiers.model.generator.close_row(1)  # type: ignore[arg-type]
             tiers.advance(line, chunk)
         tiers.park(line)
         tiers.demote(line)

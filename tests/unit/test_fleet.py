@@ -386,7 +386,9 @@ class TestOneBudget:
             raise MemoryError("[malloc] unable to allocate")
 
         with monkeypatch.context() as patch:
-            patch.setattr(tight.fleet.engine("small").tiers.generator, "extract", out_of_memory)
+            patch.setattr(
+                tight.fleet.engine("small").tiers.model.generator, "extract", out_of_memory
+            )
             with pytest.raises(MemoryError):
                 tight.fleet.detach("small")
         assert tight.fleet.is_attached("small")

@@ -1,13 +1,14 @@
 """Corners of the moves between the tiers, each on a budget that leaves no other way."""
 
-from engines import BLOCK_BYTES, check_values, ids
+from engines import BLOCK_BYTES, check_values, fake_loaded, ids
 from keepwarm.core.agent import AgentBlocks
 from keepwarm.core.layout import capacity_for
 from keepwarm.core.pool import BlockPool
 from keepwarm.core.ports import RowId
 from keepwarm.core.stored import KVFamily
+from keepwarm.kv.generator_source import GeneratorSource
 from keepwarm.kv.tiers import Tiers
-from keepwarm.testing.generator import FAKE_LAYOUT, FakeBatchGenerator
+from keepwarm.testing.generator import FAKE_LAYOUT
 
 ROW = RowId(1)
 
@@ -15,7 +16,7 @@ ROW = RowId(1)
 def new_tiers(budget_bytes: int) -> Tiers:
     return Tiers(
         BlockPool(budget_bytes),
-        FakeBatchGenerator(),
+        GeneratorSource(fake_loaded()),
         family=KVFamily("fake", FAKE_LAYOUT),
     )
 
@@ -27,9 +28,9 @@ def computed(tiers: Tiers, token_ids: list[int]) -> AgentBlocks:
     assert line.slab is not None
     for start in range(0, len(token_ids), 256):
         chunk = token_ids[start : start + 256]
-        tiers.generator.open_row(ROW, line.slab)
-        tiers.generator.prefill(ROW, chunk)
-        tiers.generator.close_row(ROW)
+        tiers.model.generator.open_row(ROW, line.slab)
+        tiers.model.generator.prefill(ROW, chunk)
+        tiers.model.generator.close_row(ROW)
         tiers.advance(line, chunk)
     tiers.park(line)
     return line

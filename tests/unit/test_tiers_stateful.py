@@ -4,7 +4,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from engines import BLOCK_BYTES, check_values
+from engines import BLOCK_BYTES, check_values, fake_loaded
 from keepwarm.core.agent import AgentBlocks
 from keepwarm.core.block import chain_hashes, common_prefix
 from keepwarm.core.errors import PoolExhausted
@@ -12,8 +12,9 @@ from keepwarm.core.layout import BLOCK_TOKENS, capacity_for
 from keepwarm.core.pool import BlockPool
 from keepwarm.core.ports import RowId
 from keepwarm.core.stored import KVFamily
+from keepwarm.kv.generator_source import GeneratorSource
 from keepwarm.kv.tiers import Tiers
-from keepwarm.testing.generator import FAKE_LAYOUT, FakeBatchGenerator
+from keepwarm.testing.generator import FAKE_LAYOUT
 
 FAMILY = KVFamily("fake", FAKE_LAYOUT)
 ROW = RowId(1)
@@ -37,7 +38,7 @@ class TiersMachine(RuleBasedStateMachine):
     def make(self, num_blocks: int) -> None:
         self.tiers = Tiers(
             BlockPool(num_blocks * BLOCK_BYTES),
-            FakeBatchGenerator(),
+            GeneratorSource(fake_loaded()),
             family=FAMILY,
         )
         self.lines = [self.tiers.new_line() for _ in range(NUM_LINES)]
@@ -113,9 +114,9 @@ class TiersMachine(RuleBasedStateMachine):
         start = line.num_tokens
         chunk = self.wanted[line][start : min(start + limit, start - start % 256 + 256)]
         assert line.slab is not None
-        self.tiers.generator.open_row(ROW, line.slab)
-        self.tiers.generator.prefill(ROW, chunk)
-        self.tiers.generator.close_row(ROW)
+        self.tiers.model.generator.open_row(ROW, line.slab)
+        self.tiers.model.generator.prefill(ROW, chunk)
+        self.tiers.model.generator.close_row(ROW)
         self.tiers.advance(line, chunk)
 
     @rule(index=indices, more=st.sampled_from([1, 256, 1024]))

@@ -69,12 +69,12 @@ CANARIES = (
 
 
 def _held(lab: Lab, slab: RowSlab) -> KVPayload:
-    payload = lab.engine.tiers.generator.extract(slab, 0, slab.num_tokens)
+    payload = lab.engine.tiers.model.generator.extract(slab, 0, slab.num_tokens)
     return KVPayload(payload.num_tokens, raw_kv(payload))
 
 
 def _overwrite(lab: Lab, slab: RowSlab, payload: KVPayload) -> None:
-    generator = lab.engine.tiers.generator
+    generator = lab.engine.tiers.model.generator
     generator.trim(slab, 0)
     generator.reconstruct(slab, [payload])
 

@@ -21,11 +21,13 @@ from keepwarm.bench.timing import Percentiles, timed
 from keepwarm.core.agent import AgentBlocks
 from keepwarm.core.layout import BLOCK_TOKENS, CacheLayout, LayerLayout
 from keepwarm.core.pool import BlockPool
-from keepwarm.core.ports import GREEDY, RowId, RowInput
+from keepwarm.core.ports import GREEDY, BatchGenerator, LoadedModel, RowId, RowInput
 from keepwarm.core.stored import KVFamily
+from keepwarm.kv.generator_source import GeneratorSource
 from keepwarm.kv.tiers import Tiers
 from keepwarm.mlx_backend.compute.arrays import KVPayload, RawArray, RowSlab
 from keepwarm.mlx_backend.compute.row_batch import RowBatchGenerator
+from keepwarm.testing.tokenizer import FakeTokenizer
 
 MAX_HOT_P95_S = 0.005
 MAX_GATHERED_RATIO = 1.3
@@ -175,6 +177,24 @@ class _KVWriter(nn.Module):
         return self._logits
 
 
+def _writer(layout: CacheLayout, capacity_tokens: int) -> LoadedModel:
+    """A model that computes nothing and writes given KV."""
+
+    def generator(*, deterministic: bool) -> BatchGenerator:
+        return RowBatchGenerator(_KVWriter(layout), layout)
+
+    tokenizer = FakeTokenizer()
+    return LoadedModel(
+        name="exp-006",
+        fingerprint="exp-006",
+        layout=layout,
+        max_context_tokens=capacity_tokens,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer=tokenizer,
+        batch_gen_factory=generator,
+    )
+
+
 class _Bench:
     """Owns one agent's line and the memory that the plain copy goes to."""
 
@@ -182,12 +202,13 @@ class _Bench:
 
     def __init__(self, shape: Shape) -> None:
         self._shape = shape
-        self._generator = RowBatchGenerator(_KVWriter(shape.layout), shape.layout)
         self._capacity = shape.num_tokens + BLOCK_TOKENS
+        self._model = GeneratorSource(_writer(shape.layout, self._capacity))
+        self._generator = self._model.generator
         slab_bytes = self._generator.slab_bytes(self._capacity)
         self._tiers = Tiers(
             BlockPool(2 * slab_bytes + shape.nbytes),
-            self._generator,
+            self._model,
             family=KVFamily("exp-006", shape.layout),
         )
         self._ids = np.random.default_rng(6).integers(0, 1 << 15, shape.num_tokens).tolist()

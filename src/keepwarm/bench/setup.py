@@ -51,7 +51,7 @@ def prefilled(lab: Lab, agent_id: str, prompt: Sequence[int]) -> tuple[Turn, Con
     """An agent that has read the prompt and replied one token."""
     turn = lab.start(agent_id, prompt, 1)
     lab.finish(turn)
-    generator = lab.engine.tiers.generator
+    generator = lab.engine.tiers.model.generator
     slab = lab.recorder.slabs[turn.seed]
     kv = raw_kv(generator.extract(slab, 0, len(prompt)))
     return turn, Context(tuple(prompt), kv, lab.loaded.layout)

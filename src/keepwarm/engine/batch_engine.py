@@ -243,15 +243,13 @@ class BlockPoolBatchEngine:
         self._link.save_while(lambda: bool(len(self.tiers.saves)), until)
         is_saved = self.flush(max(until - time.monotonic(), 1.0)) and not len(self.tiers.saves)
         self.tiers.drop_spares()
-        self.tiers.generator.release_model()
-        self._model.leave()
+        self._model.release_weights()
         self._idle_at = None
         return is_saved
 
     def resume(self, loaded: LoadedModel) -> None:
         """Take the weights again, which must be the same. What waited goes on."""
-        self._model.take(loaded)
-        self.tiers.generator = self._model.new_generator()
+        self._model.take_weights(loaded)
         self.batch.resume()
         self._idle_at = None
 

@@ -68,10 +68,10 @@ class EngineParts:
         ids = given.request_ids or itertools.count(1)
         self.events: list[Event] = []
         self.jobs = Jobs()
-        self.tiers = tiers = Tiers(given.pool, model.new_generator(), family=family, store=store)
+        self.tiers = tiers = Tiers(given.pool, model, family=family, store=store)
         self.batch = batch = Batch(
             tiers,
-            new_generator=model.new_generator,
+            model,
             config=config,
             clock=given.clock,
             make_way=background.make_way,
@@ -97,11 +97,12 @@ class EngineParts:
             AgentVerifier(
                 tiers,
                 batch,
+                model,
                 store=store,
                 link=link,
                 bound=kv_bound(facts.layout.dtype, deterministic=deterministic),
             ),
-            tiers,
+            model,
             book=book,
             link=link,
             alone_tokens=config.prefill_chunk_tokens,

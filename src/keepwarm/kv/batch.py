@@ -24,9 +24,10 @@ from keepwarm.core.policies import (
     next_chunk,
     reserve_capacity,
 )
-from keepwarm.core.ports import BatchGenerator, RowId, RowInput, Slab
+from keepwarm.core.ports import RowId, RowInput, Slab
 from keepwarm.core.sequence import Phase, TokenSequence
 from keepwarm.kv.counters import BatchCounters
+from keepwarm.kv.generator_source import GeneratorSource
 from keepwarm.kv.tiers import Tiers
 
 
@@ -71,7 +72,7 @@ Outcome = Sampled | Opened | Advanced | Broken | Restored
 
 
 class Batch:
-    """Owns the queue, the rows and the generator. No lock: one thread.
+    """Owns the queue and the rows. No lock: one thread.
 
     `make_way` calls off what no request waits for, and says whether there was any of it.
     """
@@ -79,8 +80,8 @@ class Batch:
     def __init__(
         self,
         tiers: Tiers,
+        model: GeneratorSource,
         *,
-        new_generator: Callable[[], BatchGenerator],
         config: EngineConfig,
         clock: Callable[[], float],
         make_way: Callable[[], bool] = lambda: False,
@@ -90,7 +91,7 @@ class Batch:
         self.waiting: list[TokenSequence] = []
         self.running: list[TokenSequence] = []
         self._tiers = tiers
-        self._new_generator = new_generator
+        self._model = model
         self._config = config
         self._clock = clock
         self._make_way = make_way
@@ -277,7 +278,7 @@ class Batch:
         self._outcomes.append(Restored(sequence))
 
     def _open_row(self, sequence: TokenSequence, row: RowId) -> None:
-        self._tiers.generator.open_row(row, self._slab_of(sequence))
+        self._model.generator.open_row(row, self._slab_of(sequence))
         sequence.row = row
 
     def _slab_of(self, sequence: TokenSequence) -> Slab:
@@ -288,7 +289,7 @@ class Batch:
 
     def _close_row(self, sequence: TokenSequence) -> None:
         if sequence.row is not None:
-            self._tiers.generator.close_row(sequence.row)
+            self._model.generator.close_row(sequence.row)
             sequence.row = None
 
     # -- decode ----------------------------------------------------------------------------------
@@ -302,7 +303,7 @@ class Batch:
             return 0.0
         inputs = [_input_of(sequence) for sequence in rows]
         tokens: list[int] = []
-        if self._attempt(rows, lambda: tokens.extend(self._tiers.generator.decode(inputs))):
+        if self._attempt(rows, lambda: tokens.extend(self._model.generator.decode(inputs))):
             for sequence, token_id in zip(rows, tokens, strict=True):
                 self._tiers.advance(sequence.blocks, sequence.token_ids[-1:])
                 self._outcomes.append(Sampled(sequence, token_id))
@@ -452,7 +453,7 @@ class Batch:
         row = sequence.row
         if row is None:
             raise InvariantBroken(f"{sequence.request_id} prefills without a row")
-        if not self._attempt([sequence], lambda: self._tiers.generator.prefill(row, chunk)):
+        if not self._attempt([sequence], lambda: self._model.generator.prefill(row, chunk)):
             return limit
         self._tiers.advance(blocks, chunk)
         self.counters.prefilled_tokens += len(chunk)
@@ -523,7 +524,7 @@ class Batch:
             sequence.row = None
         for sequence in dict.fromkeys([*self.running, *involved]):
             self._break(sequence, error)
-        self._tiers.generator = self._new_generator()
+        self._model.replace_failed()
 
     def _break(self, sequence: TokenSequence, error: Exception) -> None:
         self.leave(sequence)

@@ -9,8 +9,9 @@ from keepwarm.core.block import BlockHash, LineId, common_prefix
 from keepwarm.core.errors import PoolExhausted
 from keepwarm.core.layout import BLOCK_TOKENS
 from keepwarm.core.pool import Allocation, BlockPool, Kind
-from keepwarm.core.ports import BatchGenerator, Payload
+from keepwarm.core.ports import Payload
 from keepwarm.core.stored import Fetched, KVFamily, Record
+from keepwarm.kv.generator_source import GeneratorSource
 
 MAX_AHEAD = 3
 """Records read ahead of the one that is copied into the slab."""
@@ -64,9 +65,10 @@ class Arrival:
 class FetchQueue:
     """Owns the read buffers and, for each line that is being restored, what it still waits for."""
 
-    def __init__(self, store: AgentStore, pool: BlockPool) -> None:
+    def __init__(self, store: AgentStore, pool: BlockPool, model: GeneratorSource) -> None:
         self._store = store
         self._pool = pool
+        self._model = model
         self._fetches: dict[LineId, _Fetch] = {}
         self._readings: dict[int, _Reading] = {}
         self._idle: list[_Buffer] = []
@@ -140,7 +142,7 @@ class FetchQueue:
         if fetch is None or reading not in fetch.reading:
             self._give_back(reading)
 
-    def next_arrival(self, line: LineId, generator: BatchGenerator) -> Arrival | None:
+    def next_arrival(self, line: LineId) -> Arrival | None:
         """The line's next run of tokens; None when it is not there yet, or nothing follows.
 
         A record that could not be read ends the fetch: what is missing must be computed.
@@ -152,7 +154,7 @@ class FetchQueue:
         if reading.data is None:
             self._end(line)
             return None
-        record = reading.record
+        record, generator = reading.record, self._model.generator
         payload = generator.unpack(record.num_tokens, reading.data)
         if record.end_position > fetch.end:
             payload = generator.cut(payload, 0, fetch.end - record.first_position)

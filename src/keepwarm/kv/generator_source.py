@@ -1,4 +1,7 @@
-"""The place of the weights in an engine: taken, empty, and taken again by the same ones."""
+"""The model's generator: made from its weights, replaced after a failure, emptied and filled again.
+
+The generator is the port to the tensors (`core/ports.py`): it moves KV and runs the model.
+"""
 
 from dataclasses import replace
 
@@ -7,34 +10,52 @@ from keepwarm.core.ports import BatchGenerator, BatchGenFactory, LoadedModel
 
 
 class GeneratorSource:
-    """Owns the way to the weights; `facts` is what is known of the model without them."""
+    """Owns the generator of one model; `facts` is what is known of the model without its weights.
+
+    Ask for `generator` with every call and keep no reference to it: after a failure it is another
+    object. Slabs and payloads of an earlier generator are values that a later one can move.
+    `replacement` makes the generators instead of the model's own factory.
+    """
 
     def __init__(
-        self, loaded: LoadedModel, factory: BatchGenFactory | None, *, deterministic: bool
+        self,
+        loaded: LoadedModel,
+        replacement: BatchGenFactory | None = None,
+        *,
+        deterministic: bool = False,
     ) -> None:
         self.facts = replace(loaded, model=None, batch_gen_factory=_no_weights, close=lambda: None)
-        self._replacement = factory
+        self._replacement = replacement
         self._deterministic = deterministic
-        self._factory: BatchGenFactory | None = factory or loaded.batch_gen_factory
+        self._factory: BatchGenFactory | None = replacement or loaded.batch_gen_factory
+        self._generator = self._factory(deterministic=deterministic)
 
     def __repr__(self) -> str:
-        return f"GeneratorSource({self.facts.name}, {'taken' if self._factory else 'empty'})"
+        return f"GeneratorSource({self.facts.name}, {'filled' if self._factory else 'empty'})"
 
-    def new_generator(self) -> BatchGenerator:
+    @property
+    def generator(self) -> BatchGenerator:
+        """The generator as it is now; without weights it moves KV and computes nothing."""
+        return self._generator
+
+    def replace_failed(self) -> None:
+        """Make a new generator: a call has raised, and the old one's rows are given up."""
         if self._factory is None:
             raise InvariantBroken(f"{self!r}: nothing computes without weights")
-        return self._factory(deterministic=self._deterministic)
+        self._generator = self._factory(deterministic=self._deterministic)
 
-    def leave(self) -> None:
-        """Nothing here holds the weights any more."""
+    def release_weights(self) -> None:
+        """Let go of the weights; every row must be closed."""
+        self._generator.release_model()
         self._factory = None
 
-    def take(self, loaded: LoadedModel) -> None:
-        """Raises OtherWeights unless they are the same."""
+    def take_weights(self, loaded: LoadedModel) -> None:
+        """Make a generator from weights that were loaded anew. Raises OtherWeights."""
         if loaded.fingerprint != self.facts.fingerprint:
             raise OtherWeights(self.facts.name)
         self._factory = self._replacement or loaded.batch_gen_factory
+        self._generator = self._factory(deterministic=self._deterministic)
 
 
 def _no_weights(*, deterministic: bool) -> BatchGenerator:
-    raise InvariantBroken("the engine asks its seat for generators")
+    raise InvariantBroken("generators come from the engine's GeneratorSource")

@@ -7,8 +7,9 @@ from keepwarm.core.agent import AgentBlocks
 from keepwarm.core.agent_store import AgentStore
 from keepwarm.core.block import BlockHash, child_hash
 from keepwarm.core.pool import Allocation, BlockPool, Kind
-from keepwarm.core.ports import BatchGenerator, Payload
+from keepwarm.core.ports import Payload
 from keepwarm.core.stored import KVFamily, Record
+from keepwarm.kv.generator_source import GeneratorSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +49,10 @@ class SaveQueue:
     again, or are evicted like any others.
     """
 
-    def __init__(self, store: AgentStore, pool: BlockPool) -> None:
+    def __init__(self, store: AgentStore, pool: BlockPool, model: GeneratorSource) -> None:
         self._store = store
         self._pool = pool
+        self._model = model
         self._unsaved: dict[BlockHash, Unsaved] = {}
         self._saving: dict[BlockHash, _Saving] = {}
 
@@ -90,7 +92,7 @@ class SaveQueue:
     def accepts(self, unsaved: Unsaved, num_tokens: int) -> bool:
         return self._store.accepts(self._store.record_bytes(unsaved.family, num_tokens))
 
-    def save(self, unsaved: Unsaved, source: Source, generator: BatchGenerator) -> None:
+    def save(self, unsaved: Unsaved, source: Source) -> None:
         """Hand over the last tokens, which the source's payload ends with.
 
         The source's allocation is released when the disk has it: it must have been retained for
@@ -100,7 +102,7 @@ class SaveQueue:
         record = Record.of_run(unsaved.parent, unsaved.depth, unsaved.token_ids, start=start)
         del self._unsaved[unsaved.hash]
         self._saving[unsaved.hash] = _Saving(unsaved, source)
-        pieces = generator.pack(source.payload)
+        pieces = self._model.generator.pack(source.payload)
         self._store.save(unsaved.family, record, unsaved.token_ids, pieces, unsaved.maker)
 
     def note(self, record_hash: BlockHash, *, retry: bool) -> None:

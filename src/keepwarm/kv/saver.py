@@ -9,7 +9,8 @@ from keepwarm.core.block import Block, BlockHash, LineId, child_hash
 from keepwarm.core.errors import InvariantBroken
 from keepwarm.core.layout import BLOCK_TOKENS, whole_blocks
 from keepwarm.core.pool import BlockPool
-from keepwarm.core.ports import BatchGenerator, Slab
+from keepwarm.core.ports import Slab
+from keepwarm.kv.generator_source import GeneratorSource
 from keepwarm.kv.line_table import LineTable, slab_of
 from keepwarm.kv.save_queue import SaveQueue, Source, Unsaved, staging, tail_of
 
@@ -25,14 +26,16 @@ class Saver:
         lines: LineTable,
         store: AgentStore,
         pool: BlockPool,
+        model: GeneratorSource,
         *,
         token_bytes: int,
         demote: Callable[[AgentBlocks], None],
     ) -> None:
-        self.queue = SaveQueue(store, pool)
+        self.queue = SaveQueue(store, pool, model)
         self._lines = lines
         self._store = store
         self._pool = pool
+        self._model = model
         self._token_bytes = token_bytes
         self._demote = demote
         self._put_away: set[LineId] = set()
@@ -137,7 +140,7 @@ class Saver:
 
     # -- saving ----------------------------------------------------------------------------------
 
-    def save_some(self, generator: BatchGenerator, max_bytes: float = math.inf) -> None:
+    def save_some(self, max_bytes: float = math.inf) -> None:
         """Hand what waits to be saved to the store, while that takes it; at most so many bytes.
 
         What only a slab holds is copied, if the pool has the memory to spare; what cannot be
@@ -151,12 +154,12 @@ class Saver:
                 continue
             if num_left <= 0 or not self.queue.accepts(unsaved, num_tokens):
                 return
-            source = self._source_of(unsaved, num_tokens, generator)
+            source = self._source_of(unsaved, num_tokens)
             if source is None and self._demote_for(unsaved):
-                source = self._source_of(unsaved, num_tokens, generator)
+                source = self._source_of(unsaved, num_tokens)
             if source is None:
                 continue
-            self.queue.save(unsaved, source, generator)
+            self.queue.save(unsaved, source)
             num_left -= num_tokens
 
     def _holds(self, unsaved: Unsaved) -> bool:
@@ -168,9 +171,7 @@ class Saver:
         ids = line.token_ids[start : start + len(unsaved.token_ids)]
         return line.line in self._lines and tuple(ids) == unsaved.token_ids
 
-    def _source_of(
-        self, unsaved: Unsaved, num_tokens: int, generator: BatchGenerator
-    ) -> Source | None:
+    def _source_of(self, unsaved: Unsaved, num_tokens: int) -> Source | None:
         """The KV of its last tokens; None when there is no memory for a copy now."""
         stop = len(unsaved.token_ids)
         whole = self._whole_payload(unsaved)
@@ -181,10 +182,12 @@ class Saver:
         if allocation is None:
             return self._as_it_is(whole, stop)
         if whole is not None:
-            return Source(generator.cut(whole.payload, stop - num_tokens, stop), allocation)
+            return Source(
+                self._model.generator.cut(whole.payload, stop - num_tokens, stop), allocation
+            )
         start = unsaved.depth * BLOCK_TOKENS
         slab = self._slab_with(unsaved)
-        payload = generator.extract(slab, start + stop - num_tokens, start + stop)
+        payload = self._model.generator.extract(slab, start + stop - num_tokens, start + stop)
         return Source(payload, allocation)
 
     def _as_it_is(self, whole: Source | None, stop: int) -> Source | None:

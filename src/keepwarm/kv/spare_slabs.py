@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from keepwarm.core.pool import Allocation, BlockPool, Kind
-from keepwarm.core.ports import BatchGenerator, Slab
+from keepwarm.core.ports import Slab
+from keepwarm.kv.generator_source import GeneratorSource
 
 MAX_SPARES = 2
 """Slabs kept to be reused: fresh memory is several times slower to write than recycled."""
@@ -20,8 +21,9 @@ class PaidSlab:
 class SpareSlabs:
     """Hands out slabs and keeps a few that were given back, as spares, within the budget."""
 
-    def __init__(self, pool: BlockPool) -> None:
+    def __init__(self, pool: BlockPool, model: GeneratorSource) -> None:
         self._pool = pool
+        self._model = model
         self._spares: list[PaidSlab] = []
 
     def take_spare(self, capacity_tokens: int) -> PaidSlab | None:
@@ -38,8 +40,9 @@ class SpareSlabs:
         self._pool.reuse(spare.allocation, Kind.SLAB)
         return spare
 
-    def new(self, generator: BatchGenerator, capacity_tokens: int) -> PaidSlab:
+    def new(self, capacity_tokens: int) -> PaidSlab:
         """Raises PoolExhausted when the budget has no room; nothing is taken then."""
+        generator = self._model.generator
         allocation = self._pool.allocate(Kind.SLAB, generator.slab_bytes(capacity_tokens))
         try:
             return PaidSlab(generator.new_slab(capacity_tokens), allocation)

@@ -15,10 +15,11 @@ from keepwarm.core.block import Block, BlockHash, LineId, chain_hashes, common_p
 from keepwarm.core.errors import InvariantBroken, PoolExhausted
 from keepwarm.core.layout import BLOCK_TOKENS, whole_blocks
 from keepwarm.core.pool import Allocation, BlockPool, Kind
-from keepwarm.core.ports import BatchGenerator, Payload, Slab
+from keepwarm.core.ports import Payload, Slab
 from keepwarm.core.stored import KVFamily
 from keepwarm.kv.counters import TierCounters
 from keepwarm.kv.fetch_queue import FetchQueue
+from keepwarm.kv.generator_source import GeneratorSource
 from keepwarm.kv.line_table import LineTable, busy, lives_only_in, slab_of, unpinned
 from keepwarm.kv.room import Room
 from keepwarm.kv.saver import Saver
@@ -30,14 +31,13 @@ class Tiers:
     """Moves KV between slabs, blocks and the store. No lock: one thread.
 
     `LineTable` owns what each line has, `Saver` what goes to the store, `FetchQueue` what comes
-    from there; `Room` makes room, `Cutter` shortens lines. The generator is handed in for each
-    model; slabs and payloads are its own values.
+    from there; `Room` makes room, `Cutter` shortens lines.
     """
 
     def __init__(
         self,
         pool: BlockPool,
-        generator: BatchGenerator,
+        model: GeneratorSource,
         *,
         family: KVFamily,
         store: AgentStore | None = None,
@@ -45,18 +45,18 @@ class Tiers:
         store = store or NoStore()
         self.pool = pool
         self.counters = TierCounters()
-        self.generator = generator
+        self.model = model
         self._store = store
         self._family = family
         self._root = family.root
         self._copies: list[Allocation] = []
         self._token_bytes = family.layout.token_bytes
-        self._shelf = SpareSlabs(pool)
+        self._shelf = SpareSlabs(pool, model)
         self._lines = LineTable(pool, family, now=store.clock())
         self.index = self._lines.index
-        self.fetches = FetchQueue(store, pool)
+        self.fetches = FetchQueue(store, pool, model)
         self.saver = Saver(
-            self._lines, store, pool, token_bytes=self._token_bytes, demote=self.demote
+            self._lines, store, pool, model, token_bytes=self._token_bytes, demote=self.demote
         )
         self.saves = self.saver.queue
         self._room = Room(
@@ -68,7 +68,9 @@ class Tiers:
             counters=self.counters,
             demote=self.demote,
         )
-        self._cutter = Cutter(self._lines, self.fetches, self._room, token_bytes=self._token_bytes)
+        self._cutter = Cutter(
+            self._lines, self.fetches, self._room, model, token_bytes=self._token_bytes
+        )
 
     def __repr__(self) -> str:
         return f"Tiers({self._lines!r}, {self.pool!r})"
@@ -113,11 +115,15 @@ class Tiers:
         child = self._lines.new(agent_id, parent.namespace)
         self._lines.extend(child, parent.blocks[: whole_blocks(num_tokens)])
         with busy(child):
-            tail = self._cutter.copy_tail(parent, num_tokens, self.generator)
+            tail = self._cutter.copy_tail(parent, num_tokens)
         if tail is not None:
             self._lines.set_tail(child, tail)
         child.token_ids = parent.token_ids[: child.num_tokens]
         return child
+
+    def slab_bytes(self, capacity_tokens: int) -> int:
+        """What a slab of this capacity occupies."""
+        return self.model.generator.slab_bytes(capacity_tokens)
 
     # -- into the slab ---------------------------------------------------------------------------
 
@@ -165,7 +171,7 @@ class Tiers:
         if line.slab is not None:
             self.demote(line)
         with unpinned(line):
-            self.make_room(self.generator.slab_bytes(capacity_tokens))
+            self.make_room(self.slab_bytes(capacity_tokens))
         self.make_hot(
             line,
             token_ids,
@@ -179,17 +185,17 @@ class Tiers:
         slab, allocation = slab_of(line)
         if slab.capacity_tokens >= capacity_tokens:
             return
-        nbytes = self.generator.slab_bytes(capacity_tokens)
+        nbytes = self.slab_bytes(capacity_tokens)
         self.make_room(nbytes - allocation.nbytes)
         self.pool.resize(allocation, nbytes)
-        line.slab = self.generator.grow_slab(slab, capacity_tokens)
+        line.slab = self.model.generator.grow_slab(slab, capacity_tokens)
         self.counters.slab_growths += 1
 
     def prepare(self, line: AgentBlocks, max_bytes: float = math.inf) -> bool:
         """Touch the next part of the slab's memory. Returns whether all of it is ready."""
         slab, _ = slab_of(line)
         if not slab.is_ready:
-            self.generator.prepare(slab, max_bytes)
+            self.model.generator.prepare(slab, max_bytes)
         return slab.is_ready
 
     def restore(self, line: AgentBlocks, max_bytes: float = math.inf) -> int:
@@ -205,7 +211,7 @@ class Tiers:
                 num_left = max_tokens - (slab.num_tokens - before)
                 self._restore_blocks(line, slab, num_left)
             elif line.tail is not None:
-                self.generator.reconstruct(slab, [line.tail])
+                self.model.generator.reconstruct(slab, [line.tail])
                 self._lines.release_tail(line)
         return slab.num_tokens - before
 
@@ -219,13 +225,13 @@ class Tiers:
         slab, _ = slab_of(line)
         before = slab.num_tokens
         while (slab.num_tokens - before) * self._token_bytes < max_bytes:
-            arrival = self.fetches.next_arrival(line.line, self.generator)
+            arrival = self.fetches.next_arrival(line.line)
             if arrival is None:
                 break
             start = arrival.record.first_position
             if start != slab.num_tokens:
                 raise InvariantBroken(f"{arrival.record} does not follow {slab!r}")
-            self.generator.reconstruct(slab, [arrival.payload])
+            self.model.generator.reconstruct(slab, [arrival.payload])
             self.fetches.done(line.line)
             self.advance(line, token_ids[start : slab.num_tokens])
         self.counters.fetched_tokens += slab.num_tokens - before
@@ -284,7 +290,7 @@ class Tiers:
 
     def truncate(self, line: AgentBlocks, num_tokens: int) -> None:
         """Forget the line's KV from `num_tokens` on; what other lines own stays with them."""
-        self._cutter.truncate(line, num_tokens, self.generator)
+        self._cutter.truncate(line, num_tokens)
 
     def owners_of(self, line: AgentBlocks, depth: int) -> set[LineId]:
         """The lines that rely on the block at this depth, this one included."""
@@ -296,7 +302,7 @@ class Tiers:
         None of them may be in the batch.
         """
         for owner in self.owners_of(line, depth):
-            self._cutter.distrust(self._lines[owner], depth, self.generator)
+            self._cutter.distrust(self._lines[owner], depth)
 
     def discard_slab(self, line: AgentBlocks) -> None:
         """The slab's content cannot be trusted: keep only what is stored elsewhere as well."""
@@ -317,7 +323,7 @@ class Tiers:
 
     def save_some(self, max_bytes: float = math.inf) -> None:
         """Hand what waits to be saved to the store, while that takes it; at most so many bytes."""
-        self.saver.save_some(self.generator, max_bytes)
+        self.saver.save_some(max_bytes)
 
     def release_put_away(self) -> None:
         """Free the memory of lines that were put away and are wholly stored now."""
@@ -366,7 +372,7 @@ class Tiers:
 
     def read(self, line: AgentBlocks, start: int, stop: int) -> Payload:
         """A copy of [start, stop), which lies within one block and begins with it."""
-        return self._cutter.read(line, start, stop, self.generator)
+        return self._cutter.read(line, start, stop)
 
     def check(self) -> None:
         """Every block in its places, owners as the tables say, and the pool's bytes all held."""
@@ -410,8 +416,8 @@ class Tiers:
         spare = self._shelf.take_spare(capacity_tokens)
         if spare is not None:
             return spare
-        self.make_room(self.generator.slab_bytes(capacity_tokens))
-        return self._shelf.new(self.generator, capacity_tokens)
+        self.make_room(self.slab_bytes(capacity_tokens))
+        return self._shelf.new(capacity_tokens)
 
     def _free_slab(self, line: AgentBlocks) -> None:
         if line.slab is not None:
@@ -420,7 +426,7 @@ class Tiers:
             self._keep_spare(slab, allocation)
 
     def _keep_spare(self, slab: Slab, allocation: Allocation) -> None:
-        self.generator.trim(slab, 0)
+        self.model.generator.trim(slab, 0)
         self._shelf.keep(slab, allocation)
 
     def _restore_blocks(self, line: AgentBlocks, slab: Slab, max_tokens: float) -> None:
@@ -430,12 +436,14 @@ class Tiers:
         wanted = line.blocks[depth : depth + num_blocks]
         copied = list(takewhile(lambda block: block.payload is not None, wanted))
         if copied:
-            self.generator.reconstruct(slab, [b.payload for b in copied if b.payload is not None])
+            self.model.generator.reconstruct(
+                slab, [b.payload for b in copied if b.payload is not None]
+            )
         else:
             copied = wanted[:1]
             start = depth * BLOCK_TOKENS
             source = self._lines.slab_with(copied[0])
-            self.generator.copy_span(source, slab, start, start + BLOCK_TOKENS)
+            self.model.generator.copy_span(source, slab, start, start + BLOCK_TOKENS)
         for block in copied:
             block.slabs.add(line.line)
         self.counters.restored_blocks += len(copied)
@@ -446,11 +454,11 @@ class Tiers:
         """The spans' payloads; the slab becomes a spare where there is room for both."""
         num_tokens = sum(stop - start for start, stop in spans)
         if num_tokens * self._token_bytes <= self.pool.free_bytes:
-            payloads = [self.generator.extract(slab, start, stop) for start, stop in spans]
+            payloads = [self.model.generator.extract(slab, start, stop) for start, stop in spans]
             self._keep_spare(slab, allocation)
             return payloads
         self.pool.release(allocation)
-        return self.generator.dismantle(slab, spans)
+        return self.model.generator.dismantle(slab, spans)
 
     def _holders(self) -> dict[Allocation, tuple[int, int]]:
         holders = {**self._lines.holders(), **self._shelf.holders(), **self.fetches.holders()}

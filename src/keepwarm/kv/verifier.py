@@ -12,6 +12,7 @@ from keepwarm.core.errors import GeneratorFailed, InvariantBroken
 from keepwarm.core.layout import BLOCK_TOKENS, capacity_for, whole_blocks
 from keepwarm.core.ports import Payload, RowId, Slab
 from keepwarm.core.stored import Record
+from keepwarm.kv.generator_source import GeneratorSource
 from keepwarm.kv.line_table import busy
 from keepwarm.kv.tiers import Tiers
 
@@ -101,8 +102,9 @@ UnitTokens = Callable[[], int]
 class Verifier:
     """Computes cold runs and compares, on the engine's thread."""
 
-    def __init__(self, tiers: Tiers, store: AgentStore) -> None:
+    def __init__(self, tiers: Tiers, store: AgentStore, model: GeneratorSource) -> None:
         self._tiers = tiers
+        self._model = model
         self._store = store
 
     @contextmanager
@@ -161,7 +163,7 @@ class Verifier:
 
     def _compare_block(self, run: ColdRun, line: AgentBlocks, start: int, stop: int) -> Units:
         scratch, depth = run.scratch, start // BLOCK_TOKENS
-        computed = self._tiers.generator.extract(_slab_of(scratch), start, stop)
+        computed = self._model.generator.extract(_slab_of(scratch), start, stop)
         # Meanwhile a line that was put away may have left memory.
         held = self._copies_of(line, start, min(stop, run.num_held, line.num_tokens))
         in_memory = self._largest((computed, 0, copy) for copy in held)
@@ -188,7 +190,7 @@ class Verifier:
         try:
             with busy(line):
                 capacity = capacity_for(max(num_tokens, 1))
-                self._tiers.make_room(self._tiers.generator.slab_bytes(capacity) + spare_bytes)
+                self._tiers.make_room(self._tiers.slab_bytes(capacity) + spare_bytes)
                 self._tiers.give_slab(scratch, capacity)
                 self._tiers.make_room(spare_bytes)
         except BaseException:
@@ -200,7 +202,7 @@ class Verifier:
         """Of a resting line's positions within one block, wherever memory has them for it."""
         if start >= stop:
             return
-        generator = self._tiers.generator
+        generator = self._model.generator
         if line.slab is not None:
             yield generator.extract(line.slab, start, stop)
         depth = whole_blocks(start)
@@ -217,7 +219,7 @@ class Verifier:
         while start < len(token_ids):
             chunk = list(token_ids[start : start + max(unit_tokens(), 1)])
             try:
-                self._tiers.generator.prefill(SCRATCH_ROW, chunk)
+                self._model.generator.prefill(SCRATCH_ROW, chunk)
             except InvariantBroken:
                 raise
             except Exception as error:
@@ -228,7 +230,7 @@ class Verifier:
 
     def _largest(self, pairs: Iterable[tuple[Payload, int, Payload]]) -> float | None:
         """Of computed KV, from a position on, and a copy of it that was kept."""
-        generator = self._tiers.generator
+        generator = self._model.generator
         differences = [
             generator.largest_difference(
                 generator.cut(computed, start, start + kept.num_tokens), kept
@@ -240,7 +242,7 @@ class Verifier:
     def _arrived(self, scratch: AgentBlocks, computed: Payload) -> float | None:
         """How the block's next record from the disk differs; a damaged one is the last: None."""
         fetches = self._tiers.fetches
-        arrival = fetches.next_arrival(scratch.line, self._tiers.generator)
+        arrival = fetches.next_arrival(scratch.line)
         if arrival is None:
             return None
         difference = self._largest([(computed, arrival.record.start, arrival.payload)])
@@ -250,7 +252,7 @@ class Verifier:
     @contextmanager
     def _row(self, scratch: AgentBlocks) -> Iterator[None]:
         """The scratch slab in the batch, whose generator it is now."""
-        generator = self._tiers.generator
+        generator = self._model.generator
         generator.open_row(SCRATCH_ROW, _slab_of(scratch))
         try:
             yield

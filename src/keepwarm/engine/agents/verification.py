@@ -11,6 +11,7 @@ from keepwarm.core.ports import BatchGenerator
 from keepwarm.engine.agents.book import Agent, AgentBook, Line
 from keepwarm.engine.agents.store_inbox import Commit, StoreInbox
 from keepwarm.kv.batch import Batch
+from keepwarm.kv.generator_source import GeneratorSource
 from keepwarm.kv.tiers import Tiers
 from keepwarm.kv.verifier import ColdRun, Pause, UnitTokens, Verifier, VerifyReport
 
@@ -24,6 +25,7 @@ class AgentVerifier:
         self,
         tiers: Tiers,
         batch: Batch,
+        model: GeneratorSource,
         *,
         store: AgentStore,
         link: StoreInbox,
@@ -34,7 +36,7 @@ class AgentVerifier:
         self._store = store
         self._link = link
         self._bound = bound
-        self._verifier = Verifier(tiers, store)
+        self._verifier = Verifier(tiers, store, model)
 
     def verify(self, agent: Agent, unit_tokens: UnitTokens) -> Verification:
         """Of its main line; what differs is dropped, and what was imported and agrees is shared.
@@ -109,14 +111,14 @@ class Verifications:
     def __init__(
         self,
         verifier: AgentVerifier,
-        tiers: Tiers,
+        model: GeneratorSource,
         *,
         book: AgentBook,
         link: StoreInbox,
         alone_tokens: int,
     ) -> None:
         self._verifier = verifier
-        self._tiers = tiers
+        self._model = model
         self._book = book
         self._link = link
         self._alone_tokens = alone_tokens
@@ -171,8 +173,8 @@ class Verifications:
             self._end(job)
             return True
         if job.generator is None:
-            job.generator = self._tiers.generator
-        elif job.generator is not self._tiers.generator:
+            job.generator = self._model.generator
+        elif job.generator is not self._model.generator:
             self._call_off(job, "the model failed in another request's step")
             return True
         return self._advance(job)

@@ -72,7 +72,7 @@ class Intake:
             context_tokens=loaded.max_context_tokens,
             budget_bytes=tiers.pool.budget_bytes,
             block_bytes=loaded.layout.block_bytes,
-            slab_bytes=tiers.generator.slab_bytes,
+            slab_bytes=tiers.slab_bytes,
         )
         self.reader = PromptReader(loaded.tokenizer, loaded.vocab_size, self._limits)
 
@@ -110,7 +110,7 @@ class Intake:
 
     def slab_bytes(self, num_tokens: int) -> int:
         """What a line of so many tokens takes in memory."""
-        return self._tiers.generator.slab_bytes(capacity_for(num_tokens))
+        return self._tiers.slab_bytes(capacity_for(num_tokens))
 
     # -- a whole prompt --------------------------------------------------------------------------
 
