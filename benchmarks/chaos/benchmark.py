@@ -538,7 +538,7 @@ class Verification:
             request = self._speaker.request(name, state)
             request_id = engine.submit(agent_id=name, max_tokens=num_reply, **request)
             sequence = engine._active[request_id].sequence
-            prompt_ids = sequence.token_ids[: sequence.num_prompt_tokens]
+            prompt_ids = list(sequence.prompt_ids)
             prompts[request_id] = (name, prompt_ids, num_reply)
         for completed in self._drain(engine):
             name, prompt_ids, num_reply = prompts[completed.request_id]

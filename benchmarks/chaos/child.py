@@ -282,7 +282,7 @@ class Player:
         num_reply = self._speaker.num_reply()
         request_id = self._engine.submit(agent_id=name, max_tokens=num_reply, **request)
         sequence = self._engine._active[request_id].sequence
-        prompt_ids = sequence.token_ids[: sequence.num_prompt_tokens]
+        prompt_ids = list(sequence.prompt_ids)
         messages = [*((state or {}).get("messages") or []), *_messages_of(request)]
         running = _Running(name, prompt_ids, None if "token_ids" in request else messages)
         self._running[request_id] = running

@@ -264,7 +264,7 @@ def main_blocks(engine: BlockPoolBatchEngine, agent_id: str) -> Any:
 def prompt_of(engine: BlockPoolBatchEngine, request_id: str) -> list[int]:
     """Return the prompt's ids of a request that has not ended."""
     sequence = engine._active[request_id].sequence
-    return sequence.token_ids[: sequence.num_prompt_tokens]
+    return list(sequence.prompt_ids)
 
 
 def phase_of(engine: BlockPoolBatchEngine, request_id: str) -> str:

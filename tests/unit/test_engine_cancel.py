@@ -103,7 +103,7 @@ def test_in_the_step_before_its_last_token() -> None:
     engine = fake_engine()
     request_id = engine.submit(token_ids=ids(20), max_tokens=2)
     events = step(engine, 2)
-    assert len(engine._active[request_id].sequence.reply_ids) == 1
+    assert engine._active[request_id].sequence.num_reply_tokens == 1
     cancelled(engine, request_id, events)
 
 
@@ -122,7 +122,7 @@ def test_while_half_a_character_is_held_back() -> None:
     engine = scripted(*b"ab", *smile)
     request_id = engine.submit(agent_id="ada", messages=[user("Hello")], max_tokens=20)
     events = step(engine, 5)
-    assert len(engine._active[request_id].sequence.reply_ids) == 4
+    assert engine._active[request_id].sequence.num_reply_tokens == 4
     cancelled(engine, request_id, events)
     assert text_of(events, request_id) == "ab"
     run(engine, agent_id="ada", append=[user("Go on")], max_tokens=6)

@@ -57,7 +57,7 @@ class House:
         """The prompt's ids as the generator got them, and the reply's text."""
         request_id = self.engine.submit(**request)
         active = self.engine._turns.active[request_id]
-        prompt = active.sequence.token_ids[: active.sequence.num_prompt_tokens]
+        prompt = list(active.sequence.prompt_ids)
         (ending,) = [e for e in drain(self.engine) if getattr(e, "text", None) is not None][-1:]
         assert isinstance(ending, Completed)
         # The KV that the row left is that of these ids, so they are what was computed.

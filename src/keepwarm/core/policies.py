@@ -177,7 +177,7 @@ def choose_preempted(running: Sequence[TokenSequence]) -> TokenSequence | None:
     )
 
 
-def next_chunk(row: TokenSequence, limit: int) -> list[int]:
+def next_chunk(row: TokenSequence, limit: int) -> Sequence[int]:
     """The ids to prefill next: at most `limit`, never across the end of a block."""
     start = row.blocks.num_tokens
     block_end = start - start % BLOCK_TOKENS + BLOCK_TOKENS

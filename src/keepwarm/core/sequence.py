@@ -1,4 +1,4 @@
-"""A request on its way through the engine: what it wants and how far it has come."""
+"""One request or prefetch as the batch sees it: its token ids, and how far they have come."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,17 +20,17 @@ class Phase(StrEnum):
 
 @dataclass(slots=True, eq=False)
 class TokenSequence:
-    """One request's tokens. All but the last id get KV before the last one is fed to decode.
+    """The ids of a prompt and of its reply. All but the last get KV before the next decode.
 
-    `known_ids` are those that its line had before. A prefetch ends before it would decode, and
-    before it would compute anything unless it may.
+    The batch writes it while it runs: it appends each sampled token, and others read. `known_ids`
+    are the ids that its line had before. A prefetch (`is_prefetch`) ends before it would decode,
+    and before it would compute anything unless it `may_compute`.
     """
 
     request_id: str
     agent_id: str | None
     arrival: int
-    token_ids: list[int]
-    num_prompt_tokens: int
+    prompt_ids: Sequence[int]
     max_tokens: int
     sampling: Sampling
     priority: int
@@ -47,18 +47,40 @@ class TokenSequence:
     known_ids: Sequence[int] = ()
     submitted_s: float = 0.0
     admitted_s: float | None = None
-    first_token_s: float | None = None
     restored_s: float = 0.0
-    reply_ids: list[int] = field(default_factory=list)
+    _token_ids: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._token_ids = list(self.prompt_ids)
+
+    @property
+    def token_ids(self) -> Sequence[int]:
+        """The ids of the prompt and, behind them, of the reply so far."""
+        return self._token_ids
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def num_reply_tokens(self) -> int:
+        """How many tokens were sampled so far, a stop token included."""
+        return len(self._token_ids) - len(self.prompt_ids)
+
+    @property
+    def num_to_come(self) -> int:
+        """How many tokens the reply may still get."""
+        return self.max_tokens - self.num_reply_tokens
 
     @property
     def target_tokens(self) -> int:
         """How many tokens must have KV before the next decode."""
-        return len(self.token_ids) - 1
+        return len(self._token_ids) - 1
 
     @property
     def num_missing(self) -> int:
-        return self.target_tokens - self.blocks.num_tokens
+        """How many of those lack it."""
+        return len(self._token_ids) - 1 - self.blocks.num_tokens
 
     @property
     def is_fetched(self) -> bool:
@@ -66,26 +88,31 @@ class TokenSequence:
         return self.is_prefetch and not (self.may_compute and self.num_missing)
 
     def append(self, token_id: int) -> None:
-        self.token_ids.append(token_id)
-        self.reply_ids.append(token_id)
+        """Add a sampled token to the reply. Only the batch does."""
+        self._token_ids.append(token_id)
 
 
 def prefetch_sequence(
-    number: int, blocks: AgentBlocks, token_ids: Sequence[int], *, may_compute: bool
+    number: int,
+    blocks: AgentBlocks,
+    token_ids: Sequence[int],
+    *,
+    known_ids: Sequence[int],
+    may_compute: bool,
 ) -> TokenSequence | None:
-    """What brings a line's KV into a slab; None when it has none."""
+    """Return a sequence that brings a line's KV into a slab; None where there is none to bring."""
     if len(token_ids) < 2:
         return None
     return TokenSequence(
         request_id=f"prefetch-{number}",
         agent_id=blocks.agent_id,
         arrival=number,
-        token_ids=list(token_ids),
-        num_prompt_tokens=len(token_ids),
+        prompt_ids=token_ids,
         max_tokens=1,
         sampling=GREEDY,
         priority=-100,
         blocks=blocks,
         is_prefetch=True,
         may_compute=may_compute,
+        known_ids=known_ids,
     )

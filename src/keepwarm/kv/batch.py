@@ -233,7 +233,7 @@ class Batch:
         target = sequence.token_ids[: sequence.target_tokens]
         capacity = reserve_capacity(
             num_tokens=len(sequence.token_ids),
-            reply_tokens=sequence.max_tokens - len(sequence.reply_ids),
+            reply_tokens=sequence.num_to_come,
             config=self._config,
         )
         make_hot, make_hot_at_any_cost = (
@@ -306,6 +306,7 @@ class Batch:
         if self._attempt(rows, lambda: tokens.extend(self._model.generator.decode(inputs))):
             for sequence, token_id in zip(rows, tokens, strict=True):
                 self._tiers.advance(sequence.blocks, sequence.token_ids[-1:])
+                sequence.append(token_id)
                 self._outcomes.append(Sampled(sequence, token_id))
             self.counters.decoded_tokens += len(tokens)
         return self._clock() - started
@@ -323,7 +324,7 @@ class Batch:
         soon_full = [
             sequence
             for sequence in self._in_phase(Phase.DECODING)
-            if _num_free(sequence) < min(self._config.max_rows, _num_to_come(sequence))
+            if _num_free(sequence) < min(self._config.max_rows, sequence.num_to_come)
         ]
         if soon_full:
             sequence = min(soon_full, key=_num_free)
@@ -354,7 +355,7 @@ class Batch:
         row = sequence.row
         if row is None:
             raise InvariantBroken(f"{sequence.request_id} decodes without a row")
-        max_tokens = len(sequence.token_ids) + _num_to_come(sequence)
+        max_tokens = len(sequence.token_ids) + sequence.num_to_come
         capacity = grown_capacity(self._slab_of(sequence).capacity_tokens, max_tokens)
         self._close_row(sequence)
         try:
@@ -541,7 +542,7 @@ def _input_of(sequence: TokenSequence) -> RowInput:
         row=sequence.row,
         token_id=sequence.token_ids[-1],
         sampling=sequence.sampling,
-        draw=len(sequence.reply_ids),
+        draw=sequence.num_reply_tokens,
     )
 
 
@@ -549,11 +550,6 @@ def _num_free(sequence: TokenSequence) -> int:
     """How many more tokens the slab has room for."""
     slab = sequence.blocks.slab
     return slab.capacity_tokens - slab.num_tokens if slab is not None else 0
-
-
-def _num_to_come(sequence: TokenSequence) -> int:
-    """How many tokens the reply may still get."""
-    return sequence.max_tokens - len(sequence.reply_ids)
 
 
 def _tier_of_reuse(sequence: TokenSequence, *, had_slab: bool) -> Tier:

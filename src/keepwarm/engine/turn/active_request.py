@@ -40,6 +40,7 @@ class ActiveRequest:
     reply: ReplyText
     receipt_key: ReceiptKey | None = None
     has_started: bool = False
+    first_token_s: float | None = None
 
     @property
     def request_id(self) -> str:
@@ -89,7 +90,7 @@ class ActiveRequest:
             usage=Usage(
                 prompt_tokens=self.sequence.num_prompt_tokens,
                 cached_tokens=self.sequence.cached_tokens or 0,
-                completion_tokens=len(self.sequence.reply_ids),
+                completion_tokens=self.sequence.num_reply_tokens,
             ),
             cache=self._cache_report(),
             timing=self._timing(now_s),
@@ -108,7 +109,7 @@ class ActiveRequest:
             finish_reason=reason,
             prompt_tokens=self.sequence.num_prompt_tokens,
             cached_tokens=self.sequence.cached_tokens or 0,
-            completion_tokens=len(self.sequence.reply_ids),
+            completion_tokens=self.sequence.num_reply_tokens,
         )
 
     def _cache_report(self) -> CacheReport:
@@ -168,7 +169,7 @@ class ActiveRequest:
     def _timing(self, now_s: float) -> Timing:
         sequence = self.sequence
         start = sequence.submitted_s
-        first = sequence.first_token_s
+        first = self.first_token_s
         return Timing(
             queued_s=(now_s if sequence.admitted_s is None else sequence.admitted_s) - start,
             first_token_s=None if first is None else first - start,

@@ -42,11 +42,14 @@ class Prefetcher:
     def begin(self, line: Line, token_ids: Sequence[int], *, may_compute: bool = False) -> bool:
         """For these ids, of which all but the last get KV. False when there is nothing to do."""
         sequence = prefetch_sequence(
-            next(self._ids), line.blocks, token_ids, may_compute=may_compute
+            next(self._ids),
+            line.blocks,
+            token_ids,
+            known_ids=line.transcript.token_ids,
+            may_compute=may_compute,
         )
         if sequence is None:
             return False
-        sequence.known_ids = line.transcript.token_ids
         self._running[sequence.request_id] = _Prefetch(line, sequence, line.blocks.last_used)
         self._batch.enqueue(sequence)
         return True

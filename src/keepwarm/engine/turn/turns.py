@@ -60,8 +60,7 @@ class Turns:
             request_id=f"req-{number}",
             agent_id=asked.agent_id,
             arrival=number,
-            token_ids=list(wanted.prompt.token_ids),
-            num_prompt_tokens=len(wanted.prompt.token_ids),
+            prompt_ids=wanted.prompt.token_ids,
             max_tokens=wanted.max_reply_tokens,
             sampling=asked.sampling,
             priority=wanted.priority,
@@ -127,10 +126,8 @@ class Turns:
             self._emit(active.started())
 
     def _take_token(self, active: ActiveRequest, token_id: int) -> None:
-        sequence = active.sequence
-        sequence.append(token_id)
-        if sequence.first_token_s is None:
-            sequence.first_token_s = self._clock()
+        if active.first_token_s is None:
+            active.first_token_s = self._clock()
         if token_id in self._tokenizer.eos_token_ids:
             self._finish(active, FinishReason.STOP)
             return
@@ -139,7 +136,7 @@ class Turns:
             self._emit(active.delta(emitted))
         if active.reply.stopped_by is not None:
             self._finish(active, FinishReason.STOP)
-        elif len(sequence.reply_ids) >= sequence.max_tokens:
+        elif active.sequence.num_to_come <= 0:
             self._finish(active, FinishReason.LENGTH)
 
     def _finish(self, active: ActiveRequest, reason: FinishReason) -> None:
@@ -166,7 +163,7 @@ class Turns:
         """
         line, wanted, reply = active.line, active.wanted, active.kept_reply
         self._tiers.truncate(line.blocks, active.num_kept_tokens)
-        if active.sequence.first_token_s is None:
+        if active.first_token_s is None:
             return False
         conversation = history(wanted.conversation, wanted.reply_prefix + reply.text)
         line.transcript = with_reply(wanted.prompt.transcript, reply)
