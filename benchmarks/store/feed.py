@@ -1,7 +1,7 @@
 """A store that is kept busy: records of a benchmark's own are written beside the engine's."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from benchmarks.store.chat import pieces_of
 from keepwarm.bench.lab import require
 from keepwarm.core.block import BlockHash, child_hash
 from keepwarm.core.layout import BLOCK_TOKENS, CacheLayout
-from keepwarm.core.stored import AgentState, Committed, KVFamily, Record, Saved, StoreEvent
+from keepwarm.core.stored import AgentState, KVFamily, Record, Saved
 from keepwarm.store.agent_cache_store import AgentCacheStore, StoreConfig
 
 DRAIN_TIMEOUT_S = 60.0
@@ -31,7 +31,6 @@ class FedStore(AgentCacheStore):
 
     def __init__(self, path: Path, layout: CacheLayout) -> None:
         self._on_their_way: set[BlockHash] = set()
-        self._commit_started_s: dict[int, float] = {}
         self.commit_s: list[float] = []
         recycle_page_cache(path, DISK_BUDGET_BYTES)
         config = StoreConfig(disk_budget_bytes=DISK_BUDGET_BYTES, queue_bytes=QUEUE_BYTES)
@@ -77,22 +76,16 @@ class FedStore(AgentCacheStore):
         while self._on_their_way:
             require(time.monotonic() < until, f"{self!r} after a minute")
             time.sleep(0.001)
-            self._events += self.poll()
+            self.poll()
 
-    def commit(self, state: AgentState) -> int:
+    def commit(self, state: AgentState, answer: Callable[[bool], object]) -> None:
         started = time.perf_counter()
-        ticket = super().commit(state)
-        self._commit_started_s[ticket] = started
-        return ticket
 
-    def poll(self) -> list[StoreEvent]:
-        events = [event for event in super().poll() if not self._is_own(event)]
-        for event in events:
-            if isinstance(event, Committed):
-                started = self._commit_started_s.pop(event.ticket, None)
-                if started is not None:  # and not the ticket of a deletion
-                    self.commit_s.append(time.perf_counter() - started)
-        return events
+        def timed_answer(durable: bool) -> None:
+            self.commit_s.append(time.perf_counter() - started)
+            answer(durable)
+
+        super().commit(state, timed_answer)
 
     def _feed_one(self) -> None:
         self._num_fed += 1
@@ -101,13 +94,11 @@ class FedStore(AgentCacheStore):
         block_hash = child_hash(root, token_ids)
         record = Record(block_hash, root, root, depth=0, start=0, stop=BLOCK_TOKENS)
         self._on_their_way.add(block_hash)
-        self.save(self._noise_family, record, token_ids, self._pieces, None)
 
-    def _is_own(self, event: StoreEvent) -> bool:
-        if not isinstance(event, Saved) or event.record_hash not in self._on_their_way:
-            return False
-        self._on_their_way.remove(event.record_hash)
-        return True
+        def is_written(_: Saved) -> None:
+            self._on_their_way.remove(block_hash)
+
+        self.save(self._noise_family, record, token_ids, self._pieces, None, is_written)
 
 
 def recycle_page_cache(folder: Path, nbytes: int) -> None:

@@ -1,4 +1,4 @@
-"""What the engine expects of every `AgentStore`: the fake one, the one on a disk, a share of it."""
+"""What the engine expects of every `AgentStore`: the fake one, and the one on a disk."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from keepwarm.core.agent_store import AgentStore, NoStore
+from keepwarm.core.agent_store import AgentStore, BundleTicket, NoStore
 from keepwarm.core.block import BlockHash, chain_hashes, child_hash
 from keepwarm.core.errors import BadBundle, KeepwarmError, NoAgentStore
 from keepwarm.core.layout import BLOCK_TOKENS, CacheLayout, LayerLayout
@@ -15,23 +15,16 @@ from keepwarm.core.stored import (
     AgentSettings,
     AgentState,
     Bundle,
-    BundleRead,
-    BundleStored,
     BundleTerms,
-    BundleWritten,
-    Committed,
-    Fetched,
     KVFamily,
     LineState,
     Record,
     Saved,
-    StoreEvent,
 )
 from keepwarm.core.transcript import Span, Transcript, Turn
-from keepwarm.fleet.shared_store import SharedStore
 from keepwarm.store.agent_cache_store import AgentCacheStore
 from keepwarm.testing.agent_store import MemoryAgentStore
-from waiting import wait_until
+from stores import hear
 
 FAMILY = KVFamily("model", CacheLayout((LayerLayout(1, 2, 2),), "float16"))
 IDS = [(position * 37 + position // 7) % 4096 for position in range(1000)]
@@ -42,7 +35,7 @@ TERMS = BundleTerms(replace(FAMILY, namespace="import:1"), "words", vocab_size=4
 Reopen = Callable[[], AgentStore]
 
 
-@pytest.fixture(params=["memory", "disk", "share"])
+@pytest.fixture(params=["memory", "disk"])
 def reopen(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Reopen]:
     """Opens the store, and each time again what the last one left."""
     memory = MemoryAgentStore(BUNDLES)
@@ -54,7 +47,7 @@ def reopen(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Reopen]:
         while opened:
             opened.pop().close()
         opened.append(AgentCacheStore(tmp_path / "store"))
-        return SharedStore(opened[0]).share() if request.param == "share" else opened[0]
+        return opened[0]
 
     yield again
     while opened:
@@ -66,18 +59,26 @@ def store(reopen: Reopen) -> AgentStore:
     return reopen()
 
 
-def events_of(store: AgentStore, num_events: int) -> list[StoreEvent]:
-    """Wait until the store has told `num_events` events, and no more; return them."""
-    events: list[StoreEvent] = []
-
-    def hear() -> None:
-        store.wait(0.1)
-        events.extend(store.poll())
-
-    wait_until(lambda: len(events) >= num_events, hear)
-    assert len(events) == num_events, events
+def answered(store: AgentStore, is_answered: Callable[[], object]) -> None:
+    """Poll the store until it has answered; it must agree with itself then."""
+    hear(store, is_answered)
     store.check()
-    return events
+
+
+def commit(store: AgentStore, *states: AgentState) -> None:
+    """Commit all of them, and wait until they are durable."""
+    answers: list[bool] = []
+    for state in states:
+        store.commit(state, answers.append)
+    answered(store, lambda: len(answers) == len(states))
+    assert all(answers)
+
+
+def delete(store: AgentStore, agent_id: str) -> None:
+    answers: list[bool] = []
+    store.delete_agent(agent_id, answers.append)
+    answered(store, lambda: answers)
+    assert answers == [True]
 
 
 def data_of(start: int, stop: int) -> bytes:
@@ -100,8 +101,10 @@ def save(
     record = Record(child_hash(parent, token_ids), before, parent, depth, start, stop)
     data = memoryview(data_of(depth * BLOCK_TOKENS + start, depth * BLOCK_TOKENS + stop))
     half = len(data) // 2
-    store.save(FAMILY, record, token_ids, [data[:half], data[half:]], maker)
-    assert events_of(store, 1) == [Saved(record.hash, retry=False)]
+    answers: list[Saved] = []
+    store.save(FAMILY, record, token_ids, [data[:half], data[half:]], maker, answers.append)
+    answered(store, lambda: answers)
+    assert answers == [Saved.WRITTEN]
     return record
 
 
@@ -115,13 +118,13 @@ def save_blocks(store: AgentStore, token_ids: Sequence[int]) -> list[Record]:
     return records
 
 
-def read(store: AgentStore, record: Record) -> bytes | None:
-    buffer = bytearray(store.record_bytes(FAMILY, record.num_tokens))
-    ticket = store.fetch(FAMILY, record, buffer)
-    (event,) = events_of(store, 1)
-    assert isinstance(event, Fetched)
-    assert event.ticket == ticket
-    return None if event.data is None else bytes(event.data)
+def read(store: AgentStore, record: Record, family: KVFamily = FAMILY) -> bytes | None:
+    buffer = bytearray(store.record_bytes(family, record.num_tokens))
+    answers: list[memoryview | None] = []
+    store.fetch(family, record, buffer, answers.append)
+    answered(store, lambda: answers)
+    (data,) = answers
+    return None if data is None else bytes(data)
 
 
 def state_of(agent_id: str, token_ids: Sequence[int], *, pinned: bool = False) -> AgentState:
@@ -143,7 +146,6 @@ def test_an_empty_store_knows_nothing(store: AgentStore) -> None:
     assert store.missing_from(FAMILY.root, IDS[:256]) == 0
     assert store.load_agent("ada") is None
     assert store.summaries() == []
-    assert store.poll() == []
     assert store.clock() == 0
 
 
@@ -195,8 +197,7 @@ def test_what_was_saved_and_committed_is_there_when_the_store_is_opened_again(
     store = reopen()
     records = save_blocks(store, IDS[:600])
     state = state_of("ada", IDS[:600])
-    ticket = store.commit(state)
-    assert events_of(store, 1) == [Committed(ticket, durable=True)]
+    commit(store, state)
     store = reopen()
     assert store.plan(FAMILY, FAMILY.root, IDS) == records
     assert read(store, records[2]) == data_of(512, 600)
@@ -215,8 +216,7 @@ def test_how_much_of_an_agent_is_stored(reopen: Reopen, num_tokens: int, num_sav
     """
     store = reopen()
     save_blocks(store, IDS[:num_saved])
-    store.commit(state_of("ada", IDS[:num_tokens]))
-    events_of(store, 1)
+    commit(store, state_of("ada", IDS[:num_tokens]))
     records = store.plan(FAMILY, FAMILY.root, IDS[:num_tokens])
     found = records[-1].end_position if records else 0
     expected = found if found >= num_tokens - num_tokens % 256 else found - found % 256
@@ -226,40 +226,34 @@ def test_how_much_of_an_agent_is_stored(reopen: Reopen, num_tokens: int, num_sav
 
 def test_of_what_follows_a_gap_nothing_counts(store: AgentStore) -> None:
     records = save_blocks(store, IDS[:600])
-    store.commit(state_of("ada", IDS[:600]))
-    events_of(store, 1)
+    commit(store, state_of("ada", IDS[:600]))
     store.drop([records[1].hash])
     assert store.num_stored("ada") == 256
     assert store.num_stored("nobody") == 0
 
 
 def test_which_model_each_agent_talked_to(store: AgentStore) -> None:
-    for name in ("ada", "bob"):
-        store.commit(state_of(name, IDS[:10]))
-    events_of(store, 2)
+    commit(store, state_of("ada", IDS[:10]), state_of("bob", IDS[:10]))
     assert store.models() == {"ada": "other", "bob": "other"}
-    store.delete_agent("ada")
-    events_of(store, 1)
+    delete(store, "ada")
     assert store.models() == {"bob": "other"}
 
 
 def test_the_last_commit_counts(reopen: Reopen) -> None:
     store = reopen()
+    answers: list[bool] = []
     for num_tokens in (100, 300, 200):
-        store.commit(state_of("ada", IDS[:num_tokens]))
+        store.commit(state_of("ada", IDS[:num_tokens]), answers.append)
         assert store.load_agent("ada") == state_of("ada", IDS[:num_tokens])
-    events_of(store, 3)
+    answered(store, lambda: len(answers) == 3)
     assert reopen().load_agent("ada") == state_of("ada", IDS[:200])
 
 
 def test_a_deleted_agent_takes_with_it_what_only_it_used(reopen: Reopen) -> None:
     store = reopen()
     shared, own = save_blocks(store, IDS[:512])
-    store.commit(state_of("ada", IDS[:512]))
-    store.commit(state_of("bob", IDS[:300]))
-    events_of(store, 2)
-    store.delete_agent("ada")
-    events_of(store, 1)
+    commit(store, state_of("ada", IDS[:512]), state_of("bob", IDS[:300]))
+    delete(store, "ada")
     store = reopen()
     assert store.load_agent("ada") is None
     assert store.load_agent("bob") is not None
@@ -269,11 +263,11 @@ def test_a_deleted_agent_takes_with_it_what_only_it_used(reopen: Reopen) -> None
 
 def test_a_deleted_agents_unfinished_block_goes_as_well(store: AgentStore) -> None:
     save_blocks(store, IDS[:300])
-    store.commit(state_of("ada", IDS[:300]))
-    events_of(store, 1)
-    store.delete_agent("ada")
+    commit(store, state_of("ada", IDS[:300]))
+    answers: list[bool] = []
+    store.delete_agent("ada", answers.append)
     assert store.load_agent("ada") is None
-    events_of(store, 1)
+    answered(store, lambda: answers)
     assert store.plan(FAMILY, FAMILY.root, IDS) == []
 
 
@@ -295,8 +289,7 @@ def test_a_dropped_record_is_gone(reopen: Reopen) -> None:
 
 def test_what_a_line_uses_may_be_spared(store: AgentStore) -> None:
     records = save_blocks(store, IDS[:600])
-    store.commit(state_of("ada", IDS[:300]))
-    events_of(store, 1)
+    commit(store, state_of("ada", IDS[:300]))
     store.drop([record.hash for record in records], if_unused=True)
     assert store.plan(FAMILY, FAMILY.root, IDS) == records[:1]
 
@@ -304,11 +297,9 @@ def test_what_a_line_uses_may_be_spared(store: AgentStore) -> None:
 # -- bundles ---------------------------------------------------------------------------------------
 
 
-def answer(store: AgentStore, ticket: int) -> Any:
-    (event,) = events_of(store, 1)
-    assert isinstance(event, BundleWritten | BundleRead | BundleStored)
-    assert event.ticket == ticket
-    return event
+def answer(store: AgentStore, ticket: BundleTicket[Any]) -> Any:
+    answered(store, lambda: ticket.answer)
+    return ticket.answer
 
 
 def read_bundle(store: AgentStore, path: Path, terms: BundleTerms = TERMS) -> Bundle:
@@ -343,12 +334,7 @@ def test_a_bundle_is_read_in_a_namespace_of_its_own(store: AgentStore, bundle_pa
     assert answer(store, ticket).num_records == 3
     assert store.plan(TERMS.family, root, IDS) == list(bundle.records)
     assert store.missing_from(root, IDS[:256]) == 256
-    buffer = bytearray(store.record_bytes(TERMS.family, 88))
-    store.fetch(TERMS.family, bundle.records[2], buffer)
-    (event,) = events_of(store, 1)
-    assert isinstance(event, Fetched)
-    assert event.data is not None
-    assert bytes(event.data) == data_of(512, 600)
+    assert read(store, bundle.records[2], TERMS.family) == data_of(512, 600)
 
 
 def test_an_imported_agent_leaves_with_its_records(store: AgentStore, bundle_path: Path) -> None:
@@ -357,12 +343,10 @@ def test_an_imported_agent_leaves_with_its_records(store: AgentStore, bundle_pat
     hashes = tuple(record.hash for record in bundle.records[:2])
     line = replace(bundle.state.lines[0], block_hashes=hashes, last_used=9)
     state = replace(bundle.state, agent_id="eve", lines=(line,))
-    store.commit(state)
-    events_of(store, 1)
+    commit(store, state)
     assert store.load_agent("eve") == state
     assert [summary.is_private for summary in store.summaries()] == [True]
-    store.delete_agent("eve")
-    events_of(store, 1)
+    delete(store, "eve")
     assert store.plan(TERMS.family, TERMS.family.root, IDS) == []
     assert len(store.plan(FAMILY, FAMILY.root, IDS)) == 3
 
@@ -407,59 +391,113 @@ def test_without_a_store_there_are_no_bundles(tmp_path: Path) -> None:
         assert isinstance(caught.value, KeepwarmError)
 
 
-class TestCalledOff:
-    """What nobody waits for any more is not answered, and nothing is left of it."""
+class TestCancelled:
+    """A bundle that is not wanted any more is not answered, and nothing is left of it."""
 
     def test_an_export(self, store: AgentStore, tmp_path: Path) -> None:
         save_blocks(store, IDS[:600])
-        path = tmp_path / "called-off"
+        path = tmp_path / "cancelled"
         ticket = store.write_bundle(FAMILY, "words", state_of("ada", IDS[:600]), path)
-        store.call_off(ticket)
-        self.expect_silence(store)
-        assert not list(tmp_path.glob("*called-off*"))
+        ticket.cancel()
+        self.expect_silence(store, ticket)
+        assert not list(tmp_path.glob("*cancelled*"))
         assert not list(tmp_path.glob(".keepwarm-*"))
         assert answer(store, store.read_bundle(path, TERMS)).error is not None
         assert len(store.plan(FAMILY, FAMILY.root, IDS[:600])) == 3
 
+    def test_an_export_that_has_ended(self, store: AgentStore, tmp_path: Path) -> None:
+        save_blocks(store, IDS[:600])
+        path = tmp_path / "cancelled"
+        ticket = store.write_bundle(FAMILY, "words", state_of("ada", IDS[:600]), path)
+        assert answer(store, ticket).error is None
+        ticket.cancel()
+        self.expect_silence(store, ticket)
+        assert not path.exists()
+        assert answer(store, store.read_bundle(path, TERMS)).error is not None
+
     def test_a_bundle_that_is_read(self, store: AgentStore, bundle_path: Path) -> None:
-        store.call_off(store.read_bundle(bundle_path, TERMS))
-        self.expect_silence(store)
+        ticket = store.read_bundle(bundle_path, TERMS)
+        ticket.cancel()
+        self.expect_silence(store, ticket)
+        ticket = store.read_bundle(bundle_path, TERMS)
+        answer(store, ticket)
+        ticket.cancel()
         assert read_bundle(store, bundle_path).records
 
-    def test_a_bundle_that_is_stored(self, store: AgentStore, bundle_path: Path) -> None:
+    @pytest.mark.parametrize("has_ended", [False, True])
+    def test_a_bundle_that_is_stored(
+        self, store: AgentStore, bundle_path: Path, has_ended: bool
+    ) -> None:
         bundle = read_bundle(store, bundle_path)
-        store.call_off(store.store_bundle(bundle, "eve"))
-        self.expect_silence(store)
+        ticket = store.store_bundle(bundle, "eve")
+        if has_ended:
+            assert answer(store, ticket).num_records == 3
+        ticket.cancel()
+        self.expect_silence(store, ticket)
         assert store.plan(TERMS.family, TERMS.family.root, IDS) == []
         assert answer(store, store.store_bundle(bundle, "eve")).num_records == 3
         assert len(store.plan(TERMS.family, TERMS.family.root, IDS)) == 3
 
-    def test_what_has_ended_is_removed_by_name(self, store: AgentStore, bundle_path: Path) -> None:
-        store.remove_bundle(bundle_path)
-        settle_silently(store)
-        assert not bundle_path.exists()
-        assert answer(store, store.read_bundle(bundle_path, TERMS)).error is not None
-
     @staticmethod
-    def expect_silence(store: AgentStore) -> None:
-        for event in settle_silently(store):
-            assert not isinstance(event, BundleWritten | BundleRead | BundleStored), event
+    def expect_silence(store: AgentStore, ticket: BundleTicket[Any]) -> None:
+        for _ in range(4):  # work of many units lets what comes behind it go first
+            record = save(store, FAMILY.root, [9, 9])
+            store.drop([record.hash])
+        assert ticket.answer is None
 
 
-def settle_silently(store: AgentStore) -> list[StoreEvent]:
-    """Until the store has done what it was told before. Returns what it said until then."""
-    ids = [9, 9]
-    record = Record(child_hash(FAMILY.root, ids), FAMILY.root, FAMILY.root, 0, 0, 2)
-    events: list[StoreEvent] = []
-    for _ in range(4):  # work of many units lets what comes behind it go first
-        store.save(
-            FAMILY, record, ids, [memoryview(data_of(0, 1)), memoryview(data_of(1, 2))], None
-        )
-        news: list[StoreEvent] = []
-        while not any(isinstance(event, Saved) for event in news):
-            store.wait(0.1)
-            news = store.poll()
-            events += news
-        store.drop([record.hash])
-    store.check()
-    return events
+# -- answers ---------------------------------------------------------------------------------------
+
+
+class TestAnswers:
+    """Each caller hears of its own calls, by whichever of them polls, in order and one by one."""
+
+    def test_each_call_is_answered_where_it_asked(self, store: AgentStore) -> None:
+        (record,) = save_blocks(store, IDS[:256])
+        heard: list[tuple[str, object]] = []
+        for name in ("one", "two"):
+            store.commit(
+                state_of(name, IDS[:9]), lambda durable, name=name: heard.append((name, durable))
+            )
+        assert heard == [], "an answer came before the store was polled"
+        answered(store, lambda: len(heard) == 2)
+        assert heard == [("one", True), ("two", True)]
+        buffers = {name: bytearray(store.record_bytes(FAMILY, 256)) for name in ("one", "two")}
+        data: dict[str, memoryview | None] = {}
+        for name, buffer in buffers.items():
+            store.fetch(FAMILY, record, buffer, lambda found, name=name: data.update({name: found}))
+        answered(store, lambda: len(data) == 2)
+        for name, buffer in buffers.items():
+            found = data[name]
+            assert found is not None
+            assert found.obj is buffer
+            assert found == data_of(0, 256)
+
+    def test_an_answer_may_poll_and_ask_again(self, store: AgentStore) -> None:
+        """As a deletion does whose end lets another one begin."""
+        heard: list[str] = []
+
+        def first(durable: bool) -> None:
+            heard.append("first")
+            store.commit(state_of("c", IDS[:9]), lambda durable: heard.append("third"))
+            store.poll()
+            heard.append("end of the first")
+
+        store.commit(state_of("a", IDS[:9]), first)
+        store.commit(state_of("b", IDS[:9]), lambda durable: heard.append("second"))
+        answered(store, lambda: len(heard) == 4)
+        assert [name for name in heard if name != "end of the first"] == [
+            "first",
+            "second",
+            "third",
+        ]
+
+    def test_a_wait_does_not_outlast_an_answer_that_another_poll_delivered(
+        self, store: AgentStore
+    ) -> None:
+        """Another engine's poll: the one that waits next has work now."""
+        answers: list[bool] = []
+        store.commit(state_of("ada", IDS[:9]), answers.append)
+        while not answers:
+            store.poll()
+        store.wait(3600.0)  # beyond the test's own time

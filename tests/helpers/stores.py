@@ -1,19 +1,53 @@
 """Stores in a folder, and the questions that crash tests ask of the folder."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from engines import completed, drain, fake_engine, settle, step
 from keepwarm import AgentCacheStore, BlockPoolBatchEngine
+from keepwarm.core.agent_store import AgentStore
 from keepwarm.core.events import Completed
 from keepwarm.store.agent_cache_store import StoreConfig
 from keepwarm.testing.clock import FakeClock
+from waiting import wait_until
 
 MEGABYTE = 1 << 20
+
+
+def hear(store: AgentStore, is_answered: Callable[[], object]) -> None:
+    """Poll the store until it has answered."""
+
+    def listen() -> None:
+        store.wait(0.1)
+        store.poll()
+
+    wait_until(is_answered, listen)
+
+
+class HeldAnswers:
+    """Holds a store's answers back while `are_held`; a `poll` that has been told delivers them."""
+
+    def __init__(self, *, are_held: bool = False) -> None:
+        self.are_held = are_held
+        self._due: list[Callable[[], object]] = []
+
+    def __len__(self) -> int:
+        return len(self._due)
+
+    def through(self, answer: Callable[[Any], object]) -> Callable[[Any], object]:
+        """Return what a call is to answer to, instead of `answer`."""
+        return lambda value: self._due.append(partial(answer, value))
+
+    def deliver(self) -> None:
+        if not self.are_held:
+            due, self._due = self._due, []
+            for call in due:
+                call()
 
 
 @dataclass

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from doors import GatedFactory, check_is_empty
-from keepwarm.core.stored import Fetched, StoreEvent
 from keepwarm.fleet.fleet import Fleet
 from keepwarm.service.event_stream import EventStream
 from servers import FakeServer, fake_server
 from sockets import RawClient
+from stores import HeldAnswers
 from waiting import wait_until
 
 CHAT = "/v1/chat/completions"
@@ -147,20 +147,20 @@ class _HeldDisk:
     """What was read from the disk does not arrive while it is held."""
 
     def __init__(self, server: FakeServer) -> None:
-        self.is_held = True
-        self.num_held = 0
-        self._held: list[StoreEvent] = []
+        self.held = HeldAnswers(are_held=True)
         server.call_fleet(self._take)
 
     def _take(self, fleet: Fleet) -> None:
-        poll = fleet.store.poll
+        fetch, poll = fleet.store.fetch, fleet.store.poll
 
-        def held_poll() -> list[StoreEvent]:
-            events = [*self._held, *poll()]
-            self._held = [e for e in events if self.is_held and isinstance(e, Fetched)]
-            self.num_held = len(self._held)
-            return [event for event in events if event not in self._held]
+        def held_fetch(family: Any, record: Any, buffer: Any, answer: Any) -> None:
+            fetch(family, record, buffer, self.held.through(answer))
 
+        def held_poll() -> None:
+            poll()
+            self.held.deliver()
+
+        fleet.store.fetch = held_fetch  # type: ignore[method-assign]
         fleet.store.poll = held_poll  # type: ignore[method-assign]
 
 
@@ -244,9 +244,9 @@ class TestWithinOneStep:
             disk = _HeldDisk(server)
             with RawClient(server.url) as raw:
                 raw.post(*to_agent("ada", stream=stream))
-                wait_until(lambda: disk.num_held)
+                wait_until(lambda: len(disk.held))
             wait_until(lambda: not server.engine.num_requests)
-            disk.is_held = False
+            disk.held.are_held = False
             body = {"content": "Again", "max_tokens": 3}
             answer = client.post("/v1/agents/ada/messages", json=body).json()
             assert answer["turn"] == 2

@@ -72,7 +72,7 @@ def test_what_the_disk_has_lost_is_not_held(tmp_path: Path) -> None:
 
 
 def _records(engine: Any) -> list[Any]:
-    index = engine._store._store._index
+    index = engine._store._index
     return [entry.record.hash for entry in sorted(index, key=lambda entry: entry.record.depth)]
 
 

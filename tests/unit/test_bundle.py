@@ -6,7 +6,6 @@ import os
 import random
 import tarfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from engines import (
 )
 from keepwarm import AgentCacheStore, BlockPoolBatchEngine
 from keepwarm.core.agent import Tier
+from keepwarm.core.agent_store import BundleTicket
 from keepwarm.core.block import BlockHash, chain_hashes
 from keepwarm.core.errors import (
     AgentExists,
@@ -41,8 +41,6 @@ from keepwarm.core.errors import (
 from keepwarm.core.stored import (
     DEFAULT_SETTINGS,
     AgentState,
-    BundleRead,
-    BundleStored,
     BundleTerms,
     KVFamily,
     LineState,
@@ -911,11 +909,13 @@ class TestRecords:
         assert self.refused_records(home, path, tmp_path, content, large)
 
 
-def answer_of(engine: BlockPoolBatchEngine, ticket: int, kind: Any) -> Any:
+def answer_of(engine: BlockPoolBatchEngine, ticket: BundleTicket[Any]) -> Any:
     """The store's answer; its error is raised."""
-    answer: Future[Any] = Future()
-    engine._jobs.begin(engine._link.answered(ticket, kind), answer)
-    return engine._transfers._wait_for(answer)
+    while ticket.answer is None:
+        engine._link.hear()
+    if ticket.answer.error is not None:
+        raise ticket.answer.error
+    return ticket.answer
 
 
 def test_a_file_that_changes_between_two_looks(
@@ -924,14 +924,14 @@ def test_a_file_that_changes_between_two_looks(
     write(path, *exported_of(ids(600)))
     terms = BundleTerms(replace(FAMILY, namespace="import:x"), "fake", VOCABULARY)
     store = home._store
-    bundle = answer_of(home, store.read_bundle(path, terms), BundleRead).bundle
+    bundle = answer_of(home, store.read_bundle(path, terms)).bundle
     assert bundle is not None
     data = bytearray(path.read_bytes())
     data[data.index(b"records/00001") + 512 + 3000] ^= 1
     path.write_bytes(data)
     before = files_of(tmp_path / "home")
     with pytest.raises(BadBundle):
-        answer_of(home, store.store_bundle(bundle, "ada"), BundleStored)
+        answer_of(home, store.store_bundle(bundle, "ada"))
     assert files_of(tmp_path / "home") == before
     assert store.health().num_records == 0
     store.check()

@@ -10,8 +10,8 @@ from keepwarm import BlockPoolBatchEngine
 from keepwarm.core.agent import Tier
 from keepwarm.core.errors import AgentBusy, AgentExists, AgentLeaving, UnknownAgent
 from keepwarm.core.events import Completed
-from keepwarm.core.stored import Committed, StoreEvent
 from keepwarm.testing.agent_store import MemoryAgentStore
+from stores import HeldAnswers
 
 PROMPT = ids(600)
 
@@ -21,13 +21,25 @@ class SlowStore(MemoryAgentStore):
 
     def __init__(self) -> None:
         super().__init__()
-        self.answers = True
-        self._held: list[StoreEvent] = []
+        self._held = HeldAnswers()
 
-    def poll(self) -> list[StoreEvent]:
-        events = [*self._held, *super().poll()]
-        self._held = [e for e in events if isinstance(e, Committed) and not self.answers]
-        return [event for event in events if event not in self._held]
+    @property
+    def answers(self) -> bool:
+        return not self._held.are_held
+
+    @answers.setter
+    def answers(self, answers: bool) -> None:
+        self._held.are_held = not answers
+
+    def commit(self, state: Any, answer: Any) -> None:
+        super().commit(state, self._held.through(answer))
+
+    def delete_agent(self, agent_id: str, answer: Any) -> None:
+        super().delete_agent(agent_id, self._held.through(answer))
+
+    def poll(self) -> None:
+        super().poll()
+        self._held.deliver()
 
 
 @pytest.fixture

@@ -24,8 +24,8 @@ from engines import (
 from keepwarm import AgentCacheStore, BlockPoolBatchEngine
 from keepwarm.core.agent import Tier
 from keepwarm.core.errors import UnknownAgent
-from keepwarm.core.stored import Saved, StoreEvent
 from keepwarm.testing.agent_store import MemoryAgentStore
+from stores import HeldAnswers
 
 Restart = Callable[..., BlockPoolBatchEngine]
 
@@ -363,21 +363,21 @@ class OthersTakeLong(MemoryAgentStore):
     def __init__(self, slow_agent: str) -> None:
         super().__init__()
         self._slow_agent = slow_agent
-        self._slow: set[bytes] = set()
-        self._held: list[StoreEvent] = []
+        self._held = HeldAnswers(are_held=True)
 
-    def save(self, family: Any, record: Any, token_ids: Any, pieces: Any, maker: Any) -> None:
-        super().save(family, record, token_ids, pieces, maker)
+    def save(
+        self, family: Any, record: Any, token_ids: Any, pieces: Any, maker: Any, answer: Any
+    ) -> None:
         if maker == self._slow_agent:
-            self._slow.add(record.hash)
+            answer = self._held.through(answer)
+        super().save(family, record, token_ids, pieces, maker, answer)
 
-    def poll(self) -> list[StoreEvent]:
-        events = super().poll() + self._held
-        self._held = [e for e in events if isinstance(e, Saved) and e.record_hash in self._slow]
-        return [e for e in events if e not in self._held]
+    def poll(self) -> None:
+        super().poll()
+        self._held.deliver()
 
     def hurry(self) -> None:
-        self._slow.clear()
+        self._held.are_held = False
 
 
 def test_a_parked_agent_does_not_wait_for_what_others_save() -> None:

@@ -1,8 +1,7 @@
 """Several engines over one store: models come and go, and no agent loses anything."""
 
 import random
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from keepwarm.core.errors import (
     UnknownModel,
 )
 from keepwarm.core.events import Failed
-from keepwarm.core.stored import Committed, StoreEvent
+from keepwarm.core.stored import AgentState
 
 
 @pytest.fixture
@@ -275,12 +274,12 @@ class TestTwoModels:
 
 def refusing(store: AgentCacheStore, patch: pytest.MonkeyPatch) -> None:
     """Commits count as not written, though they were."""
-    real = store.poll
+    real = store.commit
 
-    def poll() -> list[StoreEvent]:
-        return [replace(e, durable=False) if isinstance(e, Committed) else e for e in real()]
+    def commit(state: AgentState, answer: Callable[[bool], object]) -> None:
+        real(state, lambda durable: answer(False))
 
-    patch.setattr(store, "poll", poll)
+    patch.setattr(store, "commit", commit)
 
 
 class TestCommitsThatWereRefused:

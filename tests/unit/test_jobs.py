@@ -23,6 +23,7 @@ from engines import (
 )
 from keepwarm import AgentCacheStore, BlockPoolBatchEngine
 from keepwarm.core.agent import Tier
+from keepwarm.core.agent_store import BundleTicket
 from keepwarm.core.errors import (
     AgentExists,
     BadBundle,
@@ -30,7 +31,6 @@ from keepwarm.core.errors import (
     EngineStopped,
     UnknownAgent,
 )
-from keepwarm.core.stored import BundleRead
 from keepwarm.engine.agents.transfer import (
     VOUCH_TOKENS,
     ExportSummary,
@@ -41,6 +41,7 @@ from keepwarm.engine.agents.transfer import (
 from keepwarm.store.agent_cache_store import StoreConfig
 from keepwarm.store.disk.io_thread import Priority
 from keepwarm.testing.agent_store import MemoryAgentStore
+from stores import HeldAnswers, hear
 from waiting import PATIENCE_S, wait_until
 
 
@@ -191,15 +192,18 @@ class TestInTheMiddle:
 class Holding(MemoryAgentStore):
     """Answers for bundles when it is told to, and for everything else at once."""
 
-    is_held = True
+    def __init__(self) -> None:
+        super().__init__()
+        self.bundles = HeldAnswers(are_held=True)
 
-    def poll(self) -> list[Any]:
-        events = super().poll()
-        bundled = [e for e in events if type(e).__name__.startswith("Bundle")]
-        if self.is_held:
-            self._events += bundled
-            return [event for event in events if event not in bundled]
-        return events
+    def _answered(self, answer: Any, undo: Any = lambda: None) -> BundleTicket[Any]:
+        ticket: BundleTicket[Any] = BundleTicket(undo)
+        self._answers.add(self.bundles.through(ticket.put), answer)
+        return ticket
+
+    def poll(self) -> None:
+        super().poll()
+        self.bundles.deliver()
 
 
 class TestBeside:
@@ -211,9 +215,9 @@ class TestBeside:
         store = Holding()
         engine = fake_engine(store=store)
         run(engine, agent_id="ada", messages=[user("Hello")], max_tokens=5)
-        store.is_held = False
+        store.bundles.are_held = False
         finish(engine, export(engine, path))
-        store.is_held = True
+        store.bundles.are_held = True
         answers: list[Future[Any]] = [
             export(engine, path.with_name("2")),
             import_(engine, path, "eve"),
@@ -224,7 +228,7 @@ class TestBeside:
         assert run(engine, agent_id="ada", append=[user("And?")], max_tokens=5).turn == 2
         assert not any(answer.done() for answer in answers)
         assert engine.has_chores
-        store.is_held = False
+        store.bundles.are_held = False
         for answer in answers:
             finish(engine, answer)
         assert len(said_by(engine, "eve")) == 1
@@ -315,12 +319,11 @@ class TestCalledOff:
         settle(engine)
         answer = export(engine, path)
         wait_until(lambda: engine._store._bundles._jobs, lambda: step(engine))
-        wait_until(lambda: engine._link._answers, engine._link.hear)
+        wait_until(lambda: not engine._store._bundles._jobs, engine._link.hear)
         assert path.exists()
         assert answer.cancel()
         quieten(engine)
         assert not path.exists()
-        assert not engine._link._answers
 
 
 class TestTheEnd:
@@ -370,11 +373,9 @@ def test_what_a_file_says_is_looked_at_a_part_at_a_time(
     ticket = store.read_bundle(
         path, private_terms(family, tokenizer.fingerprint, tokenizer.vocab_size)
     )
-    wait_until(lambda: ticket in engine._link._answers, engine._link.hear)
-    answer = engine._link._answers.pop(ticket)
-    assert isinstance(answer, BundleRead)
-    assert answer.bundle is not None
-    num_steps = sum(1 for _ in vouched_for(answer.bundle, tokenizer))
-    num_tokens = answer.bundle.state.lines[0].transcript.num_tokens
+    hear(store, lambda: ticket.answer)
+    bundle = ticket.answer.bundle
+    num_steps = sum(1 for _ in vouched_for(bundle, tokenizer))
+    num_tokens = bundle.state.lines[0].transcript.num_tokens
     assert num_tokens > 4 * VOUCH_TOKENS
     assert num_steps >= num_tokens // (2 * VOUCH_TOKENS)

@@ -9,14 +9,16 @@ import pytest
 
 from engines import fake_engine, ids, run, settle
 from keepwarm import AgentCacheStore, BlockPoolBatchEngine
-from keepwarm.core.stored import BundleRead, BundleStored, BundleTerms, BundleWritten
+from keepwarm.core.agent_store import BundleTicket
+from keepwarm.core.stored import BundleTerms
 from keepwarm.store.agent_cache_store import StoreConfig
 from keepwarm.store.bundle.export import export_agent
 from keepwarm.store.catalog.catalog import Catalog
 from keepwarm.store.disk import disk_store
 from keepwarm.store.disk.files import RecordFiles
 from keepwarm.store.disk.units import Units, UnitWork, finish
-from waiting import PATIENCE_S, wait_until
+from stores import hear
+from waiting import PATIENCE_S
 
 NUM_BLOCKS = 12
 
@@ -99,24 +101,19 @@ def engine(store: AgentCacheStore) -> BlockPoolBatchEngine:
     return engine
 
 
-def events_until(store: AgentCacheStore, kind: type) -> list[Any]:
-    events: list[Any] = []
-
-    def hear() -> None:
-        store.wait(0.05)
-        events.extend(store.poll())
-
-    wait_until(lambda: any(isinstance(event, kind) for event in events), hear)
-    return events
+def answer_of(store: AgentCacheStore, ticket: BundleTicket[Any]) -> Any:
+    hear(store, lambda: ticket.answer)
+    return ticket.answer
 
 
 def commit_and_fetch(engine: BlockPoolBatchEngine, store: AgentCacheStore) -> None:
     """What somebody waits for: a turn that is committed, and KV that is read."""
     state = engine._states.state_of(engine._book.get("eve"))
-    store.commit(state)
+    store.commit(state, lambda durable: None)
     family = engine.tiers._family
     (record, *_) = store.plan(family, family.root, ids(300, 1))
-    store.fetch(family, record, bytearray(store.record_bytes(family, record.num_tokens)))
+    buffer = bytearray(store.record_bytes(family, record.num_tokens))
+    store.fetch(family, record, buffer, lambda data: None)
 
 
 def test_a_turn_and_a_restore_wait_for_one_record_of_an_export(
@@ -127,16 +124,15 @@ def test_a_turn_and_a_restore_wait_for_one_record_of_an_export(
 ) -> None:
     gate = Gate(monkeypatch)
     state = engine._states.state_of(engine._book.get("ada"))
-    store.write_bundle(engine.tiers._family, "fake", state, tmp_path / "ada")
+    ticket = store.write_bundle(engine.tiers._family, "fake", state, tmp_path / "ada")
     assert gate.is_there.wait(PATIENCE_S)
     commit_and_fetch(engine, store)
     gate.may_go.set()
-    events = events_until(store, BundleWritten)
-    assert isinstance(events[-1], BundleWritten)
-    assert events[-1].num_records >= NUM_BLOCKS
+    written = answer_of(store, ticket)
+    assert written.num_records >= NUM_BLOCKS
     # The record that was being read, then the turn, then the restore; the others come behind.
     assert gate.done[:3] == ["read_into", "commit", "read_into"]
-    assert gate.done.count("read_into") == events[-1].num_records + 1
+    assert gate.done.count("read_into") == written.num_records + 1
 
 
 def test_and_for_one_record_of_an_import(
@@ -146,22 +142,19 @@ def test_and_for_one_record_of_an_import(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     state = engine._states.state_of(engine._book.get("ada"))
-    store.write_bundle(engine.tiers._family, "fake", state, tmp_path / "ada")
-    events_until(store, BundleWritten)
+    answer_of(store, store.write_bundle(engine.tiers._family, "fake", state, tmp_path / "ada"))
     family = engine.tiers._family
     terms = BundleTerms(
         type(family)(family.fingerprint, family.layout, family.lineage, "import:1"), "fake", 256
     )
-    store.read_bundle(tmp_path / "ada", terms)
-    (read,) = events_until(store, BundleRead)
+    read = answer_of(store, store.read_bundle(tmp_path / "ada", terms))
     assert read.bundle is not None
     gate = Gate(monkeypatch)
-    store.store_bundle(read.bundle, "bob")
+    ticket = store.store_bundle(read.bundle, "bob")
     assert gate.is_there.wait(PATIENCE_S)
     commit_and_fetch(engine, store)
     gate.may_go.set()
-    events = events_until(store, BundleStored)
-    assert events[-1].num_records == len(read.bundle.records)
+    assert answer_of(store, ticket).num_records == len(read.bundle.records)
     assert gate.done[0] == "publish"
     assert gate.done[1:3] == ["commit", "read_into"]
 

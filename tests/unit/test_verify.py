@@ -29,7 +29,7 @@ from keepwarm.core.stored import Record, Saved
 from keepwarm.kv.verifier import SCRATCH_ROW, VerifyReport
 from keepwarm.testing.agent_store import MemoryAgentStore
 from keepwarm.testing.generator import FakePayload, FakeSlab
-from waiting import wait_until
+from stores import hear
 
 Restart = Callable[..., BlockPoolBatchEngine]
 
@@ -414,15 +414,16 @@ def spoil(engine: BlockPoolBatchEngine, said: list[int], depth: int) -> None:
     store: AgentStore = engine._store
     record = records_of(engine, said)[depth]
     buffer = bytearray(store.record_bytes(engine.tiers._family, record.num_tokens))
-    store.fetch(engine.tiers._family, record, buffer)
-    (event,) = wait_until(store.poll, lambda: store.wait(0.1))
-    values = array("Q", bytes(event.data))
+    read: list[Any] = []
+    store.fetch(engine.tiers._family, record, buffer, read.append)
+    hear(store, lambda: read)
+    values = array("Q", bytes(read[0]))
     values[7] += 1
     data = memoryview(values.tobytes())
     block = said[depth * 256 : depth * 256 + record.stop]
     store.drop([record.hash])
     half = len(data) // 2
-    store.save(engine.tiers._family, record, block, [data[:half], data[half:]], "ada")
-    assert list(wait_until(store.poll, lambda: store.wait(0.1))) == [
-        Saved(record.hash, retry=False)
-    ]
+    saved: list[Saved] = []
+    store.save(engine.tiers._family, record, block, [data[:half], data[half:]], "ada", saved.append)
+    hear(store, lambda: saved)
+    assert saved == [Saved.WRITTEN]

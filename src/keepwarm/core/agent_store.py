@@ -1,8 +1,16 @@
-"""What the engine needs of a durable store. Real: `store.AgentCacheStore`; fake: `testing`."""
+"""What an engine asks of a durable store, as three ports: records of KV, agents, bundles.
 
-from collections.abc import Iterable, Sequence
+`store.AgentCacheStore` and `testing.MemoryAgentStore` implement all three, `NoStore` by keeping
+nothing. Every call comes from the engines' one thread and returns at once, but for those that read
+an agent (`load_agent` to `num_stored`) and `wait`. A call that the disk has to answer is given the
+function to answer to, or returns a ticket; `poll` answers, in the order in which answers came.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from keepwarm.core.block import BlockHash
 from keepwarm.core.errors import DamagedAgent, NoAgentStore
@@ -10,41 +18,37 @@ from keepwarm.core.stored import (
     AgentState,
     AgentSummary,
     Bundle,
+    BundleRead,
+    BundleStored,
     BundleTerms,
-    Committed,
-    Fetched,
+    BundleWritten,
     KVFamily,
     Record,
     Saved,
-    StoreEvent,
     StoreHealth,
 )
 
+T = TypeVar("T")
+BundleAnswer = TypeVar("BundleAnswer", BundleWritten, BundleRead, BundleStored)
 
-class AgentStore(Protocol):
-    """Keeps records of KV and agents' states. It may forget a record; it never gives a wrong one.
 
-    Called from the engine's thread only. Nothing here waits for a disk but `load_agent`,
-    `summaries`, `models`, `num_stored` and `wait`; what was asked for comes back as events of
-    `poll`.
-    """
-
-    # -- KV --------------------------------------------------------------------------------------
+class RecordStore(Protocol):
+    """Keeps records of KV. It may forget a record; it never gives a wrong one."""
 
     def plan(self, family: KVFamily, parent: BlockHash, token_ids: Sequence[int]) -> list[Record]:
-        """The records that follow `parent` and hold the first of `token_ids`, in order."""
+        """Return the records that follow `parent` and hold the first of `token_ids`, in order."""
         ...
 
     def missing_from(self, parent: BlockHash, token_ids: Sequence[int]) -> int:
-        """From which position on one block's tokens are not stored, nor about to be."""
+        """Return how many of one block's first tokens are stored, or about to be."""
         ...
 
     def record_bytes(self, family: KVFamily, num_tokens: int) -> int:
-        """A size in bytes that a buffer for such a record must have."""
+        """Return how large a buffer for such a record must be."""
         ...
 
     def accepts(self, nbytes: int) -> bool:
-        """Whether `save` would take so many bytes now: the queue has room and the disk works."""
+        """Whether `save` would take `nbytes` now: the queue has room and the disk works."""
         ...
 
     def save(
@@ -54,36 +58,50 @@ class AgentStore(Protocol):
         token_ids: Sequence[int],
         pieces: Sequence[memoryview],
         maker: str | None,
+        answer: Callable[[Saved], object],
     ) -> None:
-        """Write the record in the background; `pieces` must not change until it is `Saved`.
+        """Write the record in the background; `pieces` must not change until that is answered.
 
-        `token_ids` are those of its block, up to the run's end. `maker` is the agent it is of.
+        `token_ids` are its block's, up to the run's end. Its bytes count against the agent `maker`.
         """
         ...
 
-    def fetch(self, family: KVFamily, record: Record, buffer: bytearray) -> int:
-        """Read the record into `buffer` and check it; a ticket for its `Fetched`."""
+    def fetch(
+        self,
+        family: KVFamily,
+        record: Record,
+        buffer: bytearray,
+        answer: Callable[[memoryview | None], object],
+    ) -> None:
+        """Read the record into `buffer`, check it, and answer with the part that holds its data.
+
+        None where the record was damaged, gone or unreadable.
+        """
         ...
 
     def drop(self, hashes: Iterable[BlockHash], *, if_unused: bool = False) -> None:
-        """Forget these records; with `if_unused` but those that a committed line's table names."""
+        """Forget these records; with `if_unused` only those that no committed line names."""
         ...
 
     def clock(self) -> int:
-        """The last `LineState.last_used` that was committed."""
+        """Return the highest `LineState.last_used` that was ever committed."""
         ...
 
-    # -- agents ----------------------------------------------------------------------------------
 
-    def commit(self, state: AgentState) -> int:
-        """Write what is new of the agent, durably; a ticket for its `Committed`."""
+class AgentLog(Protocol):
+    """Keeps what was said to agents and decided about them, one `AgentState` each."""
+
+    def commit(self, state: AgentState, answer: Callable[[bool], object]) -> None:
+        """Write what is new of the agent, and answer whether it is durable.
+
+        A state that the disk refused is tried again until the disk takes it or a newer one comes.
+        """
         ...
 
-    def delete_agent(self, agent_id: str) -> int:
-        """The agent, and the records that only it used, go for good; a ticket as for `commit`.
+    def delete_agent(self, agent_id: str, answer: Callable[[bool], object]) -> None:
+        """Remove the agent and the records that only it used; answer whether they are gone.
 
-        Where the disk refuses, the agent and its records stay as they are, and it is not tried
-        again.
+        Where the disk refuses, the agent stays as it is, and its deletion is not tried again.
         """
         ...
 
@@ -92,92 +110,138 @@ class AgentStore(Protocol):
         ...
 
     def load_agent(self, agent_id: str) -> AgentState | None:
-        """The agent as it was last committed, or is about to be. Raises DamagedAgent."""
+        """Return the agent as it was last committed, or is about to be. Raises DamagedAgent."""
         ...
 
     def salvage_agent(self, agent_id: str) -> AgentState:
-        """What can be read of a damaged agent. Raises DamagedAgent where that is nothing."""
+        """Return what can be read of a damaged agent. Raises DamagedAgent where that is nothing."""
         ...
 
     def summaries(self) -> list[AgentSummary]:
-        """All agents, damaged ones as well."""
+        """Return a summary of every agent, damaged ones included."""
         ...
 
     def models(self) -> dict[str, str]:
-        """By agent, the name of the model that it talked to last; empty for the default one."""
+        """Return the model that each agent talked to last, by name; empty for the default one."""
         ...
 
     def num_stored(self, agent_id: str) -> int:
-        """How many of the first tokens of the agent's main line have their KV here.
+        """Return how many of the first tokens of the agent's main line have their KV here.
 
-        A few rows are read for it, and not the agent. Of a whole block that is there in part
-        nothing is counted.
+        Reads a few rows and not the agent. A whole block that is stored in part counts nothing.
         """
         ...
 
-    # -- bundles ---------------------------------------------------------------------------------
 
-    def write_bundle(self, family: KVFamily, tokenizer: str, state: AgentState, path: Path) -> int:
-        """The agent and the records of its lines in this tokenizer's ids, as one file.
+class BundleTicket(Generic[BundleAnswer]):
+    """One bundle that the store is asked to write, read or store. `answer` is None until `poll`."""
 
-        A line's records are those of `family` in the line's namespace, behind all saves so far.
-        A ticket for its `BundleWritten`. Raises NoAgentStore where nothing is stored at all.
+    def __init__(self, cancel: Callable[[], object]) -> None:
+        """`cancel` stops the work and undoes what it has done, also after it has ended."""
+        self.answer: BundleAnswer | None = None
+        self.is_cancelled = False
+        self._cancel = cancel
+
+    def put(self, answer: BundleAnswer) -> None:
+        """Answer the ticket, unless it was cancelled."""
+        if not self.is_cancelled:
+            self.answer = answer
+
+    def cancel(self) -> None:
+        """Remove what was written of the file, or stored of the records; no answer follows."""
+        if not self.is_cancelled:
+            self.is_cancelled, self.answer = True, None
+            self._cancel()
+
+
+class BundleStore(Protocol):
+    """Moves agents with their KV into files and out of files."""
+
+    def write_bundle(
+        self, family: KVFamily, tokenizer: str, state: AgentState, path: Path
+    ) -> BundleTicket[BundleWritten]:
+        """Write the agent and the records of its lines in this tokenizer's ids into one file.
+
+        A line's records are those of `family` in the line's namespace; saves that were asked for
+        before are in it. Raises NoAgentStore where nothing is stored at all.
         """
         ...
 
-    def read_bundle(self, path: Path, terms: BundleTerms) -> int:
-        """Check a file that nobody vouches for; a ticket for its `BundleRead`. Stores nothing."""
+    def read_bundle(self, path: Path, terms: BundleTerms) -> BundleTicket[BundleRead]:
+        """Check a file, which may be hostile. Stores nothing. Raises NoAgentStore."""
         ...
 
-    def store_bundle(self, bundle: Bundle, agent_id: str) -> int:
-        """Store the records of a bundle for this agent; a ticket for its `BundleStored`.
+    def store_bundle(self, bundle: Bundle, agent_id: str) -> BundleTicket[BundleStored]:
+        """Store the records of a bundle for this agent, which a `commit` adds later.
 
-        Those that budget, quota or disk refuse are left out. The agent itself is for `commit`.
+        Records that budget, quota or disk refuse are left out. Raises NoAgentStore.
         """
         ...
 
-    def call_off(self, ticket: int) -> None:
-        """Stop working at a bundle: its ticket is not answered.
 
-        What was written of its file, or stored of its records, is removed.
-        """
-        ...
+class AgentStore(RecordStore, AgentLog, BundleStore, Protocol):
+    """One store behind the three ports, and what concerns it as a whole."""
 
-    def remove_bundle(self, path: Path) -> None:
-        """Remove a file that was written and is not wanted any more."""
-        ...
-
-    # -- the whole -------------------------------------------------------------------------------
-
-    def poll(self) -> list[StoreEvent]:
-        """What has happened since the last call."""
+    def poll(self) -> None:
+        """Answer what the disk has done since the last call."""
         ...
 
     def wait(self, timeout_s: float) -> None:
-        """Wait until `poll` would return something, at most so long."""
+        """Wait until `poll` has something to answer, or has had since the last wait."""
         ...
 
     def ask_again(self) -> None:
-        """Try a disk that has refused again now, and not only after a while."""
+        """Try a disk that has refused now, and not only after its pause."""
         ...
 
-    def health(self) -> StoreHealth: ...
+    def health(self) -> StoreHealth:
+        """Return what people and metrics want to know of the store."""
+        ...
 
-    def check(self) -> None: ...
+    def check(self) -> None:
+        """Raise InvariantBroken where the bookkeeping contradicts itself."""
+        ...
+
+
+class Answers:
+    """Owns a store's answers until its `poll` delivers them, in order.
+
+    What is called with an answer may ask or poll the store again: the order stays the same.
+    """
+
+    def __init__(self) -> None:
+        self._due: deque[Callable[[], object]] = deque()
+        self._is_news = False
+
+    def add(self, answer: Callable[[T], object], value: T) -> None:
+        self._due.append(partial(answer, value))
+        self._is_news = True
+
+    def deliver(self) -> None:
+        while self._due:
+            self._due.popleft()()
+
+    def take_news(self) -> bool:
+        """Whether an answer was added since the last call.
+
+        Several engines poll one store, and any of them delivers the answers of all: so the engine
+        that waits next has perhaps been answered already.
+        """
+        is_news, self._is_news = self._is_news, False
+        return is_news
 
 
 class NoStore:
     """Implements `AgentStore` by keeping nothing: agents live as long as the process."""
 
     def __init__(self) -> None:
-        self._events: list[StoreEvent] = []
-        self._num_tickets = 0
+        self._answers = Answers()
 
     def plan(self, family: KVFamily, parent: BlockHash, token_ids: Sequence[int]) -> list[Record]:
         return []
 
     def missing_from(self, parent: BlockHash, token_ids: Sequence[int]) -> int:
-        """Nothing is missed by who keeps nothing."""
+        """Return that all is stored: nothing is offered then to a store that keeps nothing."""
         return len(token_ids)
 
     def record_bytes(self, family: KVFamily, num_tokens: int) -> int:
@@ -193,13 +257,18 @@ class NoStore:
         token_ids: Sequence[int],
         pieces: Sequence[memoryview],
         maker: str | None,
+        answer: Callable[[Saved], object],
     ) -> None:
-        self._events.append(Saved(record.hash, retry=False))
+        self._answers.add(answer, Saved.GIVEN_UP)
 
-    def fetch(self, family: KVFamily, record: Record, buffer: bytearray) -> int:
-        ticket = self._next_ticket()
-        self._events.append(Fetched(ticket, None))
-        return ticket
+    def fetch(
+        self,
+        family: KVFamily,
+        record: Record,
+        buffer: bytearray,
+        answer: Callable[[memoryview | None], object],
+    ) -> None:
+        self._answers.add(answer, None)
 
     def drop(self, hashes: Iterable[BlockHash], *, if_unused: bool = False) -> None:
         return
@@ -207,16 +276,12 @@ class NoStore:
     def clock(self) -> int:
         return 0
 
-    def commit(self, state: AgentState) -> int:
-        ticket = self._next_ticket()
-        self._events.append(Committed(ticket, durable=False))
-        return ticket
+    def commit(self, state: AgentState, answer: Callable[[bool], object]) -> None:
+        self._answers.add(answer, False)
 
-    def delete_agent(self, agent_id: str) -> int:
-        """What was never kept cannot come back."""
-        ticket = self._next_ticket()
-        self._events.append(Committed(ticket, durable=True))
-        return ticket
+    def delete_agent(self, agent_id: str, answer: Callable[[bool], object]) -> None:
+        """Answer that it is gone: an agent that was never kept cannot come back."""
+        self._answers.add(answer, True)
 
     def is_durable(self, agent_id: str) -> bool:
         return False
@@ -236,24 +301,19 @@ class NoStore:
     def num_stored(self, agent_id: str) -> int:
         return 0
 
-    def write_bundle(self, family: KVFamily, tokenizer: str, state: AgentState, path: Path) -> int:
+    def write_bundle(
+        self, family: KVFamily, tokenizer: str, state: AgentState, path: Path
+    ) -> BundleTicket[BundleWritten]:
         raise NoAgentStore("exporting an agent")
 
-    def read_bundle(self, path: Path, terms: BundleTerms) -> int:
+    def read_bundle(self, path: Path, terms: BundleTerms) -> BundleTicket[BundleRead]:
         raise NoAgentStore("importing an agent")
 
-    def store_bundle(self, bundle: Bundle, agent_id: str) -> int:
+    def store_bundle(self, bundle: Bundle, agent_id: str) -> BundleTicket[BundleStored]:
         raise NoAgentStore("importing an agent")
 
-    def call_off(self, ticket: int) -> None:
-        return
-
-    def remove_bundle(self, path: Path) -> None:
-        return
-
-    def poll(self) -> list[StoreEvent]:
-        events, self._events = self._events, []
-        return events
+    def poll(self) -> None:
+        self._answers.deliver()
 
     def wait(self, timeout_s: float) -> None:
         return
@@ -266,7 +326,3 @@ class NoStore:
 
     def check(self) -> None:
         return
-
-    def _next_ticket(self) -> int:
-        self._num_tickets += 1
-        return self._num_tickets

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
+from enum import Enum, StrEnum, auto
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -204,44 +204,20 @@ class Bundle:
     file_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Saved:
-    """A record's bytes are not needed any more: it was written, or given up.
+class Saved(Enum):
+    """What has become of a record that was to be saved: its bytes are not needed any more."""
 
-    `retry`: it was not written and should be offered again.
-    """
-
-    record_hash: BlockHash
-    retry: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Fetched:
-    """A record's bytes, checked; None when they were damaged, gone or unreadable.
-
-    `data` lies in the buffer that was handed in.
-    """
-
-    ticket: int
-    data: memoryview | None
-
-
-@dataclass(frozen=True, slots=True)
-class Committed:
-    """An agent's state was written or its deletion done, or the disk refused.
-
-    A state that was refused is tried again; of a deletion nothing is left.
-    """
-
-    ticket: int
-    durable: bool
+    WRITTEN = auto()
+    GIVEN_UP = auto()
+    """Budget or quota have no room for it: it is not worth another try."""
+    REFUSED = auto()
+    """The disk has not taken it: it should be offered again."""
 
 
 @dataclass(frozen=True, slots=True)
 class BundleWritten:
     """An agent is in one file; or `error` says why not, and there is no file."""
 
-    ticket: int
     file_bytes: int = 0
     num_records: int = 0
     error: KeepwarmError | None = None
@@ -251,22 +227,16 @@ class BundleWritten:
 class BundleRead:
     """A bundle is sound; or `error` says what is wrong with it."""
 
-    ticket: int
     bundle: Bundle | None = None
     error: KeepwarmError | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class BundleStored:
-    """So many of the bundle's records, the first ones, were stored; with a BadBundle none."""
+    """The first `num_records` of a bundle's records were stored; after a BadBundle none was."""
 
-    ticket: int
     num_records: int = 0
     error: KeepwarmError | None = None
-
-
-BundleEvent = BundleWritten | BundleRead | BundleStored
-StoreEvent = Saved | Fetched | Committed | BundleEvent
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,10 +31,9 @@ from keepwarm.engine.requests import GenerateRequest
 from keepwarm.engine.snapshot import EngineSnapshot, merged
 from keepwarm.engine.turn.intake import Reading
 from keepwarm.fleet.idle_builder import IdleBuilder
-from keepwarm.fleet.shared_store import SharedStore
 
 NewEngine = Callable[[LoadedModel, BlockPool, AgentStore, Iterator[int]], BlockPoolBatchEngine]
-"""Makes an engine of a model, its pool, its share of the store and the requests' numbers."""
+"""Makes an engine of a model, its pool, the store and the requests' numbers."""
 
 
 @dataclass(slots=True)
@@ -68,7 +67,6 @@ class Fleet:
         self._new_engine = new_engine
         self._default = default
         self._budget_bytes = budget_bytes
-        self._shared = SharedStore(self.store)
         self._engines: dict[str, BlockPoolBatchEngine] = {}
         self._at: dict[str, str] = {}
         self._ids = itertools.count(1)
@@ -108,7 +106,7 @@ class Fleet:
             old.resume(loaded)
         else:
             pool = BlockPool(self._budget_bytes, _Others(self._engines, name))
-            new = self._new_engine(loaded, pool, self._shared.share(), self._ids)
+            new = self._new_engine(loaded, pool, self.store, self._ids)
             self._engines[name] = new
             if old is not None:
                 self._replace(name, old, new)

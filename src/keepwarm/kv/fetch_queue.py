@@ -3,14 +3,15 @@
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
-from keepwarm.core.agent_store import AgentStore
+from keepwarm.core.agent_store import RecordStore
 from keepwarm.core.block import BlockHash, LineId, common_prefix
 from keepwarm.core.errors import PoolExhausted
 from keepwarm.core.layout import BLOCK_TOKENS
 from keepwarm.core.pool import Allocation, BlockPool, Kind
 from keepwarm.core.ports import Payload
-from keepwarm.core.stored import Fetched, KVFamily, Record
+from keepwarm.core.stored import KVFamily, Record
 from keepwarm.kv.generator_source import GeneratorSource
 
 MAX_AHEAD = 3
@@ -65,16 +66,16 @@ class Arrival:
 class FetchQueue:
     """Owns the read buffers and, for each line that is being restored, what it still waits for."""
 
-    def __init__(self, store: AgentStore, pool: BlockPool, model: GeneratorSource) -> None:
+    def __init__(self, store: RecordStore, pool: BlockPool, model: GeneratorSource) -> None:
         self._store = store
         self._pool = pool
         self._model = model
         self._fetches: dict[LineId, _Fetch] = {}
-        self._readings: dict[int, _Reading] = {}
+        self._under_way: set[_Reading] = set()
         self._idle: list[_Buffer] = []
 
     def __repr__(self) -> str:
-        return f"FetchQueue({len(self._fetches)} lines, {len(self._readings)} reads)"
+        return f"FetchQueue({len(self._fetches)} lines, {len(self._under_way)} reads)"
 
     def plan(
         self,
@@ -132,12 +133,13 @@ class FetchQueue:
             record = fetch.to_read.popleft()
             reading = _Reading(record, buffer, line)
             fetch.reading.append(reading)
-            self._readings[self._store.fetch(fetch.family, record, buffer.data)] = reading
+            self._under_way.add(reading)
+            self._store.fetch(fetch.family, record, buffer.data, partial(self._take, reading))
 
-    def note(self, fetched: Fetched) -> None:
-        """The store has answered. Nobody may wait for it any more."""
-        reading = self._readings.pop(fetched.ticket)
-        reading.data, reading.has_arrived = fetched.data, True
+    def _take(self, reading: _Reading, data: memoryview | None) -> None:
+        """The store has answered; the line may not wait for it any more."""
+        self._under_way.remove(reading)
+        reading.data, reading.has_arrived = data, True
         fetch = self._fetches.get(reading.line)
         if fetch is None or reading not in fetch.reading:
             self._give_back(reading)
@@ -184,7 +186,7 @@ class FetchQueue:
 
     def holders(self) -> dict[Allocation, tuple[int, int]]:
         waiting = {id(r.buffer): r.buffer for f in self._fetches.values() for r in f.reading}
-        reading = {id(r.buffer): r.buffer for r in self._readings.values()}
+        reading = {id(r.buffer): r.buffer for r in self._under_way}
         idle = {id(buffer): buffer for buffer in self._idle}
         buffers = {**waiting, **reading, **idle}
         return {b.allocation: (1, len(b.data)) for b in buffers.values()}

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from keepwarm.core.agent import AgentBlocks
-from keepwarm.core.agent_store import AgentStore
+from keepwarm.core.agent_store import RecordStore
 from keepwarm.core.block import BlockHash, child_hash
 from keepwarm.core.pool import Allocation, BlockPool, Kind
 from keepwarm.core.ports import Payload
-from keepwarm.core.stored import KVFamily, Record
+from keepwarm.core.stored import KVFamily, Record, Saved
 from keepwarm.kv.generator_source import GeneratorSource
 
 
@@ -49,7 +50,7 @@ class SaveQueue:
     again, or are evicted like any others.
     """
 
-    def __init__(self, store: AgentStore, pool: BlockPool, model: GeneratorSource) -> None:
+    def __init__(self, store: RecordStore, pool: BlockPool, model: GeneratorSource) -> None:
         self._store = store
         self._pool = pool
         self._model = model
@@ -101,15 +102,16 @@ class SaveQueue:
         start = len(unsaved.token_ids) - source.payload.num_tokens
         record = Record.of_run(unsaved.parent, unsaved.depth, unsaved.token_ids, start=start)
         del self._unsaved[unsaved.hash]
-        self._saving[unsaved.hash] = _Saving(unsaved, source)
+        self._saving[unsaved.hash] = saving = _Saving(unsaved, source)
         pieces = self._model.generator.pack(source.payload)
-        self._store.save(unsaved.family, record, unsaved.token_ids, pieces, unsaved.maker)
+        answer = partial(self._take_saved, saving)
+        self._store.save(unsaved.family, record, unsaved.token_ids, pieces, unsaved.maker, answer)
 
-    def note(self, record_hash: BlockHash, *, retry: bool) -> None:
-        """The store needs the memory no more; with `retry` the record is to be offered again."""
-        saving = self._saving.pop(record_hash)
+    def _take_saved(self, saving: _Saving, saved: Saved) -> None:
+        """Release the memory that the store needs no more."""
+        del self._saving[saving.unsaved.hash]
         self._pool.release(saving.source.allocation)
-        if retry:
+        if saved is Saved.REFUSED:
             self.offer(saving.unsaved)
 
     def holders(self) -> dict[Allocation, tuple[int, int]]:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from keepwarm.core.agent import AgentBlocks
-from keepwarm.core.agent_store import AgentStore
+from keepwarm.core.agent_store import RecordStore
 from keepwarm.core.block import Block, BlockHash, LineId, child_hash
 from keepwarm.core.errors import InvariantBroken
 from keepwarm.core.layout import BLOCK_TOKENS, whole_blocks
@@ -24,7 +24,7 @@ class Saver:
     def __init__(
         self,
         lines: LineTable,
-        store: AgentStore,
+        store: RecordStore,
         pool: BlockPool,
         model: GeneratorSource,
         *,

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from itertools import takewhile
 
 from keepwarm.core.agent import AgentBlocks
-from keepwarm.core.agent_store import AgentStore, NoStore
+from keepwarm.core.agent_store import NoStore, RecordStore
 from keepwarm.core.block import Block, BlockHash, LineId, chain_hashes, common_prefix
 from keepwarm.core.errors import InvariantBroken, PoolExhausted
 from keepwarm.core.layout import BLOCK_TOKENS, whole_blocks
@@ -40,7 +40,7 @@ class Tiers:
         model: GeneratorSource,
         *,
         family: KVFamily,
-        store: AgentStore | None = None,
+        store: RecordStore | None = None,
     ) -> None:
         store = store or NoStore()
         self.pool = pool

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from keepwarm.core.agent import AgentBlocks
-from keepwarm.core.agent_store import AgentStore
+from keepwarm.core.agent_store import RecordStore
 from keepwarm.core.block import BlockHash
 from keepwarm.core.errors import GeneratorFailed, InvariantBroken
 from keepwarm.core.layout import BLOCK_TOKENS, capacity_for, whole_blocks
@@ -102,7 +102,7 @@ UnitTokens = Callable[[], int]
 class Verifier:
     """Computes cold runs and compares, on the engine's thread."""
 
-    def __init__(self, tiers: Tiers, store: AgentStore, model: GeneratorSource) -> None:
+    def __init__(self, tiers: Tiers, store: RecordStore, model: GeneratorSource) -> None:
         self._tiers = tiers
         self._model = model
         self._store = store

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from keepwarm.core.agent_store import Answers, BundleTicket
 from keepwarm.core.block import BlockHash
 from keepwarm.core.errors import ConfigError, DamagedAgent, InvariantBroken
 from keepwarm.core.stored import (
@@ -22,13 +23,12 @@ from keepwarm.core.stored import (
     AgentSummary,
     Bundle,
     BundleRead,
+    BundleStored,
     BundleTerms,
-    Committed,
-    Fetched,
+    BundleWritten,
     KVFamily,
     Record,
     Saved,
-    StoreEvent,
     StoreHealth,
 )
 from keepwarm.store.bundle.jobs import BundleJobs
@@ -39,6 +39,7 @@ from keepwarm.store.catalog.opening import Opened
 from keepwarm.store.commits import Change, Commits
 from keepwarm.store.disk.disk_store import (
     CATALOG_NAME,
+    CheckDone,
     CommitDone,
     Erased,
     ExportDone,
@@ -103,6 +104,18 @@ PROBE_BYTES = 64 << 10
 MAX_PROBE_BYTES = 16 << 20
 
 
+@dataclass(frozen=True, slots=True)
+class _Saving:
+    nbytes: int
+    answer: Callable[[Saved], object]
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    record_hash: BlockHash
+    answer: Callable[[memoryview | None], object]
+
+
 class AgentCacheStore:
     """Implements `AgentStore` over a folder. One process at a time; one thread calls it.
 
@@ -122,13 +135,13 @@ class AgentCacheStore:
         self._clock = clock
         self._index = RecordIndex()
         self._tickets = itertools.count(1)
-        self._queued: dict[BlockHash, int] = {}
-        self._reading: dict[int, BlockHash] = {}
+        self._queued: dict[BlockHash, _Saving] = {}
+        self._reading: dict[int, _Reading] = {}
         self._commits = Commits()
         self._refused = self._commits.refused
-        self._events: list[StoreEvent] = []
+        self._answers = Answers()
         self._health = DiskHealth()
-        self._erasing: dict[int, str] = {}
+        self._erasing: dict[int, Change] = {}
         self._refused_bytes = PROBE_BYTES
         self._is_probing = False
         self._is_closed = False
@@ -149,7 +162,7 @@ class AgentCacheStore:
             self._index,
             room=self._room,
             health=self._health,
-            next_ticket=lambda: next(self._tickets),
+            answers=self._answers,
         )
         self._clock_ticks = opened.clock
         self._is_erasure_due = opened.needs_erasing
@@ -187,7 +200,7 @@ class AgentCacheStore:
         losses = [
             loss_of(change, self._committed(change)) for change in self._commits.not_durable()
         ]
-        self._bundles.call_off_all()
+        self._bundles.cancel_all()
         self._reader.close()
         self._thread.post(Priority.STOP, self._disk.close)
         if not self._thread.stop(timeout_s):
@@ -220,7 +233,7 @@ class AgentCacheStore:
     def accepts(self, nbytes: int) -> bool:
         if self._health.is_suspended(self._clock()) or self._thread.failure is not None:
             return False
-        queued_bytes = sum(self._queued.values())
+        queued_bytes = self._queued_bytes()
         return not queued_bytes or queued_bytes + nbytes <= self.config.queue_bytes
 
     def save(
@@ -230,6 +243,7 @@ class AgentCacheStore:
         token_ids: Sequence[int],
         pieces: Sequence[memoryview],
         maker: str | None,
+        answer: Callable[[Saved], object],
     ) -> None:
         nbytes = max_file_bytes(family, record.num_tokens)
         # A record of that name may be there, behind one that is lost: this one replaces it.
@@ -237,28 +251,33 @@ class AgentCacheStore:
         if not self._room.make(nbytes, maker):
             if unreachable is not None:
                 self._room.remove([record.hash])
-            self._events.append(Saved(record.hash, retry=False))
+            self._answers.add(answer, Saved.GIVEN_UP)
             return
         entry = Entry(record, nbytes, maker, self._clock_ticks, is_saved=False)
         entry.num_readers = 0 if unreachable is None else unreachable.num_readers
         self._index.add(entry)
-        self._queued[record.hash] = nbytes
+        self._queued[record.hash] = _Saving(nbytes, answer)
         command = partial(self._disk.save, family, record, tuple(token_ids), tuple(pieces), maker)
         self._thread.post(Priority.SAVE, command)
 
-    def fetch(self, family: KVFamily, record: Record, buffer: bytearray) -> int:
-        ticket = next(self._tickets)
+    def fetch(
+        self,
+        family: KVFamily,
+        record: Record,
+        buffer: bytearray,
+        answer: Callable[[memoryview | None], object],
+    ) -> None:
         entry = self._index.get(record.hash)
         if entry is None or entry.record != record:
-            self._events.append(Fetched(ticket, None))
-            return ticket
+            self._answers.add(answer, None)
+            return
+        ticket = next(self._tickets)
         entry.num_readers += 1
-        self._reading[ticket] = record.hash
+        self._reading[ticket] = _Reading(record.hash, answer)
         # Behind the save of this very record, if that is still queued.
         priority = Priority.RESTORE if entry.is_saved else Priority.SAVE
         command = partial(self._disk.fetch, ticket, family, record, buffer)
         self._thread.post(priority, command)
-        return ticket
 
     def drop(self, hashes: Iterable[BlockHash], *, if_unused: bool = False) -> None:
         is_used = self._index.usage.is_used
@@ -270,19 +289,15 @@ class AgentCacheStore:
 
     # -- agents ----------------------------------------------------------------------------------
 
-    def commit(self, state: AgentState) -> int:
-        ticket = next(self._tickets)
+    def commit(self, state: AgentState, answer: Callable[[bool], object]) -> None:
         self._index.use(state)
         self._clock_ticks = max([self._clock_ticks, *(line.last_used for line in state.lines)])
-        self._post_commit(Change(ticket, state.agent_id, state))
-        return ticket
+        self._post_commit(Change(next(self._tickets), state.agent_id, state, answer))
 
-    def delete_agent(self, agent_id: str) -> int:
-        ticket = next(self._tickets)
+    def delete_agent(self, agent_id: str, answer: Callable[[bool], object]) -> None:
         with suppress(DamagedAgent):
             self.load_agent(agent_id)  # whose records are counted then
-        self._post_commit(Change(ticket, agent_id, None))
-        return ticket
+        self._post_commit(Change(next(self._tickets), agent_id, None, answer))
 
     def is_durable(self, agent_id: str) -> bool:
         return self._commits.last_of(agent_id) is None
@@ -345,35 +360,30 @@ class AgentCacheStore:
 
     # -- bundles ---------------------------------------------------------------------------------
 
-    def write_bundle(self, family: KVFamily, tokenizer: str, state: AgentState, path: Path) -> int:
+    def write_bundle(
+        self, family: KVFamily, tokenizer: str, state: AgentState, path: Path
+    ) -> BundleTicket[BundleWritten]:
         return self._bundles.write(family, tokenizer, state, path)
 
-    def read_bundle(self, path: Path, terms: BundleTerms) -> int:
+    def read_bundle(self, path: Path, terms: BundleTerms) -> BundleTicket[BundleRead]:
         return self._bundles.read(path, terms)
 
-    def store_bundle(self, bundle: Bundle, agent_id: str) -> int:
+    def store_bundle(self, bundle: Bundle, agent_id: str) -> BundleTicket[BundleStored]:
         return self._bundles.store(bundle, agent_id, self._clock_ticks)
-
-    def call_off(self, ticket: int) -> None:
-        self._bundles.call_off(ticket)
-
-    def remove_bundle(self, path: Path) -> None:
-        self._bundles.remove(path)
 
     # -- the whole -------------------------------------------------------------------------------
 
-    def poll(self) -> list[StoreEvent]:
+    def poll(self) -> None:
         for outcome in self._thread.take():
             self._take(outcome)
         if self._thread.failure is not None:
             self._answer_for_the_dead()
         elif not self._health.is_suspended(self._clock()):
             self._try_again()
-        events, self._events = self._events, []
-        return events
+        self._answers.deliver()
 
     def wait(self, timeout_s: float) -> None:
-        if not self._events:
+        if not self._answers.take_news():
             self._thread.wait(timeout_s)
 
     def ask_again(self) -> None:
@@ -388,12 +398,15 @@ class AgentCacheStore:
             record_bytes=self._index.num_bytes,
             disk_bytes=self._index.num_bytes + self._room.other_bytes,
             budget_bytes=self.config.disk_budget_bytes,
-            queued_bytes=sum(self._queued.values()),
+            queued_bytes=self._queued_bytes(),
             num_queued=len(self._queued),
             written_bytes=self._health.written_bytes,
             evicted_bytes=self._health.evicted_bytes,
             notices=(*self._notices, *self._damage_notices()),
         )
+
+    def _queued_bytes(self) -> int:
+        return sum(saving.nbytes for saving in self._queued.values())
 
     def _damage_notices(self) -> tuple[str, ...]:
         """Without names: whoever asks for health may not know all agents."""
@@ -449,34 +462,34 @@ class AgentCacheStore:
         if isinstance(outcome, Probed):
             self._is_probing = False
             self._health.note_probe(outcome.fault, self._clock())
-        elif isinstance(outcome, BundleRead):
-            self._events += self._bundles.note_read(outcome)
+        elif isinstance(outcome, CheckDone):
+            self._bundles.note_read(outcome)
         elif isinstance(outcome, ExportDone):
-            self._events += self._bundles.note_written(outcome)
+            self._bundles.note_written(outcome)
         elif isinstance(outcome, ImportDone):
             self._room.other_bytes = outcome.other_bytes
             self._note_fault(outcome.fault, Work.RECORDS)
-            self._events += self._bundles.note_stored(outcome)
+            self._bundles.note_stored(outcome)
 
     def _take_save(self, done: SaveDone) -> None:
         self._room.other_bytes = done.other_bytes
-        queued_bytes = self._queued.pop(done.record_hash)
+        saving = self._queued.pop(done.record_hash)
         entry = self._index.get(done.record_hash)
         if done.file_bytes is None:
             self._index.forget(done.record_hash)
-            self._refused_bytes = min(queued_bytes, MAX_PROBE_BYTES)
+            self._refused_bytes = min(saving.nbytes, MAX_PROBE_BYTES)
             self._note_fault(done.fault, Work.RECORDS)
-            self._events.append(Saved(done.record_hash, retry=entry is not None))
+            self._answers.add(saving.answer, Saved.GIVEN_UP if entry is None else Saved.REFUSED)
             return
         self._health.note_success(Work.RECORDS, written_bytes=done.file_bytes)
         if entry is None:
             self._room.remove([done.record_hash])
         else:
             self._index.confirm(entry, done.file_bytes)
-        self._events.append(Saved(done.record_hash, retry=False))
+        self._answers.add(saving.answer, Saved.WRITTEN)
 
     def _take_fetch(self, done: FetchDone) -> None:
-        del self._reading[done.ticket]
+        reading = self._reading.pop(done.ticket)
         entry = self._index.get(done.record_hash)
         if entry is not None:
             entry.num_readers -= 1
@@ -487,7 +500,7 @@ class AgentCacheStore:
             log.warning("record %s was not used: %s", done.record_hash.hex(), done.damage)
         if done.fault is not None:
             self._health.note_read_fault(done.fault)
-        self._events.append(Fetched(done.ticket, done.data))
+        self._answers.add(reading.answer, done.data)
 
     def _take_commit(self, done: CommitDone) -> None:
         self._room.other_bytes = done.other_bytes
@@ -507,14 +520,14 @@ class AgentCacheStore:
         else:
             log.error("agent %r cannot be stored: %s", change.agent_id, done.refusal)
         durable = done.fault is None and done.refusal is None
-        self._answer_commit(done.ticket, durable=durable)
+        self._answer_commit(change, durable=durable)
 
     def _erase(self, change: Change) -> None:
         """The agent's rows are gone; what else there was of it goes before that is answered."""
         own = [entry.record.hash for entry in self._index.disuse(change.agent_id)]
         self._room.remove(own, Priority.COMMIT)
         self._room.make(self._room.other_bytes, None, Priority.COMMIT)  # to write the rest anew
-        self._erasing[change.ticket] = change.agent_id
+        self._erasing[change.ticket] = change
         self._thread.post(Priority.COMMIT, partial(self._disk.erase, change.ticket))
 
     def _take_erased(self, done: Erased) -> None:
@@ -527,8 +540,7 @@ class AgentCacheStore:
             log.error("traces of deleted agents are left until the disk permits: %s", done.fault)
             self._note_fault(done.fault, Work.ERASING)
         if done.ticket is not None:
-            del self._erasing[done.ticket]
-            self._answer_commit(done.ticket, durable=True)
+            self._answer_commit(self._erasing.pop(done.ticket), durable=True)
 
     def _take_reconciled(self, outcome: Reconciled) -> None:
         for row in outcome.found:
@@ -551,13 +563,12 @@ class AgentCacheStore:
 
     # -- commits ---------------------------------------------------------------------------------
 
-    def _answer_commit(self, ticket: int, *, durable: bool) -> None:
-        """A retry was answered long ago, when it was refused for the first time."""
-        if self._commits.is_awaited(ticket):
-            self._events.append(Committed(ticket, durable=durable))
+    def _answer_commit(self, change: Change, *, durable: bool) -> None:
+        if change.answer is not None:
+            self._answers.add(change.answer, durable)
 
-    def _post_commit(self, change: Change, *, is_retry: bool = False) -> None:
-        self._commits.begin(change, is_retry=is_retry)
+    def _post_commit(self, change: Change) -> None:
+        self._commits.begin(change)
         if change.state is None:
             is_damaged = change.agent_id in self._damaged
             command = partial(
@@ -579,24 +590,22 @@ class AgentCacheStore:
             self._thread.post(Priority.SAVE, partial(self._disk.probe, self._refused_bytes))
 
     def _retry_commits(self) -> None:
-        """States, whole; their tickets were answered with `durable=False` long ago."""
+        """Write refused states again, whole; that they were refused has been answered."""
         for change in self._commits.take_refused():
-            self._post_commit(replace(change, ticket=next(self._tickets)), is_retry=True)
+            self._post_commit(replace(change, ticket=next(self._tickets), answer=None))
 
     def _answer_for_the_dead(self) -> None:
         """The thread has died of a bug: whoever waits is told so, and memory serves on."""
         self._health.note_death(self._thread.failure)
-        for record_hash in list(self._queued):
-            del self._queued[record_hash]
+        while self._queued:
+            record_hash, saving = self._queued.popitem()
             self._index.forget(record_hash)
-            self._events.append(Saved(record_hash, retry=False))
-        for ticket in list(self._reading):
-            del self._reading[ticket]
-            self._events.append(Fetched(ticket, None))
-        self._events += self._bundles.fail("the store's thread has died")
+            self._answers.add(saving.answer, Saved.GIVEN_UP)
+        while self._reading:
+            self._answers.add(self._reading.popitem()[1].answer, None)
+        self._bundles.fail("the store's thread has died")
         for change in self._commits.abandon():
             self._commits.note_refused(change)
-            self._answer_commit(change.ticket, durable=False)
-        for ticket in list(self._erasing):
-            del self._erasing[ticket]
-            self._answer_commit(ticket, durable=True)
+            self._answer_commit(change, durable=False)
+        while self._erasing:
+            self._answer_commit(self._erasing.popitem()[1], durable=True)

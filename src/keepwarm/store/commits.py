@@ -1,5 +1,6 @@
 """What of the agents the catalogue has not taken: on its way to it, or refused and tried again."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from keepwarm.core.stored import AgentState
@@ -7,18 +8,22 @@ from keepwarm.core.stored import AgentState
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """The agent as it is from now on; without a state it is gone."""
+    """The agent as it is from now on; without a state it is gone.
+
+    `answer` is None for a retry: its first try was answered when the disk refused it.
+    """
 
     ticket: int
     agent_id: str
     state: AgentState | None
+    answer: Callable[[bool], object] | None
 
 
 class Commits:
-    """Owns the changes that are not durable yet, the last one of each agent, and their tickets.
+    """Owns the changes that are not durable yet, and the last one of each agent.
 
-    Each ticket is answered once: a refused state is tried again in silence. `refused` are the
-    agents with such a state. A refused deletion is withdrawn: the agent is what it was before.
+    `refused` are the agents with a state to be tried again. A refused deletion is withdrawn: the
+    agent is what it was before.
     """
 
     def __init__(self) -> None:
@@ -26,20 +31,17 @@ class Commits:
         self._on_way: dict[int, Change] = {}
         self._last: dict[str, Change] = {}
         self._before: dict[int, Change] = {}
-        self._silent: set[int] = set()
 
     def __repr__(self) -> str:
         return f"Commits({len(self._on_way)} on their way, {len(self.refused)} agents refused)"
 
-    def begin(self, change: Change, *, is_retry: bool = False) -> None:
+    def begin(self, change: Change) -> None:
         """The change is on its way."""
         former = self._last.get(change.agent_id)
         if change.state is None and former is not None:
             self._before[change.ticket] = former
         self._on_way[change.ticket] = change
         self._last[change.agent_id] = change
-        if is_retry:
-            self._silent.add(change.ticket)
 
     def last_of(self, agent_id: str) -> Change | None:
         """What the catalogue does not know of the agent yet."""
@@ -83,12 +85,6 @@ class Commits:
     def not_durable(self) -> list[Change]:
         """The agents that the catalogue does not have as they are."""
         return [change for change in self._last.values() if change.state is not None]
-
-    def is_awaited(self, ticket: int) -> bool:
-        """Whether somebody waits for this answer; asked once."""
-        is_silent = ticket in self._silent
-        self._silent.discard(ticket)
-        return not is_silent
 
     def abandon(self) -> list[Change]:
         """No answer comes any more: what was on its way."""

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
 from keepwarm.core.agent import PRIVATE
+from keepwarm.core.agent_store import Answers, BundleAnswer, BundleTicket
 from keepwarm.core.block import BlockHash, child_hash
 from keepwarm.core.errors import BadBundle, BundleFailed, DamagedAgent
 from keepwarm.core.layout import BLOCK_TOKENS
@@ -17,13 +19,10 @@ from keepwarm.core.stored import (
     BundleStored,
     BundleTerms,
     BundleWritten,
-    Committed,
-    Fetched,
     KVFamily,
     LineState,
     Record,
     Saved,
-    StoreEvent,
     StoreHealth,
 )
 
@@ -66,9 +65,7 @@ class MemoryAgentStore:
         self._kept: dict[BlockHash, _Kept] = {}
         self._agents: dict[str, AgentState] = {}
         self._refused: set[str] = set()
-        self._events: list[StoreEvent] = []
-        self._num_tickets = 0
-        self._undo: dict[int, Callable[[], object]] = {}
+        self._answers = Answers()
 
     def plan(self, family: KVFamily, parent: BlockHash, token_ids: Sequence[int]) -> list[Record]:
         found: list[Record] = []
@@ -98,23 +95,30 @@ class MemoryAgentStore:
         token_ids: Sequence[int],
         pieces: Sequence[memoryview],
         maker: str | None,
+        answer: Callable[[Saved], object],
     ) -> None:
-        if not self.refuses:
-            data = b"".join(pieces)
-            self._kept[record.hash] = _Kept(record, data, maker)
-            self.num_written_bytes += len(data)
-        self._events.append(Saved(record.hash, retry=self.refuses))
+        if self.refuses:
+            self._answers.add(answer, Saved.REFUSED)
+            return
+        data = b"".join(pieces)
+        self._kept[record.hash] = _Kept(record, data, maker)
+        self.num_written_bytes += len(data)
+        self._answers.add(answer, Saved.WRITTEN)
 
-    def fetch(self, family: KVFamily, record: Record, buffer: bytearray) -> int:
-        ticket = self._next_ticket()
+    def fetch(
+        self,
+        family: KVFamily,
+        record: Record,
+        buffer: bytearray,
+        answer: Callable[[memoryview | None], object],
+    ) -> None:
         kept = self._kept.get(record.hash)
         if kept is None or record.hash in self.unreadable:
             self._kept.pop(record.hash, None)
-            self._events.append(Fetched(ticket, None))
-            return ticket
+            self._answers.add(answer, None)
+            return
         buffer[: len(kept.data)] = kept.data
-        self._events.append(Fetched(ticket, memoryview(buffer)[: len(kept.data)]))
-        return ticket
+        self._answers.add(answer, memoryview(buffer)[: len(kept.data)])
 
     def drop(self, hashes: Iterable[BlockHash], *, if_unused: bool = False) -> None:
         used = self._used() if if_unused else set()
@@ -125,21 +129,18 @@ class MemoryAgentStore:
         lines = [line.last_used for state in self._agents.values() for line in state.lines]
         return max(lines, default=0)
 
-    def commit(self, state: AgentState) -> int:
-        ticket = self._next_ticket()
+    def commit(self, state: AgentState, answer: Callable[[bool], object]) -> None:
         if self.refuses:
             self._refused.add(state.agent_id)
         else:
             self._agents[state.agent_id] = state
             self._refused.discard(state.agent_id)
-        self._events.append(Committed(ticket, durable=not self.refuses))
-        return ticket
+        self._answers.add(answer, not self.refuses)
 
-    def delete_agent(self, agent_id: str) -> int:
-        ticket = self._next_ticket()
+    def delete_agent(self, agent_id: str, answer: Callable[[bool], object]) -> None:
+        self._answers.add(answer, not self.refuses)
         if self.refuses:
-            self._events.append(Committed(ticket, durable=False))
-            return ticket
+            return
         self._agents.pop(agent_id, None)
         self._refused.discard(agent_id)
         self.damaged.discard(agent_id)
@@ -147,8 +148,6 @@ class MemoryAgentStore:
         self._kept = {
             h: kept for h, kept in self._kept.items() if h in used or kept.maker != agent_id
         }
-        self._events.append(Committed(ticket, durable=True))
-        return ticket
 
     def is_durable(self, agent_id: str) -> bool:
         return agent_id not in self._refused
@@ -198,12 +197,12 @@ class MemoryAgentStore:
         runs = [self._runs_of_block(p, tail_ids) for p in whole[-1:] or {r.before for r in first}]
         return num_tokens + max((run[-1].stop for run in runs if run), default=0)
 
-    def write_bundle(self, family: KVFamily, tokenizer: str, state: AgentState, path: Path) -> int:
-        ticket = self._next_ticket()
+    def write_bundle(
+        self, family: KVFamily, tokenizer: str, state: AgentState, path: Path
+    ) -> BundleTicket[BundleWritten]:
         if self.refuses:
             error = BundleFailed(path, "the disk refuses")
-            self._events.append(BundleWritten(ticket, error=error))
-            return ticket
+            return self._answered(BundleWritten(error=error))
         own = [line for line in state.lines if line.tokenizer == tokenizer]
         kept = {
             record.hash: self._kept[record.hash]
@@ -211,16 +210,13 @@ class MemoryAgentStore:
             for record in self._records_of(line, family)
         }
         bundled = self._bundles[path] = _Bundled(family, tokenizer, state, kept)
-        self._undo = {ticket: lambda: self._bundles.pop(path)}
-        self._events.append(BundleWritten(ticket, bundled.file_bytes, len(kept)))
-        return ticket
+        written = BundleWritten(bundled.file_bytes, len(kept))
+        return self._answered(written, partial(self._bundles.pop, path))
 
-    def read_bundle(self, path: Path, terms: BundleTerms) -> int:
-        ticket = self._next_ticket()
+    def read_bundle(self, path: Path, terms: BundleTerms) -> BundleTicket[BundleRead]:
         bundled = self._bundles.get(path)
         if bundled is None:
-            self._events.append(BundleRead(ticket, error=BadBundle(path, "it is no bundle")))
-            return ticket
+            return self._answered(BundleRead(error=BadBundle(path, "it is no bundle")))
         is_own = bundled.tokenizer == terms.tokenizer and bundled.family == replace(
             terms.family, namespace=""
         )
@@ -238,27 +234,23 @@ class MemoryAgentStore:
         state = replace(bundled.state, lines=lines, model="")
         num_dropped = 0 if is_own else len(bundled.kept)
         bundle = Bundle(path, terms, state, tuple(records), num_dropped, bundled.file_bytes)
-        self._events.append(BundleRead(ticket, bundle))
-        return ticket
+        return self._answered(BundleRead(bundle))
 
-    def store_bundle(self, bundle: Bundle, agent_id: str) -> int:
-        ticket = self._next_ticket()
+    def store_bundle(self, bundle: Bundle, agent_id: str) -> BundleTicket[BundleStored]:
         wanted = set() if self.refuses else set(bundle.records)
         for record, data in _moved(self._bundles[bundle.path], bundle.terms.family):
             if record in wanted:
                 self._kept[record.hash] = _Kept(record, data, agent_id)
-        self._undo = {ticket: lambda: self.drop(record.hash for record in wanted)}
-        self._events.append(BundleStored(ticket, len(wanted)))
+        undo = partial(self.drop, [record.hash for record in wanted])
+        return self._answered(BundleStored(len(wanted)), undo)
+
+    def _answered(
+        self, answer: BundleAnswer, undo: Callable[[], object] = lambda: None
+    ) -> BundleTicket[BundleAnswer]:
+        """A ticket for what was done at once; cancelling it undoes that."""
+        ticket: BundleTicket[BundleAnswer] = BundleTicket(undo)
+        self._answers.add(ticket.put, answer)
         return ticket
-
-    def call_off(self, ticket: int) -> None:
-        """Everything was done at once; that is undone, unless its event has been taken."""
-        for event in [event for event in self._events if _ticket_of(event) == ticket]:
-            self._events.remove(event)
-            self._undo.pop(ticket, lambda: None)()
-
-    def remove_bundle(self, path: Path) -> None:
-        self._bundles.pop(path, None)
 
     def _records_of(self, line: LineState, family: KVFamily) -> list[Record]:
         own = replace(family, namespace=line.namespace)
@@ -273,9 +265,8 @@ class MemoryAgentStore:
             for block_hash in line.block_hashes
         }
 
-    def poll(self) -> list[StoreEvent]:
-        events, self._events = self._events, []
-        return events
+    def poll(self) -> None:
+        self._answers.deliver()
 
     def wait(self, timeout_s: float) -> None:
         """There is never anything to wait for."""
@@ -309,10 +300,6 @@ class MemoryAgentStore:
             record_hash = kept.record.before
         return []
 
-    def _next_ticket(self) -> int:
-        self._num_tickets += 1
-        return self._num_tickets
-
 
 def _moved(bundled: _Bundled, family: KVFamily) -> Iterator[tuple[Record, bytes]]:
     """The bundle's records under the names that they have in that family, with their data."""
@@ -328,7 +315,3 @@ def _moved(bundled: _Bundled, family: KVFamily) -> Iterator[tuple[Record, bytes]
             moved = Record.of_run(parents[record.depth], record.depth, ids, start=record.start)
             parents += [moved.hash] if record.stop == BLOCK_TOKENS else []
             yield moved, bundled.kept[record.hash].data
-
-
-def _ticket_of(event: StoreEvent) -> int | None:
-    return None if isinstance(event, Saved) else event.ticket

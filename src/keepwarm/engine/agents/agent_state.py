@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from keepwarm.core.agent import AgentBlocks
-from keepwarm.core.agent_store import AgentStore
+from keepwarm.core.agent_store import AgentLog
 from keepwarm.core.block import BlockHash, chain_hashes
 from keepwarm.core.layout import BLOCK_TOKENS, whole_blocks
 from keepwarm.core.stored import AgentState, LineState
@@ -17,7 +17,7 @@ class AgentStates:
 
     def __init__(
         self,
-        store: AgentStore,
+        store: AgentLog,
         *,
         tokenizer: str,
         root_of: Callable[[AgentBlocks], BlockHash],
@@ -27,10 +27,6 @@ class AgentStates:
         self._tokenizer = tokenizer
         self._root_of = root_of
         self._new_blocks = new_blocks
-
-    def commit(self, agent: Agent) -> int:
-        """The ticket of the commit, for the store's `Committed`."""
-        return self._store.commit(self.state_of(agent))
 
     def state_of(self, agent: Agent) -> AgentState:
         """Of lines that run now, what they had before; of new ones nothing."""

@@ -1,22 +1,12 @@
-"""What the engine has told the store and waits to hear about: commits, deletions, bundles."""
+"""What the engine has told the store and waits to hear about: changes of agents."""
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import replace
+from functools import partial
 
 from keepwarm.core.agent_store import AgentStore
-from keepwarm.core.errors import InvariantBroken
 from keepwarm.core.events import Completed
-from keepwarm.core.stored import (
-    BundleEvent,
-    BundleRead,
-    BundleStored,
-    BundleWritten,
-    Committed,
-    Fetched,
-    Saved,
-)
 from keepwarm.engine.agents.agent_state import AgentStates
 from keepwarm.engine.agents.book import Agent
 from keepwarm.engine.jobs import Pause, Steps
@@ -24,9 +14,7 @@ from keepwarm.kv.tiers import Tiers
 
 STORE_WAIT_S = 0.05
 REFUSED_S = 3.0
-"""For how long a disk that refuses KV is asked again, where something waits for it."""
-
-Answer = TypeVar("Answer", BundleWritten, BundleRead, BundleStored)
+"""How many seconds a disk that refuses KV is asked again, while something waits for it."""
 
 
 class Commit:
@@ -58,17 +46,8 @@ class Commit:
             listener(durable)
 
 
-@dataclass(frozen=True, slots=True)
-class _Sent:
-    """What was sent to the store; `agent` None: a deletion."""
-
-    commit: Commit
-    agent: Agent | None = None
-    completed: Completed | None = None
-
-
 class StoreInbox:
-    """Owns the tickets of agents and bundles; hands answers about KV to the tiers.
+    """Owns the changes of agents that are on their way to the disk, and waits for the store.
 
     `emit` takes a turn's final event when the disk has answered.
     """
@@ -85,12 +64,11 @@ class StoreInbox:
         self._tiers = tiers
         self._keeper = keeper
         self._emit = emit
-        self._uncommitted: dict[int, _Sent] = {}
+        self._uncommitted: set[Commit] = set()
         self._refused: dict[str, Agent] = {}
-        self._answers: dict[int, BundleEvent] = {}
 
     def __repr__(self) -> str:
-        return f"StoreInbox({len(self._uncommitted)} commits, {len(self._answers)} answers)"
+        return f"StoreInbox({len(self._uncommitted)} commits)"
 
     @property
     def is_committing(self) -> bool:
@@ -100,7 +78,9 @@ class StoreInbox:
     def commit(self, agent: Agent, completed: Completed | None = None) -> Commit:
         """Write the agent; the turn's final event is sent when the disk has answered."""
         commit = Commit(agent.agent_id)
-        self._uncommitted[self._keeper.commit(agent)] = _Sent(commit, agent, completed)
+        self._uncommitted.add(commit)
+        answer = partial(self._take_committed, commit, agent, completed)
+        self._store.commit(self._keeper.state_of(agent), answer)
         return commit
 
     def settle(self, agent: Agent) -> Commit:
@@ -112,56 +92,26 @@ class StoreInbox:
     def delete(self, agent_id: str) -> Commit:
         """Remove the agent from the disk; where that refuses, nothing has changed there.
 
-        A store that is in memory has answered already, and is heard.
+        A store that is in memory has its answer ready, and is asked for it.
         """
         commit = Commit(agent_id)
-        self._uncommitted[self._store.delete_agent(agent_id)] = _Sent(commit)
+        self._uncommitted.add(commit)
+        self._store.delete_agent(agent_id, partial(self._take_deleted, commit))
         self.take_events()
         return commit
 
     def take_events(self) -> None:
-        """Pass on what the store has to say now."""
-        for event in self._store.poll():
-            if isinstance(event, Saved):
-                self._tiers.saves.note(event.record_hash, retry=event.retry)
-            elif isinstance(event, Fetched):
-                self._tiers.fetches.note(event)
-            elif isinstance(event, Committed):
-                self._take_committed(event)
-            else:
-                self._answers[event.ticket] = event
+        """Let the store answer what it can answer now."""
+        self._store.poll()
         self._tiers.release_put_away()
 
     def wait(self) -> None:
-        """Until the store has something to say, but not for long."""
+        """Wait until the store has an answer, but not for long."""
         self._store.wait(STORE_WAIT_S)
 
     def hear(self) -> None:
         self.wait()
         self.take_events()
-
-    def answered(
-        self, ticket: int, kind: type[Answer], undo: Callable[[], None] = lambda: None
-    ) -> Steps[Answer]:
-        """Wait between steps for the store's answer; its error is raised.
-
-        Closed before that, it calls off what the ticket is for, or undoes what is done already.
-        """
-        try:
-            while ticket not in self._answers:
-                yield Pause.WAITING
-        except GeneratorExit:
-            if self._answers.pop(ticket, None) is None:
-                self._store.call_off(ticket)
-            else:
-                undo()
-            raise
-        answer = self._answers.pop(ticket)
-        if not isinstance(answer, kind):
-            raise InvariantBroken(f"ticket {ticket} was answered with {answer}")
-        if answer.error is not None:
-            raise answer.error
-        return answer
 
     def committed(self, agent: Agent) -> Steps[bool]:
         """Commit the agent, and wait between steps. Returns whether the disk took it."""
@@ -199,12 +149,20 @@ class StoreInbox:
             else:
                 gives_up_s = min(gives_up_s, time.monotonic() + REFUSED_S)
 
-    def _take_committed(self, event: Committed) -> None:
-        sent = self._uncommitted.pop(event.ticket)
-        if event.durable:
-            self._refused.pop(sent.commit.agent_id, None)
-        elif sent.agent is not None:
-            self._refused[sent.commit.agent_id] = sent.agent
-        if sent.completed is not None:
-            self._emit(replace(sent.completed, durable=event.durable))
-        sent.commit.answer(durable=event.durable)
+    def _take_committed(
+        self, commit: Commit, agent: Agent, completed: Completed | None, durable: bool
+    ) -> None:
+        if durable:
+            self._refused.pop(commit.agent_id, None)
+        else:
+            self._refused[commit.agent_id] = agent
+        if completed is not None:
+            self._emit(replace(completed, durable=durable))
+        self._uncommitted.remove(commit)
+        commit.answer(durable=durable)
+
+    def _take_deleted(self, commit: Commit, durable: bool) -> None:
+        if durable:
+            self._refused.pop(commit.agent_id, None)
+        self._uncommitted.remove(commit)
+        commit.answer(durable=durable)

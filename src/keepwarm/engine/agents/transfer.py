@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from keepwarm.core.agent import PRIVATE, home_namespace, in_namespace
-from keepwarm.core.agent_store import AgentStore
+from keepwarm.core.agent_store import AgentStore, BundleAnswer, BundleTicket
 from keepwarm.core.errors import (
     AgentExists,
     BadBundle,
@@ -22,7 +22,6 @@ from keepwarm.core.ports import LoadedModel, Tokenizer
 from keepwarm.core.stored import (
     AgentState,
     Bundle,
-    BundleRead,
     BundleStored,
     BundleTerms,
     BundleWritten,
@@ -210,8 +209,7 @@ class Transfers:
         if agent_id is not None:
             self._check_is_new(agent_id, is_taken)
         terms = private_terms(self._family, self._tokenizer.fingerprint, self._vocab_size)
-        ticket = self._store.read_bundle(path, terms)
-        bundle = (yield from self._link.answered(ticket, BundleRead)).bundle
+        bundle = (yield from _answered(self._store.read_bundle(path, terms))).bundle
         if bundle is None:
             raise InvariantBroken(f"the store answered for {path} without a bundle")
         name = agent_id or in_namespace(namespace, name_of(bundle))
@@ -270,11 +268,7 @@ class Transfers:
 
     def _writing(self, state: AgentState, path: Path) -> Steps[BundleWritten]:
         ticket = self._store.write_bundle(self._family, self._tokenizer.fingerprint, state, path)
-        return (
-            yield from self._link.answered(
-                ticket, BundleWritten, undo=lambda: self._store.remove_bundle(path)
-            )
-        )
+        return (yield from _answered(ticket))
 
     def _saving(self, agent: Agent, timeout_s: float) -> Steps[None]:
         """Wait until the disk has taken the KV of what was said, unless it refuses or is slow."""
@@ -292,15 +286,11 @@ class Transfers:
     ) -> Steps[tuple[Agent, BundleStored]]:
         """Its KV, and then the agent itself, unless somebody has taken its name meanwhile."""
         ticket = self._store.store_bundle(bundle, name)
-
-        def undo() -> None:
-            self._store.drop([record.hash for record in bundle.records])
-
-        stored = yield from self._link.answered(ticket, BundleStored, undo)
+        stored = yield from _answered(ticket)
         try:
             self._check_is_new(name, is_taken, is_own=True)
         except AgentExists:
-            undo()
+            ticket.cancel()
             raise
         state = imported_state(bundle, name, stored.num_records)
         return self._book.add(self._states.agent_of(state)), stored
@@ -373,6 +363,19 @@ def imported_state(bundle: Bundle, agent_id: str, num_records: int) -> AgentStat
         for line in bundle.state.lines
     )
     return replace(bundle.state, agent_id=agent_id, lines=lines, has_fixed_main=True)
+
+
+def _answered(ticket: BundleTicket[BundleAnswer]) -> Steps[BundleAnswer]:
+    """Wait between steps for the store's answer; its error is raised. Closing it cancels."""
+    try:
+        while ticket.answer is None:
+            yield Pause.WAITING
+    except GeneratorExit:
+        ticket.cancel()
+        raise
+    if ticket.answer.error is not None:
+        raise ticket.answer.error
+    return ticket.answer
 
 
 def _is_part_of(main: Line, other: LineState) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Generator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
-from keepwarm.core.agent_store import AgentStore
+from keepwarm.core.agent_store import RecordStore
 from keepwarm.core.errors import AgentBusy, InvariantBroken, VerifyInterrupted
 from keepwarm.core.ports import BatchGenerator
 from keepwarm.engine.agents.book import Agent, AgentBook, Line
@@ -27,7 +27,7 @@ class AgentVerifier:
         batch: Batch,
         model: GeneratorSource,
         *,
-        store: AgentStore,
+        store: RecordStore,
         link: StoreInbox,
         bound: float,
     ) -> None:

@@ -3,17 +3,19 @@
 Each is work of many units, a record at most, so that commits, restores and saves never wait longer.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, Generic
 
+from keepwarm.core.agent_store import Answers, BundleAnswer, BundleTicket
 from keepwarm.core.block import BlockHash
 from keepwarm.core.errors import BundleFailed
 from keepwarm.core.stored import (
     AgentState,
     Bundle,
-    BundleEvent,
     BundleRead,
     BundleStored,
     BundleTerms,
@@ -22,7 +24,7 @@ from keepwarm.core.stored import (
     Record,
 )
 from keepwarm.store.bundle.export import Export
-from keepwarm.store.disk.disk_store import DiskStore, ExportDone, ImportDone, Outcome
+from keepwarm.store.disk.disk_store import CheckDone, DiskStore, ExportDone, ImportDone, Outcome
 from keepwarm.store.disk.io_thread import IOThread, Priority
 from keepwarm.store.disk.record import max_file_bytes
 from keepwarm.store.disk.units import Units, UnitWork
@@ -32,18 +34,19 @@ from keepwarm.store.record_index import Entry, RecordIndex
 
 
 @dataclass(slots=True, eq=False)
-class _Job:
+class _Job(Generic[BundleAnswer]):
     """A bundle that the I/O thread works at.
 
-    `names`: records that it is storing; `reads`: those that it is reading, which stay meanwhile.
+    `names`: records that it stores; `reads`: records that it reads, which stay meanwhile.
     """
 
     path: Path
-    answer: type[BundleWritten] | type[BundleRead] | type[BundleStored]
+    kind: type[BundleAnswer]
     names: tuple[BlockHash, ...] = ()
     reads: tuple[BlockHash, ...] = ()
     work: UnitWork[Outcome] | None = None
-    is_called_off: bool = False
+    answer: BundleAnswer | None = None
+    ticket: BundleTicket[BundleAnswer] = field(init=False)
 
 
 class BundleJobs:
@@ -57,30 +60,33 @@ class BundleJobs:
         *,
         room: DiskRoom,
         health: DiskHealth,
-        next_ticket: Callable[[], int],
+        answers: Answers,
     ) -> None:
         self._thread = thread
         self._disk = disk
         self._index = index
         self._room = room
         self._health = health
-        self._next_ticket = next_ticket
-        self._jobs: dict[int, _Job] = {}
+        self._answers = answers
+        self._numbers = itertools.count(1)
+        self._jobs: dict[int, _Job[Any]] = {}
 
     def __repr__(self) -> str:
         return f"BundleJobs({len(self._jobs)} under way)"
 
     def names(self) -> Iterator[BlockHash]:
-        """The records that are being stored."""
+        """Yield the records that are being stored."""
         for job in self._jobs.values():
             yield from job.names
 
     @property
     def num_reads(self) -> int:
-        """How many records are being read, those that more than one reads counted again."""
+        """How many records are being read, those that more than one job reads counted again."""
         return sum(len(job.reads) for job in self._jobs.values())
 
-    def write(self, family: KVFamily, tokenizer: str, state: AgentState, path: Path) -> int:
+    def write(
+        self, family: KVFamily, tokenizer: str, state: AgentState, path: Path
+    ) -> BundleTicket[BundleWritten]:
         records: dict[BlockHash, tuple[Record, KVFamily]] = {}
         for line in state.lines:
             if line.tokenizer == tokenizer:
@@ -89,102 +95,107 @@ class BundleJobs:
                     if entry.record.hash not in records:
                         entry.num_readers += 1
                         records[entry.record.hash] = (entry.record, own)
-        ticket = self._next_ticket()
+        number = next(self._numbers)
         export = Export(family, tokenizer, state, tuple(records.values()))
-        called_off = ExportDone(ticket, 0, 0, (), _called_off(path))
+        cancelled = ExportDone(number, 0, 0, (), _cancelled(path))
         return self._begin(
-            ticket,
+            number,
             _Job(path, BundleWritten, reads=tuple(records)),
-            self._disk.export(ticket, path, export),
-            lambda: called_off,
+            self._disk.export(number, path, export),
+            lambda: cancelled,
         )
 
-    def read(self, path: Path, terms: BundleTerms) -> int:
-        ticket = self._next_ticket()
-        called_off = BundleRead(ticket, error=_called_off(path))
-        units = self._disk.read_bundle(ticket, path, terms)
-        return self._begin(ticket, _Job(path, BundleRead), units, lambda: called_off)
+    def read(self, path: Path, terms: BundleTerms) -> BundleTicket[BundleRead]:
+        number = next(self._numbers)
+        cancelled = CheckDone(number, BundleRead(error=_cancelled(path)))
+        units = self._disk.read_bundle(number, path, terms)
+        return self._begin(number, _Job(path, BundleRead), units, lambda: cancelled)
 
-    def store(self, bundle: Bundle, agent_id: str, now: int) -> int:
-        """`now`: when the records were used last, by the store's clock."""
+    def store(self, bundle: Bundle, agent_id: str, now: int) -> BundleTicket[BundleStored]:
+        """Store the bundle's records; `now` is when they were used last, by the store's clock."""
         names = self._make_room_for(bundle, agent_id, now)
-        ticket = self._next_ticket()
+        number = next(self._numbers)
         return self._begin(
-            ticket,
+            number,
             _Job(bundle.path, BundleStored, names),
-            self._disk.import_records(ticket, bundle, len(names), agent_id),
-            lambda: self._disk.import_called_off(ticket, _called_off(bundle.path)),
+            self._disk.import_records(number, bundle, len(names), agent_id),
+            lambda: self._disk.import_called_off(number, _cancelled(bundle.path)),
         )
 
-    def call_off(self, ticket: int) -> None:
-        """What the job has begun is undone; nobody is told."""
-        job = self._jobs.get(ticket)
-        if job is not None and job.work is not None:
-            job.is_called_off = True
-            job.work.call_off()
+    def cancel_all(self) -> None:
+        for job in self._jobs.values():
+            job.ticket.cancel()
 
-    def remove(self, path: Path) -> None:
-        self._thread.post(Priority.SAVE, partial(self._disk.remove_export, path))
+    def note_read(self, done: CheckDone) -> None:
+        self._end(done.ticket, done.read)
 
-    def call_off_all(self) -> None:
-        for ticket in self._jobs:
-            self.call_off(ticket)
-
-    def note_read(self, read: BundleRead) -> Iterator[BundleEvent]:
-        job = self._jobs.pop(read.ticket)
-        if not job.is_called_off:
-            yield read
-
-    def note_written(self, done: ExportDone) -> Iterator[BundleEvent]:
-        """Records that turned out to be damaged are forgotten."""
-        job = self._jobs.pop(done.ticket)
+    def note_written(self, done: ExportDone) -> None:
+        """Forget records that turned out to be damaged."""
+        written = BundleWritten(done.file_bytes, done.num_records, done.error)
+        job = self._end(done.ticket, written)
         self._release(job)
         lost = [h for h in done.lost if self._index.forget(h) is not None]
         self._health.num_damaged += len(lost)
-        if not job.is_called_off:
-            yield BundleWritten(done.ticket, done.file_bytes, done.num_records, done.error)
-        elif done.error is None:
-            self.remove(job.path)
+        if job.ticket.is_cancelled and done.error is None:
+            self._remove_file(job)
 
-    def note_stored(self, done: ImportDone) -> Iterator[BundleEvent]:
-        """Those of its records that the disk has not taken, and those evicted meanwhile, go."""
-        job = self._jobs.pop(done.ticket)
+    def note_stored(self, done: ImportDone) -> None:
+        """Forget the records that the disk has not taken, and remove those evicted meanwhile."""
+        job = self._end(done.ticket, BundleStored(len(done.stored), done.error))
         stored = {row.hash: row.file_bytes for row in done.stored}
         for record_hash in job.names:
             entry = self._index.get(record_hash)
             if record_hash not in stored:
                 self._index.forget(record_hash)
-            elif entry is None or job.is_called_off:
+            elif entry is None or job.ticket.is_cancelled:
                 self._index.forget(record_hash)
                 self._room.remove([record_hash])
             else:
                 self._index.confirm(entry, stored[record_hash])
-        if not job.is_called_off:
-            yield BundleStored(done.ticket, len(stored), done.error)
 
-    def fail(self, reason: str) -> list[BundleEvent]:
-        """No job is ended any more: what is told to those who wait."""
-        jobs, self._jobs = self._jobs, {}
-        for job in jobs.values():
+    def fail(self, reason: str) -> None:
+        """Answer all jobs, which nothing will end any more."""
+        for number, job in list(self._jobs.items()):
+            self._end(number, job.kind(error=BundleFailed(job.path, reason)))
             self._release(job)
             for record_hash in job.names:
                 self._index.forget(record_hash)
-        return [
-            job.answer(ticket, error=BundleFailed(job.path, reason))
-            for ticket, job in jobs.items()
-            if not job.is_called_off
-        ]
 
     def _begin(
-        self, ticket: int, job: _Job, units: Units[Outcome], called_off: Callable[[], Outcome]
-    ) -> int:
+        self,
+        number: int,
+        job: _Job[BundleAnswer],
+        units: Units[Outcome],
+        cancelled: Callable[[], Outcome],
+    ) -> BundleTicket[BundleAnswer]:
         post = partial(self._thread.post, Priority.SAVE)
-        job.work = UnitWork(units, called_off=called_off, again=post)
-        self._jobs[ticket] = job
+        job.work = UnitWork(units, called_off=cancelled, again=post)
+        job.ticket = BundleTicket(partial(self._cancel, job))
+        self._jobs[number] = job
         post(job.work)
-        return ticket
+        return job.ticket
 
-    def _release(self, job: _Job) -> None:
+    def _end(self, number: int, answer: BundleAnswer) -> _Job[BundleAnswer]:
+        job = self._jobs.pop(number)
+        job.answer = answer
+        self._answers.add(job.ticket.put, answer)
+        return job
+
+    def _cancel(self, job: _Job[Any]) -> None:
+        """Undo what the job has begun, or what it has done."""
+        if job.answer is None and job.work is not None:
+            job.work.call_off()
+        elif job.answer is None or job.answer.error is not None:
+            return
+        elif job.kind is BundleWritten:
+            self._remove_file(job)
+        else:
+            self._room.remove([h for h in job.names if self._index.forget(h) is not None])
+
+    def _remove_file(self, job: _Job[Any]) -> None:
+        self._thread.post(Priority.SAVE, partial(self._disk.remove_export, job.path))
+
+    def _release(self, job: _Job[Any]) -> None:
         for record_hash in job.reads:
             entry = self._index.get(record_hash)
             if entry is not None:
@@ -207,5 +218,5 @@ class BundleJobs:
         return tuple(names)
 
 
-def _called_off(path: Path) -> BundleFailed:
+def _cancelled(path: Path) -> BundleFailed:
     return BundleFailed(path, "it was called off")

@@ -135,6 +135,14 @@ class ExportDone:
 
 
 @dataclass(frozen=True, slots=True)
+class CheckDone:
+    """What a bundle that was checked turned out to be."""
+
+    ticket: int
+    read: BundleRead
+
+
+@dataclass(frozen=True, slots=True)
 class ImportDone:
     """The records of a bundle that were stored, with their files' bytes.
 
@@ -158,7 +166,7 @@ Outcome = (
     | Probed
     | Reconciled
     | ExportDone
-    | BundleRead
+    | CheckDone
     | ImportDone
 )
 
@@ -326,14 +334,14 @@ class DiskStore:
         with suppress(OSError):
             path.unlink(missing_ok=True)
 
-    def read_bundle(self, ticket: int, path: Path, terms: BundleTerms) -> Units[BundleRead]:
+    def read_bundle(self, ticket: int, path: Path, terms: BundleTerms) -> Units[CheckDone]:
         try:
             bundle = yield from read_bundle(path, terms)
         except BadBundle as error:
-            return BundleRead(ticket, error=error)
+            return CheckDone(ticket, BundleRead(error=error))
         except OSError as error:
-            return BundleRead(ticket, error=_refused(path, error))
-        return BundleRead(ticket, bundle)
+            return CheckDone(ticket, BundleRead(error=_refused(path, error)))
+        return CheckDone(ticket, BundleRead(bundle))
 
     def import_records(
         self, ticket: int, bundle: Bundle, num_records: int, maker: str
