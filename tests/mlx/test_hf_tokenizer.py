@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from hf_tokenizers import sentencepiece_tokenizer, smollm2_tokenizer
 from keepwarm.core.errors import InvalidRequest
 from keepwarm.core.ports import Piece
-from keepwarm.core.transcript import EMPTY
-from keepwarm.engine.prompt.continuation import TextContinuation, with_reply
+from keepwarm.core.transcript import EMPTY, Transcript
+from keepwarm.engine.prompt.continuation import Prompt, TextContinuation
+from keepwarm.engine.prompt.prompt_encoder import PromptEncoder
 from keepwarm.engine.prompt.reply_text import Reply, ReplyText
 from keepwarm.mlx_backend.text.detokenizer import bytes_of_token
 from keepwarm.mlx_backend.text.tokenizer import HFTokenizer, Shield
@@ -124,6 +125,13 @@ def test_any_ids_stream_like_their_batch_decoding(
     assert whole == text + "\ufffd" * detokenizer.pending
 
 
+def prompt_from(
+    tokenizer: HFTokenizer, messages: list[dict[str, str]], known: Transcript
+) -> Prompt:
+    encoder = PromptEncoder(tokenizer)
+    return TextContinuation(tokenizer.render(messages), encoder).prompt_from(known)
+
+
 def replied(tokenizer: HFTokenizer, token_ids: list[int]) -> Reply:
     text = ReplyText(tokenizer.detokenizer())
     for token_id in token_ids:
@@ -140,18 +148,18 @@ def test_any_reply_is_continued_with_its_own_ids(
     """But for what no client can send back: special tokens in its middle, a half character."""
     tokenizer = pair[1]
     messages = [{"role": "user", "content": question}]
-    prompt = TextContinuation(tokenizer.render(messages), tokenizer.encode).of(EMPTY)
+    prompt = prompt_from(tokenizer, messages, EMPTY)
     reply = replied(tokenizer, ids)
-    line = with_reply(prompt.transcript, reply.spoken)
+    line = prompt.transcript.extended(reply.spoken.span)
     assert line.token_ids == (*prompt.token_ids, *reply.spoken.token_ids)
 
     messages += [{"role": "assistant", "content": reply.text}, {"role": "user", "content": "Go on"}]
-    following = TextContinuation(tokenizer.render(messages), tokenizer.encode).of(line)
+    following = prompt_from(tokenizer, messages, line)
     if reply.is_whole:
         assert following.token_ids[: line.num_tokens] == line.token_ids
         assert following.num_spliced == line.num_tokens
     else:
-        fresh = TextContinuation(tokenizer.render(messages), tokenizer.encode).of(EMPTY)
+        fresh = prompt_from(tokenizer, messages, EMPTY)
         assert following.token_ids == fresh.token_ids
 
 

@@ -10,16 +10,10 @@ from hypothesis import strategies as st
 from keepwarm.core.errors import InvalidRequest, InvariantBroken
 from keepwarm.core.ports import Message, Piece
 from keepwarm.core.transcript import EMPTY, Span, Transcript
-from keepwarm.engine.prompt.continuation import (
-    IdsContinuation,
-    Prompt,
-    Reason,
-    TextContinuation,
-    truncate,
-    validate_messages,
-    vouching,
-    with_reply,
-)
+from keepwarm.engine.prompt.continuation import IdsContinuation, Prompt, TextContinuation
+from keepwarm.engine.prompt.divergence import Reason
+from keepwarm.engine.prompt.messages import validate_messages
+from keepwarm.engine.prompt.prompt_encoder import PromptEncoder
 from keepwarm.engine.prompt.reply_text import Reply, ReplyText
 from keepwarm.testing.tokenizer import IM_END, IM_START, FakeTokenizer, special_piece
 
@@ -38,20 +32,24 @@ def assistant(content: str) -> Message:
     return {"role": "assistant", "content": content}
 
 
+def continuation(pieces: Sequence[Piece], tokenizer: FakeTokenizer = TOKENIZER) -> TextContinuation:
+    return TextContinuation(pieces, PromptEncoder(tokenizer))
+
+
 def ask(
     known: Transcript, messages: Sequence[Message], tokenizer: FakeTokenizer = TOKENIZER
 ) -> Prompt:
-    continuation = TextContinuation(tokenizer.render(messages), tokenizer.encode)
-    prompt = continuation.of(known)
+    asked = continuation(tokenizer.render(messages), tokenizer)
+    prompt = asked.prompt_from(known)
     prompt.transcript.check()
-    assert continuation.num_shared(known) == prompt.num_shared
+    assert asked.num_shared(known) == prompt.num_shared
     return prompt
 
 
 def answered(
     messages: Sequence[Message], reply: Reply, tokenizer: FakeTokenizer = TOKENIZER
 ) -> Transcript:
-    transcript = with_reply(ask(EMPTY, messages, tokenizer).transcript, reply)
+    transcript = ask(EMPTY, messages, tokenizer).transcript.extended(reply.span)
     transcript.check()
     return transcript
 
@@ -101,7 +99,7 @@ def test_a_drifted_reply_is_kept_for_many_turns() -> None:
         prompt = ask(known, messages)
         if turn:
             assert_continues(prompt, known)
-        known = with_reply(prompt.transcript, replied(DRIFTED_HELLO))
+        known = prompt.transcript.extended(replied(DRIFTED_HELLO).span)
         messages.append(assistant("Hello"))
 
 
@@ -170,8 +168,8 @@ def test_what_a_template_trims_is_not_in_the_next_prompt(returned: str) -> None:
 
 def test_what_a_bare_prompt_left_is_in_no_chat() -> None:
     """A line of a completion begins with its text, a chat with none."""
-    bare = TextContinuation((Piece("The password is heron."),), TOKENIZER.encode)
-    known = with_reply(bare.of(EMPTY).transcript, replied(DRIFTED_HELLO))
+    bare = continuation((Piece("The password is heron."),))
+    known = bare.prompt_from(EMPTY).transcript.extended(replied(DRIFTED_HELLO).span)
     known.check()
     assert known.spans[0].text == "The password is heron.Hello"
     prompt = ask(known, [user("Hi")])
@@ -193,7 +191,7 @@ def test_a_span_that_says_something_else_is_encoded_anew_and_counted(
     """The last check holds whatever the splicing does."""
     lies = [Span("secret", tuple(b"secret")), *ask(EMPTY, [user("Hi")]).transcript.spans[1:]]
     monkeypatch.setattr(TextContinuation, "_spliced", lambda self, known: list(lies))
-    prompt = TextContinuation(TOKENIZER.render([user("Hi")]), TOKENIZER.encode).of(EMPTY)
+    prompt = continuation(TOKENIZER.render([user("Hi")])).prompt_from(EMPTY)
     monkeypatch.undo()
     assert prompt.num_mended == 1
     assert prompt.transcript == ask(EMPTY, [user("Hi")]).transcript
@@ -206,10 +204,10 @@ def test_a_file_is_believed_where_its_ids_spell_its_texts() -> None:
     spans += [Span(None, DRIFTED_HELLO), Span("", tuple("é".encode()[:1]))]
     specials = [Span(IM_START, (special_id,), is_special=True)] * (len(spans) - 1)
     rows = [span for pair in zip_longest(spans, specials) for span in pair if span is not None]
-    vouched = Transcript(tuple(vouching(Transcript(tuple(rows)), TOKENIZER.detokenizer)))
+    vouched = Transcript(tuple(span.checked(TOKENIZER.detokenizer) for span in rows))
     assert [span.is_whole for span in vouched.spans[::2]] == [True, False, False, False, False]
     assert all(span.is_whole for span in vouched.spans[1::2])
-    strange = Transcript(tuple(vouching(Transcript(tuple(rows)), None)))
+    strange = Transcript(tuple(span.checked(None) for span in rows))
     assert not any(span.is_whole for span in strange.spans[::2])
 
 
@@ -284,17 +282,17 @@ def test_special_token_text_in_a_reply_is_text() -> None:
 
 def test_another_structure_is_named() -> None:
     pieces = (special_piece(IM_START), Piece("x"), special_piece(IM_END))
-    known = TextContinuation(pieces, TOKENIZER.encode).of(EMPTY).transcript
+    known = continuation(pieces).prompt_from(EMPTY).transcript
     changed = (special_piece(IM_START), Piece("x"), special_piece(IM_START))
-    divergence = TextContinuation(changed, TOKENIZER.encode).of(known).divergence
+    divergence = continuation(changed).prompt_from(known).divergence
     assert divergence is not None
     assert divergence.reason is Reason.EDITED_SPECIAL
 
 
 def test_a_fork_at_the_prompt_knows_the_ids_and_no_longer_the_text() -> None:
     prompt = ask(EMPTY, [user("Hi")])
-    known = with_reply(prompt.transcript, replied(DRIFTED_HELLO))
-    cut = truncate(known, prompt.transcript.num_tokens)
+    known = prompt.transcript.extended(replied(DRIFTED_HELLO).span)
+    cut = known.truncated(prompt.transcript.num_tokens)
     cut.check()
     assert cut.token_ids == prompt.token_ids
     again = ask(cut, [user("Hi")])
@@ -304,7 +302,7 @@ def test_a_fork_at_the_prompt_knows_the_ids_and_no_longer_the_text() -> None:
 
 def test_a_cut_reply_is_not_taken_for_the_whole_one() -> None:
     known = answered([user("Hi")], replied(DRIFTED_HELLO))
-    cut = truncate(known, known.num_tokens - 2)
+    cut = known.truncated(known.num_tokens - 2)
     messages = [user("Hi"), assistant("Hello"), user("More")]
     assert ask(cut, messages).token_ids == ask(EMPTY, messages).token_ids
 
@@ -313,7 +311,7 @@ def test_a_prompt_in_ids_keeps_the_texts_it_shares() -> None:
     known = answered([user("Hi")], replied(DRIFTED_HELLO))
     special_id = special_piece(IM_END).special_id
     assert special_id is not None
-    prompt = IdsContinuation([*known.token_ids, special_id]).of(known)
+    prompt = IdsContinuation([*known.token_ids, special_id]).prompt_from(known)
     prompt.transcript.check()
     assert_continues(prompt, known)
     messages = [user("Hi"), assistant("Hello"), user("More")]
@@ -333,9 +331,9 @@ def test_what_is_shared_is_known_without_the_prompt(data: st.DataObject) -> None
         st.sampled_from(
             [
                 known,
-                truncate(known, start),
-                IdsContinuation(token_ids[:stop]).of(truncate(known, start)).transcript,
-                IdsContinuation(token_ids[start:stop]).of(EMPTY).transcript,
+                known.truncated(start),
+                IdsContinuation(token_ids[:stop]).prompt_from(known.truncated(start)).transcript,
+                IdsContinuation(token_ids[start:stop]).prompt_from(EMPTY).transcript,
             ]
         )
     )
@@ -344,11 +342,11 @@ def test_what_is_shared_is_known_without_the_prompt(data: st.DataObject) -> None
 
 
 def test_a_prompt_in_other_ids_says_where() -> None:
-    known = IdsContinuation([1, 2, 3]).of(EMPTY).transcript
-    divergence = IdsContinuation([1, 2, 4, 5]).of(known).divergence
+    known = IdsContinuation([1, 2, 3]).prompt_from(EMPTY).transcript
+    divergence = IdsContinuation([1, 2, 4, 5]).prompt_from(known).divergence
     assert divergence is not None
     assert (divergence.token_index, divergence.reason) == (2, Reason.OTHER_IDS)
-    assert IdsContinuation([1, 2]).of(known).divergence is None
+    assert IdsContinuation([1, 2]).prompt_from(known).divergence is None
 
 
 CONTENTS = st.text("Heló wrd.\n<|im_end|>😀", max_size=12)
@@ -367,7 +365,7 @@ def test_a_conversation_always_continues_its_line(
         prompt = ask(known, messages)
         assert prompt.num_shared == known.num_tokens
         reply = replied(reply_ids)
-        known = with_reply(prompt.transcript, reply)
+        known = prompt.transcript.extended(reply.span)
         messages.append(assistant(reply.text))
 
 
@@ -383,7 +381,7 @@ def test_ids_always_spell_the_prompt(
 ) -> None:
     """Whatever the line knows, the prompt's ids decode to the text that was rendered."""
     whole = answered([user(text) for text in texts], replied(reply))
-    known = truncate(whole, cut)
+    known = whole.truncated(cut)
     known.check()
     assert known.token_ids == whole.token_ids[:cut]
     messages = [user(text) for text in others]

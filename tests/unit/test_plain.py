@@ -14,7 +14,7 @@ from keepwarm.core.errors import InvalidRequest
 from keepwarm.core.plain import MAX_DEPTH, MAX_INT, MIN_INT, NotPlain, plain
 from keepwarm.core.stored import DEFAULT_SETTINGS, AgentState, LineState
 from keepwarm.core.transcript import EMPTY
-from keepwarm.engine.prompt.continuation import validate_messages
+from keepwarm.engine.prompt.messages import validate_messages
 from keepwarm.store.bundle.agent_json import Unsound, decode_agent, encode_agent
 from keepwarm.store.catalog.rows import decode_message, encode_message
 

@@ -1,11 +1,12 @@
-"""What a line has said and heard: texts, special tokens and turns, by the ids that were fed."""
+"""What a line has said and heard: texts and special tokens, by the ids that were fed."""
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 
 from keepwarm.core.errors import InvariantBroken
-from keepwarm.core.ports import Message, Piece
+from keepwarm.core.ports import Detokenizer, Message, Piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,23 @@ class Span:
             return False  # ids for no text are a lie, whatever wrote them
         return self.is_whole and piece.special_id is None and self.text == piece.text
 
+    def checked(self, new_detokenizer: Callable[[], Detokenizer] | None) -> "Span":
+        """The span of a foreign file, whole only if its ids really spell its text.
+
+        Ids that do not are never fed for the text: it is encoded anew when it comes up.
+        `new_detokenizer` makes a fresh one; None where the ids are another tokenizer's. Takes time
+        in proportion to the number of ids.
+        """
+        return replace(self, is_whole=self.is_special or self._is_spelled(new_detokenizer))
+
+    def _is_spelled(self, new_detokenizer: Callable[[], Detokenizer] | None) -> bool:
+        if new_detokenizer is None or not self.is_whole:
+            return False
+        detokenizer = new_detokenizer()
+        text = "".join(map(detokenizer.push, self.token_ids))
+        is_text_only = all(map(detokenizer.has_text, self.token_ids))
+        return is_text_only and text == self.text and not detokenizer.pending
+
 
 NO_TEXT = Span("", ())
 
@@ -52,6 +70,31 @@ class Transcript:
     def num_tokens(self) -> int:
         return len(self.token_ids)
 
+    def extended(self, more: Span) -> "Transcript":
+        """The transcript with its open text continued by another one: a reply, or bare ids."""
+        if not more.text and not more.token_ids:
+            return self
+        *closed, open_span = self.spans
+        joined = Span(
+            None if open_span.text is None or more.text is None else open_span.text + more.text,
+            open_span.token_ids + more.token_ids,
+            open_span.is_whole and more.is_whole,
+        )
+        return Transcript((*closed, joined))
+
+    def truncated(self, num_tokens: int) -> "Transcript":
+        """The first `num_tokens` ids. A text that is cut in two is known by its ids only."""
+        spans: list[Span] = []
+        room = num_tokens
+        for span in self.spans:
+            if len(span.token_ids) > room:
+                if not span.is_special:
+                    spans.append(Span(None, span.token_ids[:room]) if room else NO_TEXT)
+                break
+            spans.append(span)
+            room -= len(span.token_ids)
+        return Transcript(tuple(spans))
+
     def check(self) -> None:
         """Texts and special tokens take turns, and no ids stand for an empty text."""
         for position, span in enumerate(self.spans):
@@ -66,20 +109,36 @@ class Transcript:
 EMPTY = Transcript()
 
 
+def take_turns(pieces: Sequence[Piece]) -> Iterator[Piece]:
+    """The pieces in a transcript's order: text, special token, text, ..., text.
+
+    Neighbouring texts become one, and an empty text stands between neighbouring special tokens.
+    """
+    text = ""
+    for piece in pieces:
+        if piece.special_id is None:
+            text += piece.text
+        else:
+            yield Piece(text)
+            yield piece
+            text = ""
+    yield Piece(text)
+
+
 MAX_KEY_CHARS = 255
 MAX_DIGEST_CHARS = 64
 
 
 def is_receipt_key(key: str) -> bool:
-    """Whether a request may be known by it: 1 to 255 characters that can be seen."""
+    """Whether the key can name a request: 1 to 255 printable characters."""
     return 0 < len(key) <= MAX_KEY_CHARS and key.isprintable()
 
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What a request left behind that may be sent twice: its key, and what its answer said.
+    """What stays of a request that may be sent twice: its key, and what its answer said.
 
-    `digest` tells the same request from another one under the same key.
+    `digest` tells a repeated request from another one under the same key.
     """
 
     key: str
@@ -99,5 +158,5 @@ class Turn:
     receipt: Receipt | None = None
 
     def without_receipt(self) -> "Turn":
-        """As an agent of another name has it: what was asked under a key was asked of the first."""
+        """The turn for a fork or an import: a receipt answers for the agent that was asked."""
         return replace(self, receipt=None)

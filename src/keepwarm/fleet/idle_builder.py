@@ -59,7 +59,7 @@ class IdleBuilder:
         self._idle_since_s = None
         is_stopped = self._reading is not None
         if self._reading is not None:
-            self._reading.job.call_off()
+            self._reading.job.cancel()
             self._reading = None
         for engine in self._engines.values():
             if engine.building.is_computing:

@@ -30,7 +30,7 @@ from keepwarm.core.transcript import Turn
 from keepwarm.engine.agents.book import AgentView
 from keepwarm.engine.agents.store_inbox import Commit
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
-from keepwarm.engine.prompt.encoding import Guard
+from keepwarm.engine.prompt.prompt_encoder import Guard
 from keepwarm.engine.prompt.prompt_reader import Draft, ReadElsewhere
 from keepwarm.engine.prompt.reader_threads import Readers
 from keepwarm.engine.requests import GenerateRequest, PromptSource, ReceiptKey
@@ -361,12 +361,12 @@ class AsyncEngine:
                 draft = await self._read_in_time(elsewhere.work, request, arrived_s)
 
     async def _read(self, work: Callable[[Guard], T]) -> T:
-        """Return or raise what the work does on a reader's thread; call it off when cancelled."""
+        """Return or raise what the work does on a reader's thread; cancelled with its caller."""
         job = self._readers.begin(work)
         try:
             return await asyncio.wrap_future(job.answer)
         finally:
-            job.call_off()
+            job.cancel()
 
     async def _read_in_time(
         self, work: Callable[[Guard], Draft], request: GenerateRequest, arrived_s: float

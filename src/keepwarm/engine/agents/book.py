@@ -15,7 +15,7 @@ from keepwarm.core.errors import (
 from keepwarm.core.ports import Message
 from keepwarm.core.stored import DEFAULT_SETTINGS, AgentSettings, AgentSummary, LineState
 from keepwarm.core.transcript import EMPTY, Receipt, Transcript, Turn
-from keepwarm.engine.prompt.continuation import opening
+from keepwarm.engine.prompt.messages import opening
 
 
 @dataclass(slots=True, eq=False)

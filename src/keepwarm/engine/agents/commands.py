@@ -10,7 +10,7 @@ from keepwarm.core.stored import DEFAULT_SETTINGS, AgentSettings, Overflow
 from keepwarm.core.transcript import Turn
 from keepwarm.engine.agents.book import Agent, AgentBook, AgentView, Line, view_of_summary
 from keepwarm.engine.agents.store_inbox import Commit, StoreInbox
-from keepwarm.engine.prompt.continuation import opening, truncate, validate_messages
+from keepwarm.engine.prompt.messages import opening, validate_messages
 from keepwarm.engine.requests import valid_agent_id, valid_settings
 from keepwarm.engine.turn.prefetcher import Prefetcher
 from keepwarm.kv.tiers import Tiers
@@ -122,7 +122,7 @@ class AgentCommands:
         main = parent.main
         child = Line(
             self._tiers.fork(main.blocks, main.num_held(num_tokens), new_id),
-            truncate(main.transcript, num_tokens),
+            main.transcript.truncated(num_tokens),
             messages,
             turns=[turn.without_receipt() for turn in parent.turns[:at_turn]],
         )
@@ -135,7 +135,7 @@ class AgentCommands:
         agent = self._book.get_idle(agent_id, "roll it back")
         num_tokens, messages = agent.after_turn(turn)
         main = agent.main
-        main.transcript = truncate(main.transcript, num_tokens)
+        main.transcript = main.transcript.truncated(num_tokens)
         main.messages = messages
         del agent.turns[turn:]
         agent.has_fixed_main = True

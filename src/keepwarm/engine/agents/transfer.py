@@ -33,7 +33,6 @@ from keepwarm.engine.agents.agent_state import AgentStates
 from keepwarm.engine.agents.book import Agent, AgentBook, Line
 from keepwarm.engine.agents.store_inbox import StoreInbox
 from keepwarm.engine.jobs import Jobs, Pause, Steps
-from keepwarm.engine.prompt.continuation import vouching
 from keepwarm.engine.requests import valid_agent_id, valid_namespace
 from keepwarm.kv.tiers import Tiers
 
@@ -336,8 +335,8 @@ def vouched_for(bundle: Bundle, tokenizer: Tokenizer) -> Steps[Bundle]:
     for line in bundle.state.lines:
         is_readable = line.tokenizer == tokenizer.fingerprint
         spans: list[Span] = []
-        for span in vouching(line.transcript, tokenizer.detokenizer if is_readable else None):
-            spans.append(span)
+        for span in line.transcript.spans:
+            spans.append(span.checked(tokenizer.detokenizer if is_readable else None))
             num_tokens += len(span.token_ids)
             if num_tokens >= VOUCH_TOKENS:
                 num_tokens = 0

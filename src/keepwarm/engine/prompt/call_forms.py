@@ -1,4 +1,4 @@
-"""Calls of tools and their results, in the form that a chat template takes."""
+"""Writes tool calls and tool results in the form that a chat template takes."""
 
 import hashlib
 import json
@@ -13,12 +13,14 @@ from keepwarm.engine.prompt.template_traits import Beside, CallTraits, Traits, w
 Messages = list[dict[str, Any]]
 Note = Callable[[str], None]
 Step = Callable[[Messages, Traits, Note], Messages]
-"""Gives messages for messages, and a note where it changes one."""
+"""Gives new messages for old ones, and a note for what it changes."""
 
 _SHORT_ID = re.compile("[A-Za-z0-9]{9}")
 
 
 def _leave_out_empty_calls(messages: Messages, traits: Traits, note: Note) -> Messages:
+    """Drop `tool_calls` fields that are empty, where the template would write something there."""
+
     def without(message: dict[str, Any]) -> dict[str, Any]:
         if traits.empty_calls or "tool_calls" not in message or message["tool_calls"]:
             return message
@@ -29,6 +31,7 @@ def _leave_out_empty_calls(messages: Messages, traits: Traits, note: Note) -> Me
 
 
 def _write_calls(messages: Messages, traits: Traits, note: Note) -> Messages:
+    """Write each message's calls in the template's form, or as text where it has none."""
     calls = traits.calls
 
     def written(message: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -43,7 +46,7 @@ def _write_calls(messages: Messages, traits: Traits, note: Note) -> Messages:
 
 
 def _space_calls(messages: Messages, traits: Traits, note: Note) -> Messages:
-    """One call in a message, and its results behind it, where a template says no more."""
+    """Give each call a message of its own, and its results behind it, where templates want so."""
     if traits.calls is None or traits.calls.at_once:
         return messages
     spaced: Messages = []
@@ -63,6 +66,7 @@ def _space_calls(messages: Messages, traits: Traits, note: Note) -> Messages:
 
 
 def _one_at_a_time(message: dict[str, Any], results: Messages) -> Iterator[dict[str, Any]]:
+    """The message's calls one by one, each before its results; results of no call come last."""
     for number, call in enumerate(message["tool_calls"]):
         call_id = call.get("id") if isinstance(call, dict) else None
         content = "" if number else message["content"]
@@ -86,7 +90,7 @@ def _call_as_text(call: Any) -> str:
 
 
 def _with_arguments(message: dict[str, Any], calls: CallTraits, note: Note) -> dict[str, Any]:
-    """In the form that the template takes; as they were sent, where it takes both."""
+    """Convert arguments to text or objects, whichever the template takes; else leave them."""
 
     def written(call: Any) -> Any:
         function = _function_of(call)
@@ -104,7 +108,7 @@ def _with_arguments(message: dict[str, Any], calls: CallTraits, note: Note) -> d
 
 
 def _separated(message: dict[str, Any], calls: CallTraits, note: Note) -> Iterator[dict[str, Any]]:
-    """The calls, and where the text goes that was said with them."""
+    """The message's text and its calls as one message or two, as the template takes them."""
     if message["content"] and calls.beside is Beside.TOGETHER:
         yield message
         return
@@ -119,6 +123,7 @@ def _separated(message: dict[str, Any], calls: CallTraits, note: Note) -> Iterat
 
 
 def _shorten_ids(messages: Messages, traits: Traits, note: Note) -> Messages:
+    """Hash ids of calls to 9 letters and digits, which some templates insist on."""
     if traits.calls is None or not traits.calls.has_short_ids:
         return messages
 
@@ -143,6 +148,8 @@ def _shorten_ids(messages: Messages, traits: Traits, note: Note) -> Messages:
 
 
 def _write_results(messages: Messages, traits: Traits, note: Note) -> Messages:
+    """Make a tool's result a user's message where the template does not know the tool role."""
+
     def written(message: dict[str, Any]) -> dict[str, Any]:
         if traits.results or message["role"] != "tool":
             return message
@@ -169,13 +176,13 @@ def _without(message: dict[str, Any], field: str) -> dict[str, Any]:
 
 
 def _function_of(call: Any) -> dict[str, Any]:
-    """Empty where a client sent something else."""
+    """The call's function; empty where a client sent something else."""
     function = call.get("function") if isinstance(call, dict) else None
     return function if isinstance(function, dict) else {}
 
 
 def _as_object(arguments: Any) -> dict[str, Any]:
-    """What is no object, and no text of one, is one argument."""
+    """The arguments as an object; any other value becomes the one argument named `arguments`."""
     if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
         return {}
     value = _parsed(arguments) if isinstance(arguments, str) else arguments
@@ -183,7 +190,7 @@ def _as_object(arguments: Any) -> dict[str, Any]:
 
 
 def _parsed(text: str) -> Any:
-    """The text itself where it is no JSON, or what nobody should have to read."""
+    """The JSON value of the text; the text itself where it is not JSON that may be kept."""
     try:
         return plain(json.loads(text))
     except (ValueError, RecursionError, NotPlain):

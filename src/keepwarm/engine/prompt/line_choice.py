@@ -1,80 +1,67 @@
-"""Which line a request continues: a pure choice, which any thread can make over values."""
+"""Which line a request continues: a pure choice over values, on any thread."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
 
-from keepwarm.core.ports import Message
 from keepwarm.core.transcript import EMPTY, Transcript
 from keepwarm.engine.prompt.continuation import Continuation, Prompt
+from keepwarm.engine.prompt.messages import Conversation
 
 ANONYMOUS_SLACK_TOKENS = 8
-"""What a nameless continuation may drop of its line (a reply's end that a template trims)."""
-
-
-class Continued(Protocol):
-    """What there is to know of a line."""
-
-    @property
-    def transcript(self) -> Transcript: ...
-
-    @property
-    def messages(self) -> tuple[Message, ...] | None: ...
-
-    @property
-    def in_use(self) -> bool: ...
+"""How many tokens of its line an anonymous request may drop (a reply's end that a template
+trims) and still continue it."""
 
 
 @dataclass(frozen=True, slots=True)
 class KnownLine:
-    """A line as it stands, for another thread."""
+    """A line as it stood when the request came; safe to hand to another thread."""
 
     transcript: Transcript
-    messages: tuple[Message, ...] | None
+    messages: Conversation | None
     in_use: bool
-
-    @classmethod
-    def of(cls, line: Continued) -> "KnownLine":
-        return cls(line.transcript, line.messages, line.in_use)
-
-
-L = TypeVar("L", bound=Continued)
 
 
 def choose_line(
-    lines: Sequence[L], continuation: Continuation, *, named: bool
-) -> tuple[L | None, Prompt]:
-    """The idle line with the longest shared prefix, if the request continues it, and its prompt.
+    lines: Sequence[KnownLine], continuation: Continuation, *, named: bool
+) -> tuple[int | None, Prompt]:
+    """The index of the idle line with the longest shared prefix, and the prompt continued from it.
 
-    A request that would throw away most of a line gets a line of its own (None), but takes over
-    the ids of whatever line it agrees with, so that their blocks are found.
+    None when the request needs a line of its own, because it would throw away most of that line or
+    no line is idle. Its prompt still takes over the ids that it shares with the most similar line,
+    so that their blocks are found. `named`: the request names an agent.
     """
-    idle = [line for line in lines if not line.in_use]
-    best = _most_like(idle, continuation)
-    if best is not None and _continues(*best, named=named):
-        return best[0], continuation.of(best[0].transcript)
+    idle = [index for index, line in enumerate(lines) if not line.in_use]
+    best = _most_similar(lines, idle, continuation)
+    if best is not None:
+        index, num_shared = best
+        if _continues(lines[index], num_shared, named=named):
+            return index, continuation.prompt_from(lines[index].transcript)
     if len(idle) < len(lines):
-        best = _most_like(lines, continuation)
-    return None, continuation.of(EMPTY if best is None else best[0].transcript)
+        best = _most_similar(lines, range(len(lines)), continuation)
+    return None, continuation.prompt_from(EMPTY if best is None else lines[best[0]].transcript)
 
 
-def _most_like(lines: Iterable[L], continuation: Continuation) -> tuple[L, int] | None:
-    """The first of those that share most, and how much.
+def _most_similar(
+    lines: Sequence[KnownLine], indices: Sequence[int], continuation: Continuation
+) -> tuple[int, int] | None:
+    """The first of the lines that share most with the prompt, by its index, and how many ids.
 
-    Lines that cannot share more are not compared to the end: that would encode text for them.
+    Most bounds first: a line that cannot share more than the best one so far is not compared to the
+    end, which would encode text for it.
     """
-    bounded = [(continuation.most_shared(line.transcript), line) for line in lines]
+    bounds = {index: continuation.most_shared(lines[index].transcript) for index in indices}
     best: tuple[int, int] | None = None
-    for position in sorted(range(len(bounded)), key=lambda n: -bounded[n][0]):
-        most, line = bounded[position]
-        if best is not None and most < best[0]:
+    for index in sorted(indices, key=lambda index: -bounds[index]):
+        if best is not None and bounds[index] < best[1]:
             break
-        shared = continuation.num_shared(line.transcript), -position
-        best = shared if best is None else max(best, shared)
-    return None if best is None else (bounded[-best[1]][1], best[0])
+        num_shared = continuation.num_shared(lines[index].transcript)
+        if best is None or (num_shared, -index) > (best[1], -best[0]):
+            best = index, num_shared
+    return best
 
 
-def _continues(line: Continued, num_shared: int, *, named: bool) -> bool:
+def _continues(line: KnownLine, num_shared: int, *, named: bool) -> bool:
+    """Whether the request keeps enough of the line to go on with it."""
     num_lost = line.transcript.num_tokens - num_shared
     if not named:
         return num_lost <= ANONYMOUS_SLACK_TOKENS and num_shared > num_lost

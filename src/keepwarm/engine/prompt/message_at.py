@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 
 from keepwarm.core.errors import InvalidRequest
 from keepwarm.core.ports import Message, Piece
-from keepwarm.core.transcript import Transcript
-from keepwarm.engine.prompt.continuation import Prompt, Reason, take_turns
+from keepwarm.core.transcript import Transcript, take_turns
+from keepwarm.engine.prompt.continuation import Prompt
+from keepwarm.engine.prompt.divergence import Reason
 
 Render = Callable[[Sequence[Message]], Sequence[Piece]]
 
@@ -18,12 +19,12 @@ def message_at(
     known: Sequence[Message] | None,
     render: Render,
 ) -> int | None:
-    """The index of the message that a prompt's token lies in.
+    """The index of the message that a prompt's token lies in; None behind the last message.
 
-    `known` are the line's messages; `render` is the template without its generation prompt. None
-    behind the last message. Where the conversation goes on plainly, it is its first new message,
-    although the template may have closed the one before it. The template is asked for the
-    conversation's beginnings, a logarithmic number of them.
+    `known` are the line's messages; `render` is the template without its generation prompt. Where
+    the conversation only goes on, the token belongs to its first new message, although the template
+    may have closed the message before it there. Otherwise renders a logarithmic number of the
+    conversation's beginnings, and returns None where the template refuses one of them.
     """
     divergence = prompt.divergence
     if token_index >= len(prompt.token_ids) or token_index == 0:

@@ -1,7 +1,7 @@
-"""Old messages that hold what this model cannot read: a client that replays them must go on.
+"""Puts placeholders into old messages that this model cannot read.
 
-Clients send the whole conversation again and again. What is refused in the newest message can be
-taken back; refused in an earlier one, or in what a tool returned, it would end the conversation.
+Clients send the whole conversation again and again. A refused newest message can be taken back by
+the client; refusing an earlier one, or what a tool returned, would end the conversation for good.
 """
 
 import re
@@ -11,8 +11,8 @@ from typing import Any
 
 from keepwarm.core.plain import MAX_DEPTH
 
-_HALF = re.compile("[\ud800-\udfff]")
-_WHOLE = "\ufffd"
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
+_REPLACEMENT = "\ufffd"
 _KINDS = {
     "image": "image",
     "image_url": "image",
@@ -29,16 +29,17 @@ _TYPE = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,39}")
 
 @dataclass(frozen=True, slots=True)
 class Mended:
-    """Messages that can be read, and a short sentence for each change."""
+    """Messages that this model can read, and a short sentence for each change."""
 
     messages: Any
     notes: tuple[str, ...] = ()
 
 
 def mend(messages: Any, *, is_begun: bool = False) -> Mended:
-    """The messages with placeholders in those that cannot be taken back.
+    """Put placeholders into the messages that the client cannot take back.
 
-    What is wrong otherwise is left as it is. `is_begun`: as for `kept_messages`.
+    Everything else that is wrong is left for validation to refuse. `is_begun`: as for
+    `kept_messages`.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
         return Mended(messages)
@@ -52,10 +53,10 @@ def mend(messages: Any, *, is_begun: bool = False) -> Mended:
 
 
 def kept_messages(roles: Sequence[object], *, is_begun: bool = False) -> frozenset[int]:
-    """The messages that a client sends again whatever is said of them, by their numbers.
+    """The indices of the messages that a client will send again even if they are refused.
 
-    All but the newest, unless that is an assistant's or a tool's. `is_begun`: the last message is
-    the beginning of the reply, and the newest one stands before it.
+    All but the newest, and that one too if it is an assistant's or a tool's. `is_begun`: the last
+    message is the beginning of the reply, so the newest one stands before it.
     """
     newest = len(roles) - (2 if is_begun else 1)
     return frozenset(
@@ -66,7 +67,7 @@ def kept_messages(roles: Sequence[object], *, is_begun: bool = False) -> frozens
 
 
 def placeholder(part_type: object) -> str:
-    """Text in the place of a part of a message, the same whenever that part comes again."""
+    """The text that replaces a part of this type: always the same, so that prompts stay equal."""
     name = part_type if isinstance(part_type, str) else ""
     kind = _KINDS.get(name) or (name if _TYPE.fullmatch(name) else "content")
     return f"[{kind} left out]"
@@ -98,9 +99,12 @@ def _with_text_only(index: int, message: Mapping[str, Any], notes: list[str]) ->
 
 
 def _has_half(value: object, depth: int = 0) -> bool:
-    """False of what is nested too deep, which is refused for that."""
+    """Whether a text in the value has half of a surrogate pair.
+
+    False for values nested deeper than `MAX_DEPTH`, which validation refuses for that.
+    """
     if isinstance(value, str):
-        return not value.isascii() and _HALF.search(value) is not None
+        return not value.isascii() and _HALF_PAIR.search(value) is not None
     if depth > MAX_DEPTH:
         return False
     if isinstance(value, Mapping):
@@ -110,7 +114,7 @@ def _has_half(value: object, depth: int = 0) -> bool:
 
 def _without_halves(value: Any, depth: int = 0) -> Any:
     if isinstance(value, str):
-        return _HALF.sub(_WHOLE, value)
+        return _HALF_PAIR.sub(_REPLACEMENT, value)
     if depth > MAX_DEPTH or not isinstance(value, Mapping | list | tuple):
         return value
     if isinstance(value, Mapping):

@@ -4,47 +4,35 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from itertools import chain
 
 from keepwarm.core.errors import InvalidRequest
 from keepwarm.core.policies import reply_room, shortened_limit
-from keepwarm.core.ports import Message, Piece, Tokenizer
+from keepwarm.core.ports import Piece, Tokenizer
 from keepwarm.core.transcript import EMPTY, Transcript
-from keepwarm.engine.prompt.adaptation import ChatRenderer, Rendered
+from keepwarm.engine.prompt.chat_renderer import ChatRenderer, Rendered
 from keepwarm.engine.prompt.continuation import (
     Continuation,
     IdsContinuation,
     Prompt,
     TextContinuation,
-    opening,
-    validate_messages,
 )
-from keepwarm.engine.prompt.encoding import Guard, PieceEncoder, unguarded
 from keepwarm.engine.prompt.limits import (
     PromptLimits,
+    is_long,
+    is_long_conversation,
     least_tokens,
     least_tokens_of,
-    num_characters,
-    num_items,
-    texts_of,
 )
 from keepwarm.engine.prompt.line_choice import KnownLine, choose_line
 from keepwarm.engine.prompt.message_at import message_at
+from keepwarm.engine.prompt.messages import Conversation, opening, validate_messages
+from keepwarm.engine.prompt.prompt_encoder import Guard, PromptEncoder, unguarded
 from keepwarm.engine.requests import PromptSource, valid_text, valid_token_ids
-
-MAX_TOKENS_OF_CHARACTER = 8
-"""More than the bytes that a character has."""
-READ_HERE_CHARACTERS = 64 << 10
-READ_HERE_MESSAGES = 64
-READ_HERE_IDS = 32 << 10
-"""A longer prompt is not read on a thread that others wait for: one of these takes 1 to 4 ms."""
-
-Conversation = tuple[Message, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What there is to append to: an agent's main line as it stands.
+    """What a request appends its messages to: an agent's main line as it stands.
 
     `turn_ends`: how many messages there were after each turn, as far as they are known.
     `may_be_cut`: its oldest turns go where it gets too long.
@@ -56,7 +44,7 @@ class History:
     may_be_cut: bool
 
     def without_turns(self, num_dropped: int) -> Conversation:
-        """What opens as the system prompt stays."""
+        """The messages without the first turns; what opens as the system prompt stays."""
         if not num_dropped:
             return self.messages
         return (*opening(self.messages), *self.messages[self.turn_ends[num_dropped - 1] :])
@@ -64,14 +52,15 @@ class History:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A prompt that was read. One thread at a time has it, with what is encoded of it by now.
+    """A prompt that was read. One thread at a time holds it, with what it has encoded so far.
 
-    `history`: what it was appended to. `located`: the messages of tokens that were looked for
-    where there was time; on a thread that others wait for, a long conversation's are not.
+    `history`: what it was appended to. `reply_prefix`: the part of the reply that the prompt ends
+    with. `is_long`: its messages are not searched on the engine's thread. `located`: for tokens
+    whose message a reader's thread has looked up, that message's index.
     """
 
     continuation: Continuation
-    encoder: PieceEncoder
+    encoder: PromptEncoder
     conversation: Conversation | None = None
     reply_prefix: str = ""
     history: History | None = None
@@ -81,10 +70,10 @@ class Draft:
 
 
 class ReadElsewhere(Exception):
-    """The prompt takes longer to read than others may wait for this thread.
+    """Reading the prompt would hold up the engine's thread.
 
-    `work` is to be done on another one, under its guard; with what it returns the request is to be
-    submitted again.
+    Run `work` on another thread, under that thread's guard, and submit the request again with the
+    draft that it returns.
     """
 
     def __init__(self, work: Callable[[Guard], Draft]) -> None:
@@ -93,7 +82,7 @@ class ReadElsewhere(Exception):
 
 
 class PromptReader:
-    """Reads prompts for one model. Has no state: can be called from any thread."""
+    """Reads prompts for one model. Has no state, so any thread may call it."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, limits: PromptLimits) -> None:
         self.limits = limits
@@ -102,18 +91,20 @@ class PromptReader:
         self._vocab_size = vocab_size
 
     def check_size(self, source: PromptSource) -> None:
-        """Refuse what is too long by its size alone, before anything is done for it."""
+        """Refuse what is too long by its size alone, before any work is done for it."""
         self.limits.check(least_tokens(source, self._tokenizer))
 
     def read(self, source: PromptSource, guard: Guard = unguarded) -> Draft:
-        """Raises InvalidRequest."""
+        """Read a whole prompt. Raises InvalidRequest (ContextTooLong, NeverFits)."""
         self.check_size(source)
-        encoder = PieceEncoder(self._tokenizer.encode, guard)
+        encoder = PromptEncoder(self._tokenizer, guard)
         if source.token_ids is not None:
             ids = valid_token_ids(source.token_ids, self._vocab_size)
             return Draft(IdsContinuation(ids), encoder)
         conversation = None if source.messages is None else validate_messages(source.messages)
-        continuation = self._continuation(self._rendered(source, conversation), encoder)
+        rendered = self._rendered(source, conversation)
+        self._check_pieces(rendered)
+        continuation = TextContinuation(rendered.pieces, encoder, rendered.notes)
         draft = Draft(continuation, encoder, conversation, is_long=is_long(source))
         if conversation is None or not source.continue_final_message:
             return draft
@@ -127,35 +118,51 @@ class PromptReader:
         max_tokens: int | None,
         guard: Guard = unguarded,
     ) -> Draft:
-        """The conversation goes on; where it may be cut, perhaps without its oldest turns.
+        """Read new messages behind a history, without its oldest turns if need be and allowed.
 
-        `max_tokens` of the reply, as asked for. Raises InvalidRequest.
+        `max_tokens`: of the reply, as asked for. Raises InvalidRequest (ContextTooLong, NeverFits).
         """
         self.check_size(source)
         new = validate_messages(source.append)
-        encoder = PieceEncoder(self._tokenizer.encode, guard)
+        encoder = PromptEncoder(self._tokenizer, guard)
         appended = cache(partial(self._appended, history, new, encoder))
         if history.may_be_cut:
             limit = self.limits.max_tokens
-            if self._num_tokens(appended(0)) + reply_room(limit, max_tokens) > limit:
+            if _num_tokens(appended(0)) + reply_room(limit, max_tokens) > limit:
                 return appended(self._num_to_drop(appended, len(history.turn_ends)))
         return appended(0)
 
     def num_tokens(self, source: PromptSource, guard: Guard = unguarded) -> int:
-        """Of the prompt, for an agent that knows nothing yet; too long a one is not counted."""
-        return self.read(source, guard).continuation.of(EMPTY).transcript.num_tokens
+        """How many tokens the prompt has for an agent that knows nothing yet.
+
+        Raises InvalidRequest, also for a prompt that is too long.
+        """
+        return self.read(source, guard).continuation.prompt_from(EMPTY).transcript.num_tokens
 
     def history_ids(
         self, messages: Conversation | None, known: Transcript, guard: Guard = unguarded
     ) -> tuple[int, ...]:
-        """The ids that a line's next prompt is to begin with, as far as that is known."""
+        """The ids that a line's next prompt will begin with, as far as they are known."""
         if not messages:
             return known.token_ids
-        pieces = self._renderer.pieces(messages)
-        encoder = PieceEncoder(self._tokenizer.encode, guard)
-        return TextContinuation(pieces, encoder).of(known).token_ids
+        encoder = PromptEncoder(self._tokenizer, guard)
+        return (
+            TextContinuation(self._renderer.pieces(messages), encoder).prompt_from(known).token_ids
+        )
 
-    # -- where there is time ---------------------------------------------------------------------
+    def message_at(
+        self, token_index: int, draft: Draft, prompt: Prompt, known: Conversation | None
+    ) -> int | None:
+        """The index of the message that a prompt's token lies in; None: unknown, or none.
+
+        `known` are the messages of the line that the prompt continues.
+        """
+        if draft.conversation is None:
+            return None
+        render = self._renderer.pieces
+        return message_at(token_index, prompt, draft.conversation, known, render)
+
+    # -- on a reader's thread --------------------------------------------------------------------
 
     def prepare(
         self,
@@ -166,51 +173,48 @@ class PromptReader:
         named: bool,
         draft: Draft | None = None,
     ) -> Draft:
-        """Read the prompt, and encode of it what the line does not know that it will continue."""
+        """Read the prompt, and encode what the line that it will continue does not know of it.
+
+        Raises InvalidRequest, and what the guard raises.
+        """
         guard(0)
-        if draft is None:
-            draft = self.read(source, guard)
+        draft = draft or self.read(source, guard)
         draft.encoder.guard = guard
-        line, prompt = choose_line(lines, draft.continuation, named=named)
-        self.limits.check(prompt.transcript.num_tokens)
-        self._locate_divergence(draft, prompt, None if line is None else line.messages)
-        return draft
+        index, prompt = choose_line(lines, draft.continuation, named=named)
+        return self._prepared(draft, prompt, None if index is None else lines[index].messages)
 
     def prepare_append(
         self, history: History, source: PromptSource, max_tokens: int | None, guard: Guard
     ) -> Draft:
-        """The same for what is appended."""
+        """Read new messages, and encode what the history's line does not know of the prompt.
+
+        Raises InvalidRequest, and what the guard raises.
+        """
         guard(0)
         draft = self.append(history, source, max_tokens, guard)
-        prompt = draft.continuation.of(history.transcript)
+        prompt = draft.continuation.prompt_from(history.transcript)
+        return self._prepared(draft, prompt, history.messages)
+
+    def _prepared(self, draft: Draft, prompt: Prompt, known: Conversation | None) -> Draft:
+        """The draft, its length checked and the message found in which it leaves its line."""
         self.limits.check(prompt.transcript.num_tokens)
-        self._locate_divergence(draft, prompt, history.messages)
-        return draft
-
-    def message_at(
-        self, token_index: int, draft: Draft, prompt: Prompt, known: Conversation | None
-    ) -> int | None:
-        """The index of the message that a token of the prompt lies in; None: unknown, or none."""
-        if draft.conversation is None:
-            return None
-        render = self._renderer.pieces
-        return message_at(token_index, prompt, draft.conversation, known, render)
-
-    # -- inside ----------------------------------------------------------------------------------
-
-    def _locate_divergence(self, draft: Draft, prompt: Prompt, known: Conversation | None) -> None:
         if draft.is_long and prompt.divergence is not None:
             index = prompt.divergence.token_index
             draft.located[index] = self.message_at(index, draft, prompt, known)
+        return draft
+
+    # -- inside ----------------------------------------------------------------------------------
 
     def _appended(
-        self, history: History, new: Conversation, encoder: PieceEncoder, num_dropped: int
+        self, history: History, new: Conversation, encoder: PromptEncoder, num_dropped: int
     ) -> Draft:
         encoder.guard(0)
         conversation = (*history.without_turns(num_dropped), *new)
         rendered = self._renderer.render(conversation)
+        if not history.may_be_cut:
+            self._check_pieces(rendered)
         return Draft(
-            self._continuation(rendered, encoder, may_be_cut=history.may_be_cut),
+            TextContinuation(rendered.pieces, encoder, rendered.notes),
             encoder,
             conversation,
             history=history,
@@ -219,29 +223,13 @@ class PromptReader:
         )
 
     def _num_to_drop(self, appended: Callable[[int], Draft], num_turns: int) -> int:
-        """More turns than need be now, or every next one would drop some."""
+        """How many turns to drop: more than needed now, or every next request would drop some."""
         target = shortened_limit(self.limits.max_tokens)
-        return bisect_left(
-            range(num_turns), True, key=lambda n: self._num_tokens(appended(n)) <= target
-        )
+        return bisect_left(range(num_turns), True, key=lambda n: _num_tokens(appended(n)) <= target)
 
-    def _num_tokens(self, draft: Draft) -> int:
-        known = EMPTY if draft.history is None else draft.history.transcript
-        return draft.continuation.of(known).transcript.num_tokens
-
-    def _continuation(
-        self, rendered: Rendered, encoder: PieceEncoder, *, may_be_cut: bool = False
-    ) -> Continuation:
-        """Unless it `may_be_cut`, a prompt that is too long by its pieces alone is refused."""
-        if not may_be_cut:
-            self.limits.check(least_tokens_of(rendered.pieces, self._tokenizer))
-        ends_amid = cache(self._ends_amid)
-        return TextContinuation(
-            rendered.pieces,
-            encoder,
-            lambda ids: ends_amid(tuple(ids[-MAX_TOKENS_OF_CHARACTER:])),
-            rendered.notes,
-        )
+    def _check_pieces(self, rendered: Rendered) -> None:
+        """Refuse a prompt that is too long by its pieces alone, before they are encoded."""
+        self.limits.check(least_tokens_of(rendered.pieces, self._tokenizer))
 
     def _rendered(self, source: PromptSource, conversation: Conversation | None) -> Rendered:
         if conversation is None:
@@ -251,7 +239,7 @@ class PromptReader:
         return self._renderer.render(conversation)
 
     def _render_begun(self, conversation: Conversation) -> Rendered:
-        """Up to where the reply begins, and what there is of it."""
+        """Render up to where the reply begins, and append the beginning that was given."""
         *said, begun = conversation
         if not said or begun["role"] != "assistant" or begun.get("tool_calls"):
             problem = "the last of several messages must be an assistant's, and text"
@@ -259,26 +247,8 @@ class PromptReader:
         before = self._renderer.render(said)
         return replace(before, pieces=(*before.pieces, Piece(begun["content"])))
 
-    def _ends_amid(self, token_ids: tuple[int, ...]) -> bool:
-        """Whether these, which are the last ones, leave a character unfinished."""
-        detokenizer = self._tokenizer.detokenizer()
-        for token_id in token_ids:
-            detokenizer.push(token_id)
-        return detokenizer.pending
 
-
-def is_long(source: PromptSource, history: Sequence[Message] = ()) -> bool:
-    """Whether reading it would hold up a thread, by its size alone."""
-    if source.token_ids is not None:
-        return num_items(source.token_ids) > READ_HERE_IDS
-    if source.text is not None:
-        return num_characters(source.text) > READ_HERE_CHARACTERS
-    messages = source.append if source.append is not None else source.messages
-    return is_long_conversation([*history, *(messages or ())] if num_items(messages) else history)
-
-
-def is_long_conversation(messages: Sequence[Message]) -> bool:
-    if len(messages) > READ_HERE_MESSAGES:
-        return True
-    texts = chain.from_iterable(map(texts_of, messages))
-    return sum(map(len, texts)) > READ_HERE_CHARACTERS
+def _num_tokens(draft: Draft) -> int:
+    """How many tokens an appended prompt has behind its history."""
+    known = EMPTY if draft.history is None else draft.history.transcript
+    return draft.continuation.prompt_from(known).transcript.num_tokens

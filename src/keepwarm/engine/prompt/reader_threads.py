@@ -7,7 +7,7 @@ from queue import SimpleQueue
 from typing import Generic, TypeVar
 
 from keepwarm.core.errors import QueueFull
-from keepwarm.engine.prompt.encoding import Guard, NobodyWaits
+from keepwarm.engine.prompt.prompt_encoder import Cancelled, Guard
 
 T = TypeVar("T")
 
@@ -15,36 +15,40 @@ NUM_READERS = 2
 
 
 class ReadingJob(Generic[T]):
-    """Something to read. `call_off` ends it before the next text that it would encode."""
+    """Work for a reader's thread, whose result or error is its `answer`."""
 
     def __init__(self, work: Callable[[Guard], T]) -> None:
         self.answer: Future[T] = Future()
         self._work = work
-        self._is_called_off = threading.Event()
+        self._is_cancelled = threading.Event()
 
-    def call_off(self) -> None:
-        """From any thread; when it has ended, nothing changes."""
-        self._is_called_off.set()
+    def cancel(self) -> None:
+        """End the work before the next text that it would encode. From any thread.
+
+        Once the work has ended, nothing changes.
+        """
+        self._is_cancelled.set()
         self.answer.cancel()
 
     def run(self) -> None:
+        """Do the work, unless it was cancelled while it waited."""
         if not self.answer.set_running_or_notify_cancel():
             return
         try:
             self.answer.set_result(self._work(self._guard))
-        except Exception as error:  # noqa: BLE001 - it is raised where it was asked for
+        except Exception as error:  # noqa: BLE001 - it is raised where the work was asked for
             self.answer.set_exception(error)
 
     def _guard(self, num_characters: int) -> None:
-        if self._is_called_off.is_set():
-            raise NobodyWaits
+        if self._is_cancelled.is_set():
+            raise Cancelled
 
 
 class Readers:
-    """Owns the threads, which start when there is something to read and do not hold up an exit.
+    """Owns the readers' threads, which start with the first work and do not hold up an exit.
 
-    A tokenizer leaves the interpreter's lock to the others while it encodes. `max_waiting` prompts
-    may wait for a thread.
+    They run beside the engine's thread because a tokenizer releases the interpreter's lock while it
+    encodes. `max_waiting`: how many jobs may wait for a thread.
     """
 
     def __init__(self, num_threads: int = NUM_READERS, *, max_waiting: int = 1024) -> None:
@@ -57,7 +61,7 @@ class Readers:
         return f"Readers({len(self._threads)} threads, {self._jobs.qsize()} waiting)"
 
     def begin(self, work: "Callable[[Guard], T]") -> "ReadingJob[T]":
-        """Raises QueueFull."""
+        """Queue the work for a reader's thread. Raises QueueFull."""
         num_waiting = self._jobs.qsize()
         if num_waiting >= self._max_waiting:
             raise QueueFull(num_waiting=num_waiting)

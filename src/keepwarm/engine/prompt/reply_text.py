@@ -1,9 +1,17 @@
-"""The text side of one reply: deltas, stop strings, and which ids the delivered text stands on."""
+"""The text of one reply as it grows: what may be sent now, and which ids the sent text stands on.
+
+A token's road: the detokenizer completes characters, `StopSearch` says how much of the text's end
+must be held back, and the rest is emitted with the ids that it covers. A parser that separates
+reasoning and tool calls from the answer will take what is emitted: it never sees half a character,
+nor text behind a stop string, and the line keeps the text as it was generated, whatever the parser
+makes of it.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from keepwarm.core.ports import Detokenizer
+from keepwarm.core.transcript import Span
 from keepwarm.engine.prompt.stop_strings import StopMatch, StopSearch
 
 
@@ -16,9 +24,6 @@ class Emitted:
 
     def __bool__(self) -> bool:
         return bool(self.text or self.token_ids)
-
-
-NOTHING = Emitted("", ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +47,19 @@ class Reply:
         num_spoken = len(self.token_ids) - self.num_silent if self.text else 0
         return Reply(self.text, self.token_ids[:num_spoken], self.is_whole)
 
+    @property
+    def span(self) -> Span:
+        """The reply as a transcript records it: it continues the line's open text."""
+        return Span(self.text, self.token_ids, self.is_whole)
 
-@dataclass(frozen=True, slots=True)
-class _HeldToken:
-    """`is_heard`: text came with it, its own or that of tokens before it.
 
-    `ends_amid`: a character has begun and not ended. `end`: how many characters of the reply must
-    be sent before its text is wholly sent.
+@dataclass(slots=True)
+class _Token:
+    """A token of the reply.
+
+    `is_heard`: text came with it, its own or that of tokens before it. `ends_amid`: behind it a
+    character has begun and not ended. `end`: how many characters of the reply must be sent before
+    the token's text is wholly sent.
     """
 
     token_id: int
@@ -61,7 +72,7 @@ class _HeldToken:
 class ReplyText:
     """The text of one reply as it grows. Belongs to its sequence and survives preemption.
 
-    Held back are half characters and text that may be the beginning of a stop string.
+    Holds back half characters, and text that may be the beginning of a stop string.
 
     When the reply ends by length or EOS in the middle of a character, the ids of that character
     are sent and its text is not; the line does not keep them, since the next prompt has only the
@@ -71,13 +82,15 @@ class ReplyText:
     def __init__(self, detokenizer: Detokenizer, stop: Sequence[str] = ()) -> None:
         self._detokenizer = detokenizer
         self._stops = StopSearch(stop)
-        self._held_text = ""
-        self._held_tokens: list[_HeldToken] = []
-        self._undecoded: list[_HeldToken] = []
-        self._sent_text: list[str] = []
-        self._sent: list[_HeldToken] = []
-        self._num_sent = 0
         self._stopped_by: str | None = None
+        # A token moves from one list to the next: its character is not complete, its text is not
+        # sent, its text is sent.
+        self._undecoded: list[_Token] = []
+        self._held: list[_Token] = []
+        self._sent: list[_Token] = []
+        self._held_text = ""
+        self._sent_text: list[str] = []
+        self._num_sent = 0
 
     def __repr__(self) -> str:
         return (
@@ -108,7 +121,7 @@ class ReplyText:
 
     def push(self, token_id: int) -> Emitted:
         """Take the next token; not the one that ends the reply, and none after a stop string."""
-        match = self._stops.push(self._take(token_id))
+        match = self._stops.push(self._decode(token_id))
         if match is not None:
             return self._stop_at(match)
         return self._send(len(self._held_text) - self._stops.num_possible)
@@ -119,24 +132,30 @@ class ReplyText:
         return self._send(len(self._held_text))
 
     def cancel(self) -> None:
-        """The reply ends with what was sent."""
+        """End the reply with what was sent, and forget what was held back."""
         self._held_text = ""
-        self._held_tokens.clear()
+        self._held.clear()
         self._undecoded.clear()
 
-    def _take(self, token_id: int) -> str:
-        """Returns the text that the token completes."""
-        text = self._detokenizer.push(token_id)
+    def _decode(self, token_id: int) -> str:
+        """Hold the token, and return the text that it completes."""
+        detokenizer = self._detokenizer
+        text = detokenizer.push(token_id)
         self._held_text += text
-        has_text, ends_amid = self._detokenizer.has_text(token_id), self._detokenizer.pending
-        self._undecoded.append(_HeldToken(token_id, has_text, bool(text), ends_amid))
-        if not self._detokenizer.pending:
+        ends_amid = detokenizer.pending
+        self._undecoded.append(
+            _Token(token_id, detokenizer.has_text(token_id), bool(text), ends_amid)
+        )
+        if not ends_amid:
             self._settle_undecoded()
         return text
 
     def _settle_undecoded(self) -> None:
+        """Tokens that completed their characters together are sent together."""
         end = self._num_sent + len(self._held_text)
-        self._held_tokens += [replace(token, end=end) for token in self._undecoded]
+        for token in self._undecoded:
+            token.end = end
+        self._held += self._undecoded
         self._undecoded.clear()
 
     def _stop_at(self, match: StopMatch) -> Emitted:
@@ -154,8 +173,8 @@ class ReplyText:
         self._sent += covered
         return Emitted(text, tuple(token.token_id for token in covered))
 
-    def _pop_covered(self) -> list[_HeldToken]:
-        covered = [held for held in self._held_tokens if held.end <= self._num_sent]
+    def _pop_covered(self) -> list[_Token]:
+        covered = [token for token in self._held if token.end <= self._num_sent]
         if covered:
-            del self._held_tokens[: len(covered)]
+            del self._held[: len(covered)]
         return covered

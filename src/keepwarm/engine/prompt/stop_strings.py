@@ -1,4 +1,4 @@
-"""Stop strings: which are taken, and where in a growing reply one is complete."""
+"""Stop strings: which are accepted, and where in a growing reply one is complete."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,25 +6,25 @@ from dataclasses import dataclass
 from keepwarm.core.errors import InvalidRequest
 
 MAX_STOPS = 64
-"""Of a request. OpenAI takes 4; chats of many characters send a name for each of them."""
+"""How many stop strings a request may have. OpenAI accepts 4; role-play clients send one for every
+character's name."""
 MAX_STOP_BYTES = 256
-"""Of a stop string in UTF-8. With `MAX_STOPS`, what a request's beginnings may take in memory."""
+"""How long a stop string may be in UTF-8. With `MAX_STOPS` it bounds the memory of `StopSearch`."""
 
 
 @dataclass(frozen=True, slots=True)
 class StopMatch:
-    """`stop` begins `start` characters into the text that was not sent yet."""
+    """A complete stop string, which begins `start` characters into the text not sent yet."""
 
     start: int
     stop: str
 
 
 class StopSearch:
-    """Looks for stop strings in text that comes in pieces. Belongs to one reply.
+    """Looks for stop strings in one reply's text, which comes in pieces.
 
-    A character costs as much whether there is one stop string or `MAX_STOPS`: what is remembered is
-    the longest end of the text that some stop string begins with, and nothing before that can
-    belong to one.
+    Remembers the longest end of the text that some stop string begins with; nothing before it can
+    belong to one. So a character costs as much with `MAX_STOPS` stop strings as with one.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -38,14 +38,15 @@ class StopSearch:
 
     @property
     def num_possible(self) -> int:
-        """How many of the last characters may be the beginning of a stop string."""
+        """How many of the last characters may begin a stop string, and have to be held back."""
         return len(self._possible)
 
     def push(self, text: str) -> StopMatch | None:
-        """The stop string that is complete first; of those complete at once, the longest.
+        """Take the next text; return the stop string that it completes first, if there is one.
 
-        So the answer does not depend on how the text was cut into tokens. Its `start` counts from
-        the beginning of what was possible before this piece.
+        Of those complete at the same character the longest counts, so that the answer does not
+        depend on how the text was cut into tokens. `start` counts from the first of the
+        `num_possible` characters before this text.
         """
         if not self._stops:
             return None
@@ -59,14 +60,14 @@ class StopSearch:
         return None
 
     def _longest_beginning(self, ending: str) -> str:
-        """Each character is dropped once, so this is cheap over the whole text."""
+        """The longest end that begins a stop string; over a whole text, linear in its length."""
         while ending and ending not in self._beginnings:
             ending = ending[1:]
         return ending
 
 
 def validate_stop(stop: object) -> tuple[str, ...]:
-    """The stop strings of a request: none, one, or a list of them."""
+    """The stop strings of a request, given as none, one, or a list. Raises InvalidRequest."""
     if stop is None:
         return ()
     if isinstance(stop, str):
@@ -78,7 +79,7 @@ def validate_stop(stop: object) -> tuple[str, ...]:
 
 
 def check_num_stops(field: str, num_stops: int) -> None:
-    """Raise InvalidRequest where they are more than are taken."""
+    """Raise InvalidRequest for more than `MAX_STOPS` stop strings."""
     if num_stops > MAX_STOPS:
         raise InvalidRequest(field, f"has {num_stops} strings; at most {MAX_STOPS} are taken")
 

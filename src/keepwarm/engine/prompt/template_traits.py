@@ -1,8 +1,8 @@
-"""What a chat template takes, found out by asking it for small conversations.
+"""What a chat template takes, found out by rendering small conversations with it.
 
 Templates refuse what their authors did not think of, drop it without a word, or write it wrongly. A
-template is asked once: what it is given of a conversation's beginning must not depend on what
-follows, or the prompt's beginning would change with every turn.
+template is probed once and not with each conversation: how a conversation's beginning is written
+must not depend on what follows, or the prompt's beginning would change with every turn.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,10 +14,10 @@ from keepwarm.core.errors import InvalidRequest
 from keepwarm.core.ports import Message, Piece
 
 ABSENT = object()
-"""A content that is not there; some templates ask for that, and some for None."""
+"""Stands for a message without a `content`: some templates ask for that, and some for None."""
 
 EMPTY_CONTENTS = ("", None, ABSENT)
-"""Of a call of a tool, in the order in which they are tried."""
+"""The contents that a message with tool calls and no text may have, in the order of trial."""
 
 USER, ANSWER, MORE, AGAIN, SYSTEM = "asked0", "answered1", "asked2", "answered3", "ruled4"
 TOOL, KEY, VALUE, RESULT = "called5", "named6", "valued7", "returned8"
@@ -28,7 +28,7 @@ LATE = "user assistant {0} user, user assistant {0}, user {0} assistant user"
 
 
 class Render(Protocol):
-    """A template, without anything done for it. Raises InvalidRequest."""
+    """Renders messages with a template as they are. Raises InvalidRequest where it refuses."""
 
     def __call__(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True
@@ -36,19 +36,21 @@ class Render(Protocol):
 
 
 class Beside(StrEnum):
-    """Where the text goes that an assistant says with its calls of tools."""
+    """Where a template writes the text that an assistant says with its tool calls."""
 
     TOGETHER = "together"
     APART = "apart"
-    """In a message of its own."""
+    """Only in a message of its own."""
     NOWHERE = "nowhere"
 
 
 @dataclass(frozen=True, slots=True)
 class CallTraits:
-    """How calls of tools are said: with which `empty_content`, and what their arguments may be.
+    """How a template takes tool calls.
 
-    `at_once`: several in a message, with their results behind it.
+    `empty_content`: the content of a message that only calls. `takes_text`, `takes_objects`: what
+    arguments may be. `at_once`: whether a message may have several calls, with their results
+    behind it.
     """
 
     empty_content: object = ""
@@ -61,10 +63,11 @@ class CallTraits:
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """What a template says in its place, as it was sent. `calls` None: not even as a call.
+    """What a template writes as it was sent, in its place.
 
-    `developers`: it knows that role. `lone_systems`: those that no user's message follows. What is
-    late comes after the beginning.
+    `developers`: whether it knows that role. `late_...`: messages after the conversation's
+    beginning. `lone_systems`: system messages that no user's message follows. `calls` None: the
+    template writes tool calls in no form.
     """
 
     developers: bool = True
@@ -86,10 +89,10 @@ AS_SENT = Traits()
 
 
 def traits_of(render: Render) -> Traits:
-    """Asks the template some thirty times, for a few words each."""
+    """Probe a template with some thirty conversations of a few words each."""
     probe = _Probe(render)
     if not probe.says([_said("user", USER)], USER):
-        return AS_SENT  # there is no template, or none that works: it is to say so itself
+        return AS_SENT  # no template, or a broken one: rendering the messages will say so
     calls, developers = probe.calls(), probe.knows_developers()
     return Traits(
         developers=developers,
@@ -100,9 +103,7 @@ def traits_of(render: Render) -> Traits:
         late_systems=probe.says_in_order(*LATE.format("system").split(", ")),
         users_in_a_row=probe.says_in_order("user user", "user assistant user user"),
         assistants_in_a_row=probe.says_in_order("user assistant assistant user"),
-        empty_answers=probe.says(
-            [_said("user", USER), _said("assistant", ""), _more()], USER, MORE
-        ),
+        empty_answers=probe.says_empty_answers(),
         empty_calls=probe.ignores_empty_calls(),
         calls=calls,
         results=probe.says_results(calls),
@@ -111,18 +112,20 @@ def traits_of(render: Render) -> Traits:
 
 
 class _Probe:
+    """Asks one template whether it writes what it is given."""
+
     def __init__(self, render: Render) -> None:
         self._render = render
 
     def text(self, messages: Sequence[Message]) -> str | None:
-        """None: refused."""
+        """The rendered text; None where the template refuses the messages."""
         try:
             return "".join(piece.text for piece in self._render(messages))
         except InvalidRequest:
             return None
 
     def says(self, messages: Sequence[Message], *words: str) -> bool:
-        """Whether it says these words, in this order."""
+        """Whether the rendered text has these words, in this order."""
         text, end = self.text(messages), 0
         if text is None:
             return False
@@ -134,7 +137,10 @@ class _Probe:
         return True
 
     def says_in_order(self, *shapes: str) -> bool:
-        """Whether it says all of the conversations in which these roles speak."""
+        """Whether every conversation with these roles is written whole and in order.
+
+        A shape names the roles that speak in turn, like "system user assistant".
+        """
         return all(self._says_shape(shape.split()) for shape in shapes)
 
     def _says_shape(self, roles: Sequence[str]) -> bool:
@@ -142,7 +148,7 @@ class _Probe:
         return self.says(messages, *(message["content"] for message in messages))
 
     def knows_developers(self) -> bool:
-        """Otherwise than it knows just any name."""
+        """Whether it treats a developer otherwise than a role with a nonsensical name."""
         known, nonsense = "developer", "nonsensical"
         messages = [_said(known, SYSTEM), _said("user", USER)]
         if not self.says(messages, SYSTEM, USER):
@@ -151,15 +157,17 @@ class _Probe:
         return other is None or other.replace(nonsense, known) != self.text(messages)
 
     def says_empty_answers(self) -> bool:
+        """Whether it takes an assistant's message without text."""
         return self.says([_said("user", USER), _said("assistant", ""), _more()], USER, MORE)
 
     def ignores_empty_calls(self) -> bool:
+        """Whether an empty list of tool calls changes nothing."""
         answer = _said("assistant", ANSWER)
         plain = self.text([_said("user", USER), answer, _more()])
         return plain == self.text([_said("user", USER), {**answer, "tool_calls": []}, _more()])
 
     def calls(self) -> CallTraits | None:
-        """None: it does not say them in any form."""
+        """The first form in which it writes tool calls; None where there is none."""
         for call_id in (LONG_ID, SHORT_ID):
             for content in EMPTY_CONTENTS:
                 takes_text = self._takes_arguments(f'{{"{KEY}": "{VALUE}"}}', call_id, content)
@@ -172,7 +180,7 @@ class _Probe:
         return None
 
     def _takes_arguments(self, arguments: object, call_id: str, content: object) -> bool:
-        """Whether they are said as such: not letter by letter, escaped, or in Python's manner."""
+        """Whether the arguments come out as JSON: not spelled out, escaped, or as Python writes."""
         asked, call = _said("user", USER), _call(arguments, call_id, content)
         for following in (_result(call_id), _more()):
             text = self.text([asked, call, following]) or ""
@@ -201,6 +209,7 @@ class _Probe:
         return self.says([_said("user", USER), both, *results], TOOL, OTHER_TOOL, RESULT, MORE)
 
     def says_results(self, calls: CallTraits | None, *following: Message) -> bool:
+        """Whether it writes a tool's result, and the messages that follow it."""
         call = _said("assistant", TOOL) if calls is None else call_in_form(calls)
         result = _result(LONG_ID) if calls is None else _result_for(calls)
         words = [str(message["content"]) for message in following]
@@ -208,7 +217,7 @@ class _Probe:
 
 
 def call_in_form(calls: CallTraits) -> dict[str, Any]:
-    """A call in the form that the template takes."""
+    """The probe's tool call, in the form that the template takes."""
     arguments = f'{{"{KEY}": "{VALUE}"}}' if calls.takes_text else {KEY: VALUE}
     return _call(arguments, _id_for(calls), calls.empty_content)
 

@@ -8,7 +8,7 @@ from keepwarm.core.agent_store import AgentStore
 from keepwarm.core.stored import AgentState
 from keepwarm.engine.agents.book import Line
 from keepwarm.engine.agents.moves import AgentMoves
-from keepwarm.engine.prompt.encoding import Guard
+from keepwarm.engine.prompt.prompt_encoder import Guard
 from keepwarm.engine.turn.intake import Intake
 from keepwarm.engine.turn.prefetcher import Prefetcher
 from keepwarm.kv.tiers import Tiers

@@ -11,17 +11,16 @@ from keepwarm.core.ports import LoadedModel
 from keepwarm.core.stored import Overflow
 from keepwarm.engine.agents.book import Agent, AgentBook, Line
 from keepwarm.engine.prompt.continuation import Prompt
-from keepwarm.engine.prompt.encoding import Allowance, Guard, TooMuchToEncode, unguarded
-from keepwarm.engine.prompt.limits import PromptLimits
+from keepwarm.engine.prompt.limits import PromptLimits, is_long
 from keepwarm.engine.prompt.line_choice import KnownLine, choose_line
-from keepwarm.engine.prompt.prompt_reader import (
-    Conversation,
-    Draft,
-    History,
-    PromptReader,
-    ReadElsewhere,
-    is_long,
+from keepwarm.engine.prompt.messages import Conversation
+from keepwarm.engine.prompt.prompt_encoder import (
+    EncodingBudget,
+    Guard,
+    TooMuchToEncode,
+    unguarded,
 )
+from keepwarm.engine.prompt.prompt_reader import Draft, History, PromptReader, ReadElsewhere
 from keepwarm.engine.requests import Asked, GenerateRequest, PromptSource
 from keepwarm.kv.tiers import Tiers
 
@@ -117,24 +116,25 @@ class Intake:
     def _choose_line(self, asked: Asked, reading: Reading | None) -> Wanted:
         source, named = asked.source, asked.agent_id is not None
         lines = self._book.lines_of(asked.agent_id, asked.namespace)
+        known_lines = [KnownLine(line.transcript, line.messages, line.in_use) for line in lines]
         draft = reading.draft if reading is not None else None
         if draft is None and reading is not None and is_long(source):
-            raise ReadElsewhere(self._to_prepare(source, lines, named, None))
+            raise ReadElsewhere(self._to_prepare(source, known_lines, named, None))
         draft = draft or self.reader.read(source)
         draft.encoder.guard = _guard_of(reading)
         try:
-            line, prompt = choose_line(lines, draft.continuation, named=named)
+            index, prompt = choose_line(known_lines, draft.continuation, named=named)
         except TooMuchToEncode:
-            raise ReadElsewhere(self._to_prepare(source, lines, named, draft)) from None
+            raise ReadElsewhere(self._to_prepare(source, known_lines, named, draft)) from None
+        line = None if index is None else lines[index]
         known = None if line is None else line.messages
         return self._wanted(asked, line, prompt, draft, known, reading)
 
     def _to_prepare(
-        self, source: PromptSource, lines: Sequence[Line], named: bool, draft: Draft | None
+        self, source: PromptSource, lines: Sequence[KnownLine], named: bool, draft: Draft | None
     ) -> Callable[[Guard], Draft]:
-        known = [KnownLine.of(line) for line in lines]
         prepare = self.reader.prepare
-        return lambda guard: prepare(source, known, guard, named=named, draft=draft)
+        return lambda guard: prepare(source, lines, guard, named=named, draft=draft)
 
     # -- an agent that is sent its new messages only ---------------------------------------------
 
@@ -160,7 +160,7 @@ class Intake:
         try:
             draft = draft or self.reader.append(history, source, max_tokens, guard)
             draft.encoder.guard = guard
-            prompt = draft.continuation.of(history.transcript)
+            prompt = draft.continuation.prompt_from(history.transcript)
         except TooMuchToEncode:
             raise elsewhere from None
         return self._wanted(asked, agent.main, prompt, draft, history.messages, reading)
@@ -207,7 +207,7 @@ class Intake:
 
 
 def _guard_of(reading: Reading | None) -> Guard:
-    return unguarded if reading is None else Allowance()
+    return unguarded if reading is None else EncodingBudget()
 
 
 def _history_of(agent: Agent) -> History:

@@ -11,7 +11,6 @@ from keepwarm.core.ports import Tokenizer
 from keepwarm.core.sequence import TokenSequence
 from keepwarm.engine.agents.book import AgentBook, history
 from keepwarm.engine.agents.store_inbox import StoreInbox
-from keepwarm.engine.prompt.continuation import with_reply
 from keepwarm.engine.prompt.reply_text import ReplyText
 from keepwarm.engine.requests import Asked
 from keepwarm.engine.turn.active_request import ActiveRequest
@@ -166,7 +165,7 @@ class Turns:
         if active.first_token_s is None:
             return False
         conversation = history(wanted.conversation, wanted.reply_prefix + reply.text)
-        line.transcript = with_reply(wanted.prompt.transcript, reply)
+        line.transcript = wanted.prompt.transcript.extended(reply.span)
         self._book.record_turn(
             active.agent_id,
             line,

@@ -23,8 +23,9 @@ from engines import assistant, fake_engine, user
 from keepwarm.core.errors import ContextTooLong, InvalidRequest, QueueFull, QueueTimeout
 from keepwarm.core.events import Completed
 from keepwarm.core.stored import AgentSettings, Overflow
-from keepwarm.engine.prompt.encoding import ENCODED_HERE, NobodyWaits
-from keepwarm.engine.prompt.prompt_reader import READ_HERE_CHARACTERS, ReadElsewhere
+from keepwarm.engine.prompt.limits import READ_HERE_CHARACTERS
+from keepwarm.engine.prompt.prompt_encoder import ENCODED_HERE, Cancelled
+from keepwarm.engine.prompt.prompt_reader import ReadElsewhere
 from keepwarm.engine.prompt.reader_threads import Readers
 from keepwarm.engine.requests import GenerateRequest, PromptSource
 from keepwarm.engine.turn.intake import Reading
@@ -417,10 +418,10 @@ def test_a_job_that_is_called_off_stops_at_its_next_text() -> None:
 
     job, behind = readers.begin(work), readers.begin(work)
     assert begun.wait(PATIENCE_S)
-    job.call_off()
-    behind.call_off()
+    job.cancel()
+    behind.cancel()
     go_on.set()
-    with pytest.raises(NobodyWaits):
+    with pytest.raises(Cancelled):
         job.answer.result(PATIENCE_S)
     assert behind.answer.cancelled()
     assert readers.begin(lambda guard: 7).answer.result(PATIENCE_S) == 7
