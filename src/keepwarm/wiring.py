@@ -96,8 +96,7 @@ async def start_server(
     await engine.start()
     try:
         models = _swapper(settings, source, engine)
-        engine.models = models
-        models.start()
+        engine.start_models(models)
         try:
             await models.load(models.registry.default.name)
         except ModelUnavailable as error:

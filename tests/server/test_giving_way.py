@@ -61,7 +61,7 @@ class TestVerify:
             gate.close()
             verifying = pool.submit(client.post, "/v1/agents/ada/verify")
             gate.allow(3)
-            wait_until(lambda: server.engine._results)
+            wait_until(lambda: server.engine.num_answers)
             with server.client() as other:
                 gate.open()
                 assert send(other, "ada", "And?").status_code == 200
@@ -80,7 +80,7 @@ class TestVerify:
                 raw.read_until(lambda data: data.count(b"data: ") > 5)
                 num_said = raw.received.count(b"data: ")
                 verifying = pool.submit(client.post, "/v1/agents/ada/verify")
-                wait_until(lambda: server.engine._results)
+                wait_until(lambda: server.engine.num_answers)
                 raw.read_until(lambda data: data.count(b"data: ") > num_said + 20)
                 assert not verifying.done()
                 report = verifying.result(PATIENCE_S).json()
@@ -94,8 +94,8 @@ class TestVerify:
         with RawClient(server.url) as raw:
             raw.socket.sendall(raw.request("/v1/agents/ada/verify", b""))
             gate.allow(2)
-            wait_until(lambda: server.engine._results)
-        wait_until(lambda: not server.engine._results)
+            wait_until(lambda: server.engine.num_answers)
+        wait_until(lambda: not server.engine.num_answers)
         num_waited = gate.num_waited
         gate.open()
         wait_until(lambda: not server.call(lambda engine: engine.has_work))
@@ -112,7 +112,7 @@ class TestVerify:
                 for number in range(turns):
                     await asyncio.sleep(0 if number % 3 else 0.0005)
                 await cancel(verifying)
-                assert not engine._results
+                assert not engine.num_answers
                 await reply(engine, message("And?"))
                 await engine.call_at("ada", check_is_empty)
                 assert not await engine.call_at("ada", lambda e: bool(e._verifies))
@@ -134,7 +134,7 @@ class TestVerify:
                     e.step = step  # type: ignore[attr-defined]
 
                 verifying = asyncio.ensure_future(engine.verify("ada"))
-                await until(lambda: engine._results)
+                await until(lambda: engine.num_answers)
                 await engine.call_at("ada", break_soon)
                 with pytest.raises((EngineBroke, VerifyInterrupted)):
                     await verifying

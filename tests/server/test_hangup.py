@@ -45,7 +45,7 @@ class Watch:
         self.num_tasks = len(asyncio.all_tasks(server.loop))
         self.steps: list[int] = []
         engine = server.call(lambda engine: engine)
-        thread, cancel = server.engine._thread, server.engine._cancel
+        thread, cancel = server.engine._thread, server.engine._submissions._cancel
         ask = thread.ask
 
         def watched(stream: EventStream) -> None:
@@ -60,7 +60,7 @@ class Watch:
             before = engine.batch.counters.steps  # it has been told, and may be in a step
             ask(lambda _: self.steps.append(done[0] - before))
 
-        server.engine._cancel = watched  # type: ignore[method-assign]
+        server.engine._submissions._cancel = watched  # type: ignore[method-assign]
 
     def check(self) -> None:
         door = self.server.engine
@@ -68,9 +68,7 @@ class Watch:
         wait_until(lambda: len(asyncio.all_tasks(self.server.loop)) <= self.num_tasks)
         wait_until(lambda: not self.server.call(lambda e: e.has_work))
         self.server.call(check_is_empty)
-        assert not door._streams
-        assert not door._turnstile._locks
-        assert not door._once
+        assert door.is_idle
         assert not self.server.server.server_state.tasks
         assert max(self.steps, default=0) <= 1
 
@@ -223,11 +221,11 @@ class TestWithinOneStep:
                 wait_until(lambda: server.engine._thread._mailbox._commands.qsize() == 1)
             else:
                 second.post(*to_agent("ada", stream=stream))
-                wait_until(lambda: server.engine._turnstile.num_waiting == 1)
+                wait_until(lambda: server.engine.num_waiting == 1)
             second.socket.close()
             if where == "queue":
                 wait_until(lambda: server.engine._thread._mailbox._commands.qsize() >= 2)
-            wait_until(lambda: not server.engine._turnstile.num_waiting)
+            wait_until(lambda: not server.engine.num_waiting)
             self._let_step(factory)
             wait_until(lambda: server.engine.num_requests == 1)
             assert not factory.made[-1].batch_sizes or max(factory.made[-1].batch_sizes) == 1

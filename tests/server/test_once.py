@@ -38,7 +38,7 @@ def test_twice_at_once_runs_once(tmp_path: Path) -> None:
             texts = await asyncio.gather(*(said(stream) for stream in streams))
             assert len(set(texts)) == 1
             assert len(await engine.call_at("ada", lambda e: e.turns("ada"))) == 1
-            assert not engine._once
+            assert engine.is_idle
 
     run(test())
 

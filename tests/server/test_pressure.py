@@ -201,7 +201,7 @@ class TestSlowReaders:
         ):
             slow.post(*request("openai", stream=True, max_tokens=20_000))
             wait_until(lambda: server.engine.num_requests)
-            (stream,) = server.engine._running
+            (stream,) = server.engine._submissions._running
             wait_until(lambda: stream.has_ended)
             assert len(stream._unread) <= 2
             text = slow.read_until(lambda data: data.endswith(b"0\r\n\r\n"))
@@ -230,7 +230,7 @@ class TestHeartbeats:
             waiting.read_until(lambda data: data.count(HEARTBEATS[dialect]) >= 3)
             assert b"text/event-stream" in waiting.received
             factory.gate.open()
-            row, *_ = (c for c in server.engine._running)
+            row, *_ = (c for c in server.engine._submissions._running)
             server.loop.call_soon_threadsafe(row.hang_up)
             waiting.read_until(lambda data: data.endswith(b"0\r\n\r\n"))
             assert b"x-keepwarm-cache: " not in waiting.received

@@ -1,4 +1,4 @@
-"""One at a time for each agent, in the order in which they came."""
+"""Turns: for each agent one request at a time, in the order in which they came."""
 
 import asyncio
 from collections import Counter
@@ -7,7 +7,10 @@ from keepwarm.core.errors import QueueFull, QueueTimeout
 
 
 class AgentQueue:
-    """Belongs to the event loop's thread. `max_waiting` may wait, for all agents together."""
+    """Owns the turns. Belongs to the event loop's thread.
+
+    `max_waiting` requests may wait, for all agents together.
+    """
 
     def __init__(self, max_waiting: int) -> None:
         self._max_waiting = max_waiting
@@ -18,12 +21,20 @@ class AgentQueue:
     def __repr__(self) -> str:
         return f"AgentQueue({len(self._locks)} agents, {self.num_waiting} waiting)"
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no request has a turn or waits for one."""
+        return not self._locks
+
     def is_taken(self, agent_id: str) -> bool:
-        """Whether one would have to wait."""
+        """Whether `enter` would have to wait."""
         return agent_id in self._locks
 
     async def enter(self, agent_id: str, timeout_s: float | None) -> None:
-        """Raises QueueTimeout and QueueFull. Whoever entered must leave."""
+        """Wait for the agent's turn, which lasts until `leave`.
+
+        Raises QueueTimeout after `timeout_s` seconds, and QueueFull at once.
+        """
         lock = self._locks.setdefault(agent_id, asyncio.Lock())
         if lock.locked() and self.num_waiting >= self._max_waiting:
             raise QueueFull(num_waiting=self.num_waiting)
@@ -42,6 +53,7 @@ class AgentQueue:
             self.num_waiting -= 1
 
     def leave(self, agent_id: str) -> None:
+        """Let the agent's next request have its turn."""
         self._locks[agent_id].release()
         self._forget(agent_id)
 

@@ -1,56 +1,52 @@
-"""The engine's thread: takes commands, steps, and passes events on."""
+"""The engines' thread: runs commands, steps, and passes events on."""
 
+import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
 from keepwarm.core.errors import EngineBroke, EngineStopped
-from keepwarm.core.events import Event
 from keepwarm.fleet.fleet import Fleet
 from keepwarm.service.mailbox import Call, Command, Mailbox
+from keepwarm.service.recipients import Recipients
 
 T = TypeVar("T")
 
+OpenFleet = Callable[[], tuple[Fleet, Callable[[], None]]]
+"""Loads what has to be loaded, and returns the fleet with what closes it."""
+
 CHORE_WAIT_S = 0.02
-"""Between two looks at the store while it takes KV and nobody asks for anything."""
+"""The pause between two looks at the store while it writes KV and no command comes."""
 IDLE_WAIT_S = 0.5
-"""Between two looks at the store when there is nothing to do at all."""
+"""The pause between two looks at the store when there is nothing to do at all."""
 MAX_REBUILDS = 3
-"""So many times within `REBUILD_WINDOW_S` a broken engine is built anew; then the loop ends."""
+"""How often within `REBUILD_WINDOW_S` a broken fleet is opened anew before the thread ends."""
 REBUILD_WINDOW_S = 600.0
 
 _log = logging.getLogger(__name__)
 
 
 class EngineThread:
-    """Owns the engine: only this thread touches it, so nothing in it has a lock.
+    """Owns the fleet and its recipients: only this thread touches them, so neither has a lock.
 
-    `open_fleet` runs on the thread, loads what has to be loaded there, and returns the engine
-    with what closes it. `deliver` gets each step's events on the thread. `lost` is called with
-    EngineBroke when all that ran in the engine is gone (what it had on disk is not), and with
-    EngineStopped when the loop ends. A model that raises does not break the engine; a bug in the
-    engine's step does. What a command raises is only for whoever asked.
+    `open_fleet` runs on the thread. What a command raises goes to its caller. A model that raises
+    does not break the fleet; a bug in a step does: then what ran is failed with EngineBroke, and
+    the fleet is opened again from what is on disk. When the thread ends, what ran is failed with
+    EngineStopped.
     """
 
-    def __init__(
-        self,
-        open_fleet: Callable[[], tuple[Fleet, Callable[[], None]]],
-        *,
-        deliver: Callable[[Sequence[Event]], None],
-        lost: Callable[[Exception], None],
-    ) -> None:
+    def __init__(self, open_fleet: OpenFleet, recipients: Recipients) -> None:
+        self.recipients = recipients
         self._open_fleet = open_fleet
-        self._deliver = deliver
-        self._lost = lost
         self._mailbox = Mailbox()
         self._stopping = threading.Event()
         self._ended = threading.Event()
         self._has_saved = False
         self.troubles: tuple[str, ...] = ()
-        """What was wrong after the last step: replaced by the thread, read by any."""
+        """What was wrong after the last step. This thread replaces it, any thread reads it."""
         self._opened: Future[None] = Future()
         self._broken_at: list[float] = []
         self._thread = threading.Thread(target=self._run, name="keepwarm-engine", daemon=True)
@@ -60,24 +56,35 @@ class EngineThread:
 
     @property
     def has_ended(self) -> bool:
-        """Whether nothing is answered any more, because it was stopped or broke for good."""
+        """Whether commands are refused, because the thread was stopped or broke for good."""
         return self._ended.is_set()
 
     def start(self) -> "Future[None]":
-        """The future is done when the engine is open; it has what opening raised."""
+        """Open the fleet on the thread. The future is done when it is open, or has its error."""
         self._thread.start()
         return self._opened
 
     def ask(self, call: Call[T]) -> "Future[T]":
-        """Call it between two steps; the future has what it returns or raises."""
+        """Call it on the thread between two steps, after what was asked before. From any thread.
+
+        The future has what it returns or raises.
+        """
         command = Command(call)
         self._mailbox.put(command)
+        # The thread may have emptied the mailbox for the last time just before the `put`.
         if self.has_ended:
             self._refuse_commands()
         return command.answer
 
+    async def call(self, call: Call[T]) -> T:
+        """Call it on the thread between two steps. From the event loop."""
+        return await asyncio.wrap_future(self.ask(call))
+
     def stop(self, timeout_s: float) -> bool:
-        """End the loop: KV is saved and the store closed. Returns whether all was, in time."""
+        """End the thread, which saves all KV and closes the store. Returns whether all was saved.
+
+        It waits `timeout_s` seconds for that.
+        """
         self._stopping.set()
         self._mailbox.put(Command(lambda fleet: None))
         self._thread.join(timeout_s)
@@ -93,10 +100,10 @@ class EngineThread:
         finally:
             self._ended.set()
             self._refuse_commands()
-            self._lost(EngineStopped())
+            self.recipients.lose(EngineStopped())
 
     def _serve(self) -> bool:
-        """Open the engine and run it. Returns whether it broke and is to be opened again."""
+        """Open the fleet and run it. Returns whether it broke and is to be opened again."""
         try:
             fleet, close = self._open_fleet()
         except Exception as error:  # noqa: BLE001 - it is raised where the server is started
@@ -108,7 +115,7 @@ class EngineThread:
             self._run_until_stopped(fleet)
         except Exception as error:  # noqa: BLE001 - a bug must not leave a deaf server behind
             _log.exception("the engine broke; its agents are read from the disk again")
-            self._lost(EngineBroke(error))
+            self.recipients.lose(EngineBroke(error))
             return self._may_rebuild()
         finally:
             _close_quietly(close)
@@ -117,7 +124,7 @@ class EngineThread:
     def _run_until_stopped(self, fleet: Fleet) -> None:
         while not self._stopping.is_set():
             self._turn(fleet)
-        # What was asked for before the end, like cutting off a reply, is done before saving.
+        # Commands from before the end, like cutting off a reply, change what is saved.
         self._run_commands(fleet, wait_s=0.0)
         self._has_saved = fleet.close()
         fleet.release()
@@ -127,7 +134,7 @@ class EngineThread:
         events = fleet.step()
         self.troubles = fleet.troubles
         if events:
-            self._deliver(events)
+            self.recipients.deliver(events)
 
     def _run_commands(self, fleet: Fleet, *, wait_s: float) -> None:
         for command in self._mailbox.drain(wait_s=wait_s):
@@ -151,7 +158,7 @@ class EngineThread:
 
 
 def _close_quietly(close: Callable[[], None]) -> None:
-    """What is left of a broken engine may not close; the next one says what stands in its way."""
+    """Close what is left of a fleet; where that fails, opening the next one says why."""
     try:
         close()
     except Exception:  # noqa: BLE001 - the loop goes on, or ends in order

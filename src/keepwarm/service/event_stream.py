@@ -1,4 +1,4 @@
-"""One request's events on the event loop, whoever reads them and however slowly."""
+"""The events of one request on the event loop, however slowly they are read."""
 
 import asyncio
 from array import array
@@ -14,15 +14,14 @@ _MAX_PIECES = 256
 
 
 class EventStream(AsyncIterator[Event]):
-    """Ends after Completed or Failed. Belongs to the event loop's thread.
+    """Yields the events until Completed or Failed. Belongs to the event loop's thread.
 
-    What is not read yet is kept as one Delta and one Progress, so a slow reader costs as much
-    memory as its reply has text. `cancel_request` ends the request in the engine. `request_id` is
-    set and read on the engine's thread only.
+    `cancel_request` ends the request in the engine. The engine never waits for a reader: what is
+    not read yet is merged into one Delta and one Progress, so a slow reader costs no more memory
+    than its reply's text.
     """
 
     def __init__(self, cancel_request: Callable[["EventStream"], None]) -> None:
-        self.request_id: str | None = None
         self._cancel_request = cancel_request
         self._unread: deque[Event | _Deltas] = deque()
         self._news = asyncio.Event()
@@ -49,9 +48,11 @@ class EventStream(AsyncIterator[Event]):
 
     @property
     def has_ended(self) -> bool:
+        """Whether the last event has come, read or not."""
         return self.end.done()
 
     def put(self, event: Event) -> None:
+        """Add an event; behind the last one it is dropped."""
         if self.end.done():
             return
         if isinstance(event, Delta):
@@ -68,9 +69,9 @@ class EventStream(AsyncIterator[Event]):
         self._news.set()
 
     def limit(self, *, since_s: float, queue_s: float | None, total_s: float | None) -> None:
-        """End the request when it has not started, or not ended, so long after `since_s`.
+        """Fail the request unless it starts within `queue_s` seconds, and ends within `total_s`.
 
-        That is a time of the event loop.
+        Both count from `since_s`, a time of the event loop. None is no limit.
         """
         loop = asyncio.get_running_loop()
         if self.end.done():
@@ -83,13 +84,13 @@ class EventStream(AsyncIterator[Event]):
             self._timers.append(loop.call_at(since_s + total_s, self.fail, error))
 
     def fail(self, error: Exception) -> None:
-        """The request ends with this, whatever the engine has to say of it later."""
+        """End the request with this error; what the engine says of it later is dropped."""
         if not self.end.done():
             self._cancel_request(self)
             self.put(Failed("", None, error, self._said.joined()))
 
     def hang_up(self) -> None:
-        """Nobody reads any more: the engine stops computing within a step."""
+        """Cancel the request, because its reader has gone: the engine stops within a step."""
         if not self.end.done():
             self._cancel_request(self)
 
@@ -116,7 +117,7 @@ class EventStream(AsyncIterator[Event]):
 
 
 class _Text:
-    """Text that comes in pieces. They are joined now and then, for each has a header of its own."""
+    """Text that comes in pieces, which are joined now and then: each `str` costs some 50 bytes."""
 
     __slots__ = ("_pieces",)
 
@@ -133,7 +134,7 @@ class _Text:
 
 
 class _Deltas:
-    """Deltas that nobody has read yet, as one."""
+    """Deltas that are not read yet, merged into one."""
 
     __slots__ = ("_first", "_text", "_token_ids")
 
@@ -153,7 +154,7 @@ class _Deltas:
 
 
 def replayed(text: str, completed: Completed) -> EventStream:
-    """What a request that has ended said, for whoever asks again."""
+    """Make a stream that repeats the reply of a request that has ended."""
     stream = EventStream(lambda _: None)
     begun = (completed.request_id, completed.agent_id, completed.cache)
     stream.put(Started(*begun, adapted=completed.adapted))

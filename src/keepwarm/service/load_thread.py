@@ -1,4 +1,4 @@
-"""The thread on which weights are loaded, while the engines' own goes on answering."""
+"""The thread that loads weights, while the engines' thread goes on answering."""
 
 import asyncio
 import threading
@@ -12,10 +12,10 @@ T = TypeVar("T")
 
 
 class LoadThread:
-    """Runs one call after the other, always on the same thread, which does not hold up an exit.
+    """Runs one call after the other, always on one thread, which does not delay the process's exit.
 
-    The same one, because MLX and MKL keep streams and buffers for every thread that ever computed:
-    a thread for each load let resident memory grow by some 3 MB a load.
+    Never a thread for each load: MLX and MKL keep streams and buffers for every thread that has
+    computed, and resident memory grew by some 3 MB with each.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class LoadThread:
         self._thread: threading.Thread | None = None
 
     async def run(self, call: Callable[[], T]) -> T:
-        """What the call returns or raises. When the caller is cancelled, the call runs on."""
+        """Return or raise what the call does. When the caller is cancelled, the call runs on."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="keepwarm-load", daemon=True)
             self._thread.start()
@@ -42,7 +42,7 @@ def _answer(
 ) -> None:
     try:
         result = call()
-    except StopIteration as error:  # which no future can hold
+    except StopIteration as error:  # asyncio refuses it as a future's exception
         _post(loop, partial(_fail, future, RuntimeError(repr(error))))
     except Exception as error:  # noqa: BLE001 - it is raised where it was asked for
         _post(loop, partial(_fail, future, error))
@@ -63,5 +63,5 @@ def _fail(future: "asyncio.Future[T]", error: BaseException) -> None:
 
 
 def _post(loop: asyncio.AbstractEventLoop, call: Callable[[], object]) -> None:
-    with suppress(RuntimeError):  # the loop has been closed, and nobody waits any more
+    with suppress(RuntimeError):  # the loop has been closed: nothing waits for the answer
         loop.call_soon_threadsafe(call)

@@ -1,4 +1,4 @@
-"""What other threads ask of the engine's thread, in order, and what it answers."""
+"""Commands from other threads to the engines' thread, in order, and their answers."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -21,6 +21,7 @@ class Command:
     answer: "Future[Any]" = field(default_factory=Future)
 
     def run(self, fleet: Fleet) -> None:
+        """Make the call, unless its caller has cancelled it. On the engines' thread."""
         if not self.answer.set_running_or_notify_cancel():
             return
         try:
@@ -29,21 +30,23 @@ class Command:
             self.answer.set_exception(error)
 
     def refuse(self, error: Exception) -> None:
+        """Fail the command without making its call."""
         if self.answer.set_running_or_notify_cancel():
             self.answer.set_exception(error)
 
 
 class Mailbox:
-    """Any thread may put something in; only the engine's takes it out."""
+    """A queue of commands: any thread puts them in, only the engines' takes them out."""
 
     def __init__(self) -> None:
         self._commands: SimpleQueue[Command] = SimpleQueue()
 
     def put(self, command: Command) -> None:
+        """Put the command behind all others, and wake the engines' thread."""
         self._commands.put(command)
 
     def drain(self, *, wait_s: float) -> Iterator[Command]:
-        """All that is there; waits so long for the first one."""
+        """Take out all commands, waiting up to `wait_s` seconds for the first."""
         try:
             yield self._commands.get(timeout=wait_s) if wait_s else self._commands.get_nowait()
             while True:

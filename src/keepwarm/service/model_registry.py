@@ -1,4 +1,4 @@
-"""The models that a server knows: where each stands, by which names it goes, and who makes room."""
+"""The models that a server knows: their states, their names, and which make room for others."""
 
 import fnmatch
 import math
@@ -19,10 +19,10 @@ DTYPES = ("", "float32", "float16", "bfloat16")
 
 
 class ModelState(StrEnum):
-    """Where a model stands.
+    """Where a model is on its way into memory and out of it.
 
-    Known: it can be loaded. Draining: it answers what it has, and nothing new. Failed: loading it
-    went wrong.
+    Known: it can be loaded. Draining: it finishes the requests that it has and takes no new ones.
+    Failed: the last attempt to load it went wrong.
     """
 
     KNOWN = "known"
@@ -41,12 +41,12 @@ MOVES: dict[ModelState, frozenset[ModelState]] = {
     ModelState.UNLOADING: frozenset({ModelState.KNOWN, ModelState.READY}),
     ModelState.FAILED: frozenset({ModelState.LOADING}),
 }
-"""A load that could not begin, for want of memory, leaves the model known and not failed; a model
-that could not be unloaded is ready as before."""
+"""Which states may follow a state. Loading goes back to known where there was no memory for it;
+unloading goes back to ready where it failed."""
 
 
 AWAY = frozenset({ModelState.KNOWN, ModelState.FAILED})
-"""Where a model is that nobody is busy with."""
+"""States in which a model is neither in memory nor on its way there or back."""
 
 
 class AutoLoad(StrEnum):
@@ -59,14 +59,14 @@ class AutoLoad(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSettings:
-    """A model of its own, under `[models.NAME]`.
+    """The settings of one model, under `[models.NAME]`.
 
     source: smollm2, a folder, or a hub id; the name itself where it is empty. aliases: other names
     that requests may use; `*` stands for anything. dtype: float32, float16 or bfloat16; the
-    device's own where it is empty. context_tokens: at most so many, 0 is what the model was trained
-    on. temperature: where a request gives none; the server's own where it is negative.
-    idle_unload_s: unloaded after so long without a request; 0 is never. pinned: never unloaded to
-    make room.
+    device's own where it is empty. context_tokens: the longest context; 0 is what the model was
+    trained on. temperature: where a request gives none; the server's own where it is negative.
+    idle_unload_s: seconds without a request after which it is unloaded; 0 is never. pinned: never
+    unloaded to make room.
     """
 
     source: str = ""
@@ -91,7 +91,7 @@ class ModelSettings:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What is known of a model once it was loaded; `weight_bytes` as they were estimated."""
+    """What is known of a model once it has been loaded; `weight_bytes` is an estimate."""
 
     fingerprint: str
     max_context_tokens: int
@@ -100,9 +100,9 @@ class ModelFacts:
 
 @dataclass(slots=True, eq=False)
 class Model:
-    """One of the models. `num_requests` are being answered, or wait for it inside the engine.
+    """A model and its state. `num_requests` are being answered, or wait for it inside the engine.
 
-    `is_added`: it came with a request, and is in no settings.
+    `is_added`: a request named it, and no settings do.
     """
 
     name: str
@@ -118,15 +118,16 @@ class Model:
 
     @property
     def source(self) -> str:
+        """Where its weights come from: smollm2, a folder, or a hub id."""
         return self.settings.source or self.name
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What it may be called; a hub id by its last part as well."""
+        """The names and patterns by which requests may mean it; a hub id's last part is one."""
         return (self.name, self.name.rpartition("/")[2], *self.settings.aliases)
 
     def move(self, state: ModelState) -> None:
-        """Raises InvariantBroken for a move that there is not."""
+        """Change its state. Raises InvariantBroken where `MOVES` has no such change."""
         if state not in MOVES[self.state]:
             raise InvariantBroken(f"{self.name} was {self.state} and cannot be {state}")
         self.state = state
@@ -135,7 +136,7 @@ class Model:
 class ModelRegistry:
     """Owns the models. Belongs to the event loop's thread.
 
-    With `may_add`, a name that is not known becomes a model of that name when it is asked for.
+    With `may_add`, resolving an unknown name adds a model of that name.
     """
 
     def __init__(self, default: str, models: Iterable[Model], *, may_add: bool = False) -> None:
@@ -155,26 +156,27 @@ class ModelRegistry:
 
     @property
     def default(self) -> Model:
+        """The model that answers agents that are new, and requests that name none."""
         return self._models[self._default]
 
     def remember(self, names: Iterable[str]) -> None:
-        """Agents of an earlier run talked to models of these names last."""
+        """Note the models that the agents of an earlier run talked to last."""
         self._remembered.update(names)
 
     @property
     def only_used(self) -> str:
-        """The one model that agents can be at; empty where there is a choice."""
+        """The name of the only model that any agent has talked to; empty if there are several."""
         used = self._remembered.union(model.name for model in self if model.num_loads)
         return next(iter(used)) if len(used) == 1 else ""
 
     def get(self, name: str) -> Model:
-        """By its own name. Raises UnknownModel."""
+        """Find the model of this very name. Raises UnknownModel."""
         if name not in self._models:
             raise UnknownModel(name, tuple(self._models))
         return self._models[name]
 
     def resolve(self, name: str, *, may_add: bool = True) -> Model:
-        """By any of its names. Raises UnknownModel."""
+        """Find the model that is meant by any of its names. Raises UnknownModel."""
         if name in self._models:
             return self._models[name]
         if name.isprintable():  # half a surrogate pair is not
@@ -185,7 +187,7 @@ class ModelRegistry:
         raise UnknownModel(name, tuple(self._models))
 
     def _of_alias(self, name: str) -> Model | None:
-        """The longest pattern counts, so that `*` is for whatever no other model is meant by."""
+        """Find a model by the longest pattern that matches: `*` loses to every other."""
         matching = [
             (len(alias), model)
             for model in self
@@ -195,13 +197,18 @@ class ModelRegistry:
         return max(matching, key=lambda pair: pair[0])[1] if matching else None
 
     def forget_strangers(self, but: Collection[str], until_s: float) -> None:
-        """Those that came with a request and were never loaded, but who failed after `until_s`."""
+        """Forget models that only a request named and that were never loaded.
+
+        Models named in `but` stay, as do those that failed after `until_s`, whose error is still
+        to be told.
+        """
         for model in list(self):
             is_stranger = model.is_added and not model.num_loads and model.name not in but
             if is_stranger and model.state in AWAY and model.failed_s <= until_s:
                 del self._models[model.name]
 
     def check(self) -> None:
+        """Raise InvariantBroken where the books contradict themselves."""
         for model in self:
             if model.num_requests < 0:
                 raise InvariantBroken(f"{model.name} answers {model.num_requests} requests")
@@ -212,9 +219,10 @@ class ModelRegistry:
 def choose_to_unload(
     wanted: Model, needed_bytes: int, limit_bytes: int, models: Collection[Model]
 ) -> Sequence[Model]:
-    """Which models make room: those that were used longest ago, never pinned ones, the fewest.
+    """Choose the models that make room: as few as it takes, least recently used first.
 
-    Raises ModelTooLarge, or NoRoomForModel, with the numbers.
+    Pinned models are never chosen. Raises ModelTooLarge where even an empty memory would not do,
+    and NoRoomForModel where pinned models stand in the way; both have the numbers.
     """
     ready = [model for model in models if model.state is ModelState.READY and model is not wanted]
     free_bytes = limit_bytes - sum(map(_weight_bytes, ready))

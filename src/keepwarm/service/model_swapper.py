@@ -1,4 +1,4 @@
-"""Brings models in and out of memory, as requests and people want them, one at a time."""
+"""Brings models into memory and out of it, one at a time, as requests and people ask for them."""
 
 import asyncio
 import logging
@@ -30,53 +30,59 @@ from keepwarm.service.model_registry import (
 )
 
 RETRY_S = 30.0
-"""A model that could not be loaded is not tried again for a request before that."""
+"""How many seconds pass before a request makes the server try again to load a model that failed."""
 AFTER_ERROR_S = 1.0
-"""After an error that no model is to blame for."""
+"""The pause after an error that is no model's fault."""
 UNLOAD_TIMEOUT_S = 60.0
-"""How long the disk may take over an unloaded model's KV."""
+"""How long writing an unloaded model's KV to disk may take."""
 
 _log = logging.getLogger(__name__)
 
 
 class ModelSource(Protocol):
-    """Where weights come from. Real: `wiring`. `measure` and `load` run on a `LoadThread`."""
+    """Where weights come from: `wiring` has the real one, `testing` a fake.
+
+    `measure` and `load` run on a `LoadThread`.
+    """
 
     def measure(self, model: Model) -> int:
-        """The bytes that it will need, found without loading it. Raises ModelLoadError."""
+        """Estimate the bytes that the model will need. Raises ModelLoadError."""
         ...
 
     def load(self, model: Model) -> LoadedModel:
-        """Raises ModelLoadError."""
+        """Load the model. Raises ModelLoadError."""
         ...
 
     def memory_bytes(self) -> int:
-        """Of the device, for weights and KV."""
+        """Return the device's memory, for weights and KV."""
         ...
 
 
 @dataclass(slots=True)
 class _Want:
-    """Somebody wants a model: requests that wait for it, and people who asked for it."""
+    """What waits for a model since `since_s`: requests, and people who asked for it.
+
+    `is_owed`: it made room for a model that then could not be loaded, and comes back first.
+    """
 
     since_s: float
     requests: list["asyncio.Future[None]"] = field(default_factory=list)
     people: list["asyncio.Future[None]"] = field(default_factory=list)
     is_owed: bool = False
-    """It made room for a model that could not be loaded."""
 
     @property
     def futures(self) -> Iterator["asyncio.Future[None]"]:
+        """All that still wait."""
         return (future for future in (*self.requests, *self.people) if not future.done())
 
 
 class ModelSwapper:
-    """Owns who waits for which model. Belongs to the event loop's thread.
+    """Owns the states of models and what waits for them. Belongs to the event loop's thread.
 
-    Of the models that are wanted, the one that was wanted first comes next. Where memory is short,
-    others make room: they answer what they have, for at most `patience_s`, and what is left of it
-    goes on when they are back, which they are as soon as it is their turn. A load that fails puts
-    back what made room for it.
+    The model that was wanted first is loaded next. Where memory is short, others make room: they
+    finish their requests, for at most `patience_s` seconds, and are then suspended; what is left of
+    their requests goes on when they return, which their requests ask for like any other. If a load
+    fails, the models that made room for it come back. `ask` runs a command on the engines' thread.
     """
 
     def __init__(
@@ -111,14 +117,16 @@ class ModelSwapper:
 
     @property
     def num_waiting(self) -> int:
+        """How many requests wait for a model."""
         requests = (future for want in self._wanted.values() for future in want.requests)
         return sum(not future.done() for future in requests)
 
     def start(self) -> None:
+        """Begin to bring models in and out, in a task of the running loop."""
         self._worker = asyncio.create_task(self._work())
 
     async def stop(self) -> None:
-        """No model comes or goes any more; who waits for one is refused."""
+        """Stop bringing models in and out, and refuse what waits with EngineStopped."""
         if self._worker is not None:
             self._worker.cancel()
             with suppress(asyncio.CancelledError):
@@ -130,7 +138,7 @@ class ModelSwapper:
     # -- requests --------------------------------------------------------------------------------
 
     async def enter(self, name: str, timeout_s: float | None) -> None:
-        """The model is ready, and does not go before `leave`, or before its patience has ended.
+        """Wait until the model is ready. It stays until `leave`, or until its patience has ended.
 
         Raises UnknownModel, ModelUnavailable, ModelTooLarge, QueueFull and QueueTimeout.
         """
@@ -154,14 +162,15 @@ class ModelSwapper:
             raise
 
     def is_ready(self, name: str) -> bool:
-        """Whether a request for it need not wait. Raises UnknownModel."""
+        """Whether a request need not wait for the model. Raises UnknownModel."""
         return self.registry.resolve(name).state is ModelState.READY
 
     def can_be_had(self, model: Model) -> bool:
-        """Whether a request for it would have a chance now."""
+        """Whether a request may name the model now: it is in memory, or may be loaded."""
         return model.state not in AWAY or (self._may_load and model.state is not ModelState.FAILED)
 
     def leave(self, name: str) -> None:
+        """End one request's use of the model."""
         model = self.registry.get(name)
         model.num_requests -= 1
         model.last_used_s = self._clock()
@@ -191,7 +200,7 @@ class ModelSwapper:
     async def unload(self, name: str) -> None:
         """Take the model out of memory when its requests have ended, or its patience has.
 
-        What it has not answered by then brings it back.
+        Requests that it has not answered by then bring it back.
         """
         model = self.registry.get(name)
         async with self._in_turn:
@@ -202,7 +211,7 @@ class ModelSwapper:
     # -- one after the other ---------------------------------------------------------------------
 
     async def _work(self) -> None:
-        """Whatever goes wrong with one model, the others can be had."""
+        """Go on with the other models, whatever goes wrong with one."""
         while True:
             try:
                 await self._work_once()
@@ -227,12 +236,12 @@ class ModelSwapper:
         for name, want in list(self._wanted.items()):
             is_wanted = want.is_owed or any(want.futures)
             if not is_wanted and not self.registry.get(name).num_requests:
-                del self._wanted[name]  # whoever wanted it has gone
+                del self._wanted[name]  # all that waited for it have gone
         self.registry.forget_strangers(self._wanted, self._clock() - RETRY_S)
         return min(self._wanted, key=lambda name: self._wanted[name].since_s, default=None)
 
     async def _bring(self, name: str) -> None:
-        """Load the model, and unload others where it needs their memory."""
+        """Load the model, after unloading others where it needs their memory."""
         model = self.registry.get(name)
         if model.state is ModelState.READY:
             self._grant(model)
@@ -246,7 +255,7 @@ class ModelSwapper:
                 await self._put_out(other)
             loaded = _as_set(await self._thread.run(lambda: self._source.load(model)), model)
             await self._attach(loaded)
-        except Exception as error:  # noqa: BLE001 - whatever weights and libraries come up with
+        except Exception as error:  # noqa: BLE001 - weights and libraries raise what they like
             await self._fail(model, error, put_out)
             return
         model.facts = ModelFacts(loaded.fingerprint, loaded.max_context_tokens, needed_bytes)
@@ -257,7 +266,10 @@ class ModelSwapper:
         self._grant(model)
 
     def _who_makes_room(self, model: Model, needed_bytes: int) -> Sequence[Model]:
-        """Raises ModelTooLarge, NoRoomForModel. The default model is tried whatever the limit."""
+        """Choose the models to unload; the default model is loaded even where it exceeds the limit.
+
+        Raises ModelTooLarge and NoRoomForModel.
+        """
         others = [other for other in self.registry if other.state is ModelState.READY]
         try:
             return choose_to_unload(model, needed_bytes, self._limit_bytes, others)
@@ -275,7 +287,10 @@ class ModelSwapper:
             raise
 
     def _grant(self, model: Model) -> None:
-        """Those who waited for it may go on, before anybody thinks of unloading it again."""
+        """Let everything that waited for the model go on.
+
+        Requests count as its own before they run again, so that it is not unloaded first.
+        """
         want = self._wanted.pop(model.name, None)
         for future in want.requests if want else ():
             if not future.done():
@@ -286,7 +301,7 @@ class ModelSwapper:
                 future.set_result(None)
 
     async def _fail(self, model: Model, error: Exception, put_out: list[Model]) -> None:
-        """The model is not there; whoever made room for it comes back first."""
+        """Tell what waits that the model could not be loaded; what made room comes back first."""
         _log.warning("the model %s could not be loaded: %s", model.name, error)
         for other in put_out:
             if other.state is ModelState.KNOWN:
@@ -307,6 +322,7 @@ class ModelSwapper:
             future.set_exception(error)
 
     async def _put_out(self, model: Model) -> None:
+        """Wait for the model's requests, within its patience, then suspend it."""
         self._move(model, ModelState.DRAINING)
         until_s = self._clock() + self._patience_s
         while model.num_requests and (left_s := until_s - self._clock()) > 0:
@@ -337,7 +353,7 @@ class ModelSwapper:
         return self._wanted.setdefault(name, _Want(self._clock()))
 
     def _idle(self) -> Model | None:
-        """A model that nobody has used for as long as its settings say."""
+        """Find a model that has been unused for as long as its settings allow."""
         return next((model for model in self.registry if self._idle_in_s(model) <= 0.0), None)
 
     def _next_look_s(self) -> float | None:
@@ -353,7 +369,7 @@ class ModelSwapper:
 
 
 def _as_set(loaded: LoadedModel, model: Model) -> LoadedModel:
-    """By the name, and with the context, that the settings give it."""
+    """Give the loaded model the name and the context that its settings have."""
     limit = model.settings.context_tokens or loaded.max_context_tokens
     return replace(
         loaded, name=model.name, max_context_tokens=min(limit, loaded.max_context_tokens)
