@@ -4,14 +4,16 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from typing import Annotated
 
+from fastapi import Depends
 from starlette.requests import Request
 from starlette.responses import Response
 
 from keepwarm.engine.requests import GenerateRequest, ReceiptKey
 from keepwarm.server.dialects.agents.transfers import Transfers
 from keepwarm.server.edge.caller import Caller
-from keepwarm.server.edge.keys import NOBODY, ROLE
+from keepwarm.server.edge.keys import ANONYMOUS, ROLE
 from keepwarm.server.edge.memory import MemoryReturn
 from keepwarm.server.operations.metrics import Metrics
 from keepwarm.server.reply.choices import Choices
@@ -101,14 +103,14 @@ class Serving:
                 _log.info("request: %s", request)
         choices = Choices(self.engine, requests, key)
         if stream:
-            return StreamedReply(choices, encoder, headers, self.config)
+            return StreamedReply(choices, encoder, headers, heartbeat_s=self.config.heartbeat_s)
         return WholeReply(choices, encoder, headers)
 
 
 async def serving_of(request: Request) -> Serving:
     """A dependency of the routes. Async, or it would run on a thread of a pool."""
     house: House = request.app.state.house
-    return Serving(house, Caller(request.scope.get(ROLE, NOBODY), request.headers))
+    return Serving(house, Caller(request.scope.get(ROLE, ANONYMOUS), request.headers))
 
 
 async def admin_serving_of(request: Request) -> Serving:
@@ -116,3 +118,7 @@ async def admin_serving_of(request: Request) -> Serving:
     serving = await serving_of(request)
     serving.caller.must_be_admin()
     return serving
+
+
+ServingOf = Annotated[Serving, Depends(serving_of)]
+AdminServingOf = Annotated[Serving, Depends(admin_serving_of)]

@@ -1,4 +1,4 @@
-"""A request's body as it comes: no more than is allowed, and not for ever."""
+"""Bounds a request's body as it comes, in bytes and in seconds."""
 
 import asyncio
 import time
@@ -8,13 +8,13 @@ from starlette.types import Message, Receive
 from keepwarm.server.problems import Kind, NotAllowed, Problem
 
 BYTES_PER_S = 16 << 10
-"""The slowest client that is waited for, after its first `patience_s`."""
+"""The slowest upload that is waited for, once the first `patience_s` are over."""
 
 
 class BoundedBody:
     """Receives for the application. Raises NotAllowed for a body that is too large or too slow.
 
-    Only time in which the client is waited for counts.
+    Only time spent waiting for the client counts, not the application's own.
     """
 
     def __init__(self, receive: Receive, *, max_bytes: int, patience_s: float) -> None:
@@ -47,4 +47,5 @@ class BoundedBody:
 
 
 def too_large(limit: int) -> Problem:
+    """Say that a body exceeds `limit` bytes."""
     return Problem(413, Kind.TOO_LARGE, f"the body is larger than {limit:,} bytes", "body")

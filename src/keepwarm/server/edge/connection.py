@@ -13,7 +13,6 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from keepwarm.server.dialects.openai.encode import error_body
 from keepwarm.server.problems import Kind, Problem
-from keepwarm.server.reply.reply import ABORT
 from keepwarm.server.serving import CONNECTIONS
 from keepwarm.server.settings import ServerConfig
 
@@ -58,8 +57,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        facts = {ABORT: transport.abort, CONNECTIONS: self.connections}
-        self.app = partial(_with, facts, self.config.loaded_app)
+        self.app = partial(_with, {CONNECTIONS: self.connections}, self.config.loaded_app)
         num_beyond = len(self.connections) - self._bounds.max_connections
         self._is_too_many = num_beyond > 0
         if num_beyond > MAX_REFUSED:

@@ -1,6 +1,6 @@
-"""Bodies as the routes read them: called JSON, and decoded as they come where they are compressed.
+"""Makes bodies readable for routes: named JSON, and decompressed as they come.
 
-They are decoded a piece at a time, and never beyond what is allowed.
+They are decompressed a piece at a time, and never beyond what is allowed.
 """
 
 import asyncio
@@ -22,19 +22,19 @@ else:
 
 ACCEPTED = ("gzip", "deflate", "zstd")
 PIECE_BYTES = 128 << 10
-"""Decoded between two looks of the event loop at everything else: less than a millisecond."""
+"""How much is decoded before the event loop turns to others: less than a millisecond's work."""
 MAX_WINDOW_LOG = 23
-"""Of zstd: RFC 9659 has 8 MiB for the web. A larger window is memory that a short body claims."""
+"""zstd's largest window, 8 MiB as in RFC 9659: a short body could claim memory for a larger one."""
 
 _METHODS = frozenset({"POST", "PUT", "PATCH"})
 _MARKS_OF_PAGES = ("origin", "sec-fetch-site")
-"""Browsers send one or both with each body. (Node, which is none, sends `sec-fetch-mode`.)"""
+"""Headers of which browsers send at least one with each body. (Node sends `sec-fetch-mode`.)"""
 _ZLIB = zlib.MAX_WBITS
 _GZIP = zlib.MAX_WBITS + 16
 
 
 class Decoder(Protocol):
-    """As the standard library has it for bz2, lzma and zstd."""
+    """The interface of the standard library's decompressors for bz2, lzma and zstd."""
 
     def decompress(self, data: bytes, max_length: int) -> bytes: ...
 
@@ -49,7 +49,7 @@ class Decoder(Protocol):
 
 
 class _Inflater:
-    """zlib's, in the same manner: it keeps what of its input it has not decoded yet."""
+    """zlib as a Decoder: it keeps the part of its input that it has not decoded yet."""
 
     def __init__(self, window_bits: int) -> None:
         self._inflate = zlib.decompressobj(window_bits)
@@ -74,7 +74,7 @@ class _Inflater:
 
 
 class _Deflate(_Inflater):
-    """By the standard with zlib's head; many clients have always sent it without."""
+    """Deflate with zlib's header, as the standard says, or without, as many clients send it."""
 
     def __init__(self) -> None:
         super().__init__(_ZLIB)
@@ -102,7 +102,7 @@ _DECODERS: dict[str, Callable[[], Decoder]] = {
 
 
 def readable(scope: Scope, receive: Receive, *, max_bytes: int) -> Receive:
-    """Receives the body of a request that the guard has let in. Raises NotAllowed."""
+    """Make `receive` give the body as JSON, decompressed. Raises NotAllowed."""
     if scope["method"] not in _METHODS:
         return receive
     _call_it_json(scope)
@@ -110,10 +110,10 @@ def readable(scope: Scope, receive: Receive, *, max_bytes: int) -> Receive:
 
 
 def _call_it_json(scope: Scope) -> None:
-    """Whatever a program calls its body: there is no other kind here.
+    """Set the body's type to JSON, whatever a program calls it: there is no other kind here.
 
-    A web page has to call it so itself. What it calls otherwise it may send anywhere without
-    asking, and it is told apart by what its browser says.
+    A web page must name it itself: other types a page may send to any server without asking
+    (CORS), so correcting them here would let foreign pages in.
     """
     headers = Headers(scope=scope)
     if not any(mark in headers for mark in _MARKS_OF_PAGES):
@@ -122,9 +122,9 @@ def _call_it_json(scope: Scope) -> None:
 
 
 def _decoded(scope: Scope, receive: Receive, *, max_bytes: int) -> Receive:
-    """Receives the body as it was before its client compressed it, at most `max_bytes` of it.
+    """Make `receive` give the body decompressed, at most `max_bytes` of it.
 
-    Raises NotAllowed for an encoding that is not known, or more than one.
+    Raises NotAllowed for an encoding that is unknown, or more than one.
     """
     headers = Headers(scope=scope)
     encoding = ", ".join(headers.getlist("content-encoding")).strip().lower()
@@ -164,7 +164,7 @@ class DecodedBody:
             data = message.get("body", b"")
             self._has_all = not message.get("more_body", False)
         else:
-            await asyncio.sleep(0)  # nothing was waited for: the others have their turn
+            await asyncio.sleep(0)  # nothing was waited for: let other tasks run
         body = self._next_piece(data)
         self._is_told = self._is_whole()
         return {"type": "http.request", "body": body, "more_body": not self._is_told}
@@ -193,7 +193,7 @@ class DecodedBody:
             raise self._damaged("something follows its end")
 
     def _is_whole(self) -> bool:
-        """Whether all has come and been decoded."""
+        """Whether the body has come and been decoded to its end. Raises NotAllowed if cut off."""
         if not self._has_all or not (self._has_ended or self._decoder.needs_input):
             return False
         if not self._has_ended:

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from keepwarm.server.dialects.errors import error_response
 from keepwarm.server.edge.body import BoundedBody, too_large
 from keepwarm.server.edge.decoding import readable
-from keepwarm.server.edge.keys import NOBODY, OWNER, ROLE, Keyring
+from keepwarm.server.edge.keys import ANONYMOUS, OWNER, ROLE, Keyring
 from keepwarm.server.edge.origins import Origins
 from keepwarm.server.edge.rate import RateLimit
 from keepwarm.server.problems import Kind, NotAllowed, Problem
@@ -91,7 +91,7 @@ class Guard:
     def _check_key(self, scope: Scope, headers: Headers) -> str:
         """Sets the caller's role; returns what requests are counted by."""
         address = scope["client"][0] if scope.get("client") else ""
-        scope[ROLE] = NOBODY if self._keyring else OWNER
+        scope[ROLE] = ANONYMOUS if self._keyring else OWNER
         if not self._keyring or scope["path"] in OPEN_PATHS:
             return address
         role = self._keyring.role_of(headers)

@@ -1,4 +1,4 @@
-"""A request's JSON: how much of it is taken, and parsed where it holds up nobody."""
+"""A request's JSON: bounded, and parsed without delaying other requests."""
 
 import asyncio
 import json
@@ -14,17 +14,17 @@ from keepwarm.engine.prompt.stop_strings import check_num_stops
 from keepwarm.server.serving import House
 
 MAX_OBJECTS = 150_000
-"""Objects and lists in a body, however deep: each takes many times its length in memory."""
+"""The most objects and lists in a body: each takes many times its length in memory."""
 MAX_VALUES = 600_000
-"""Names and values in a body. A prompt's ids are values."""
+"""The most names and values in a body. A prompt's token ids are values."""
 MAX_BIASES = 1024
-"""Entries of a `logit_bias`."""
+"""The most entries of a `logit_bias`."""
 LARGE_BYTES = 256 << 10
-"""A larger body is parsed on a thread of its own."""
+"""The size from which a body is parsed on another thread."""
 
 
 class BodyRoute(APIRoute):
-    """A route whose body is bounded before anything is made of it."""
+    """A route whose JSON body is bounded before it is parsed and validated."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -37,7 +37,7 @@ class BodyRoute(APIRoute):
 
 class _BoundedRequest(Request):
     async def json(self) -> Any:
-        """Raises InvalidRequest for more than is taken, and JSONDecodeError."""
+        """Parse the body. Raises InvalidRequest where it exceeds a bound, and JSONDecodeError."""
         body = await self.body()
         house: House = self.app.state.house
         house.memory.came(len(body))
@@ -47,16 +47,19 @@ class _BoundedRequest(Request):
 
 
 def parse(body: bytes) -> Any:
-    """JSON to Python's values. Raises InvalidRequest, and JSONDecodeError."""
+    """Parse JSON. Raises InvalidRequest where it exceeds a bound, and JSONDecodeError."""
     _check_amount(body)
     try:
-        return msgspec.json.decode(body)  # three times as fast, and it keeps others as long waiting
+        return msgspec.json.decode(body)  # three times as fast as `json`
     except msgspec.DecodeError:
         return json.loads(body)  # takes half surrogates, and says where the body is wrong
 
 
 def check_sizes(body: object, *, max_messages: int) -> None:
-    """Raise for lists that are longer than anybody needs, before each item is looked at."""
+    """Refuse lists that are too long, before each item is validated.
+
+    Raises InvalidRequest and TooManyMessages.
+    """
     if not isinstance(body, Mapping):
         return
     messages = body.get("messages")
@@ -74,13 +77,16 @@ def check_sizes(body: object, *, max_messages: int) -> None:
 
 
 def _num_messages(messages: list[object]) -> int:
-    """Each counts as one, or as many as its content has parts."""
+    """Count the messages, each as one or as the number of parts of its content."""
     contents = (m.get("content") if isinstance(m, Mapping) else None for m in messages)
     return sum(max(len(content), 1) if isinstance(content, list) else 1 for content in contents)
 
 
 def _check_amount(body: bytes) -> None:
-    """Text may have braces and commas; only where they are many is it looked at more closely."""
+    """Raise InvalidRequest for too many objects or values.
+
+    Text may have braces and commas, so a body with many of them is counted more closely.
+    """
     if _is_taken(*_amount(body, 0, len(body))) or _is_taken(*_amount_outside_of_text(body)):
         return
     problem = f"has more than {MAX_OBJECTS} objects and lists, or {MAX_VALUES} names and values"
@@ -92,16 +98,17 @@ def _is_taken(num_objects: int, num_values: int) -> bool:
 
 
 def _amount(body: bytes, start: int, end: int) -> tuple[int, int]:
-    """Objects and lists, and names and values, if there is no text between these positions."""
+    """Count the marks of objects and lists, and of names and values, inside of text as well."""
     count = body.count
     num_objects = count(b"{", start, end) + count(b"[", start, end)
     return num_objects, count(b",", start, end) + count(b":", start, end)
 
 
 def _amount_outside_of_text(body: bytes) -> tuple[int, int]:
-    """As far as it is taken: what is behind that is not looked at.
+    """Count objects and values outside of strings, until there are too many.
 
-    One string after the other, so that other threads get their turns.
+    A loop over strings and no regular expression over the body, which would keep other threads
+    waiting.
     """
     body = body.replace(b"\\\\", b"").replace(b'\\"', b"")  # every quote that is left is an end
     num_objects = num_values = position = 0

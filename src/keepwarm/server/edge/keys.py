@@ -1,4 +1,4 @@
-"""Whose key it is: the namespace that it opens, and whether it is an admin's."""
+"""API keys: the namespace that each opens, and whether it is an admin's."""
 
 import hashlib
 import hmac
@@ -8,25 +8,25 @@ from dataclasses import dataclass
 from keepwarm.server.settings import DEFAULT_NAMESPACE, ServerConfig
 
 ROLE = "keepwarm.role"
-"""Where a scope has its caller's."""
+"""The key under which a scope holds its caller's Role."""
 
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """What a request may see and do. `namespace` is empty for the default one."""
+    """What a caller may see and do. `namespace` is empty for the default one."""
 
     namespace: str
     is_admin: bool
 
 
 OWNER = Role("", is_admin=True)
-"""Everybody's, where no keys are asked for."""
-NOBODY = Role("", is_admin=False)
-"""Of a request without a key, to what is open to all."""
+"""The role of every caller where the server has no keys."""
+ANONYMOUS = Role("", is_admin=False)
+"""The role of a request without a key, which only open paths answer."""
 
 
 class Keyring:
-    """The configured keys, kept as digests."""
+    """Knows the configured keys, as digests."""
 
     def __init__(self, config: ServerConfig) -> None:
         self._roles = {
@@ -40,7 +40,7 @@ class Keyring:
         return len(self._roles)
 
     def role_of(self, headers: Mapping[str, str]) -> Role | None:
-        """By `Authorization: Bearer KEY` or `x-api-key: KEY`; None without a valid key."""
+        """Find the role by `Authorization: Bearer KEY` or `x-api-key: KEY`; None: no valid key."""
         scheme, _, token = headers.get("authorization", "").partition(" ")
         key = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
         digest = _digest(key)

@@ -1,4 +1,4 @@
-"""Memory that large bodies took goes back to the system when they have gone."""
+"""Gives the memory of large bodies back to the system when they have gone."""
 
 import asyncio
 import ctypes
@@ -8,13 +8,13 @@ from contextlib import suppress
 
 LARGE_BYTES = 4 << 20
 AFTER_S = 1.0
-"""A request that is refused has ended by then; one that is not is small in comparison."""
+"""How many seconds after a large body memory is given back: a refused request has ended by then."""
 
 
 def give_back() -> None:
-    """glibc keeps what was freed, and where MLX computes on the CPU it is told to keep all of it.
+    """Make glibc give back what was freed, all of which it keeps where MLX computes on the CPU.
 
-    Bodies of 32 MiB, one after the other, left holes of hundreds of MiB.
+    Without it, bodies of 32 MiB, one after the other, left holes of hundreds of MiB.
     """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # another C library
@@ -22,7 +22,7 @@ def give_back() -> None:
 
 
 class MemoryReturn:
-    """Calls `give_back` some time after a large body, once for all that come until then."""
+    """Calls `give_back` `after_s` seconds after a large body, once for all that came meanwhile."""
 
     def __init__(
         self, give_back: Callable[[], None] = give_back, *, after_s: float = AFTER_S
@@ -32,12 +32,12 @@ class MemoryReturn:
         self._is_due = False
 
     def came(self, num_bytes: int) -> None:
-        """A body of this size is in memory. On the event loop."""
+        """Note that a body of this size is in memory. On the event loop."""
         if num_bytes >= LARGE_BYTES and not self._is_due:
             self._is_due = True
             asyncio.get_running_loop().call_later(self._after_s, self._start)
 
     def _start(self) -> None:
-        """On another thread: it takes milliseconds for each GiB, without the interpreter's lock."""
+        """Give back on another thread: it takes milliseconds per GiB, without Python's lock."""
         self._is_due = False
         asyncio.get_running_loop().run_in_executor(None, self._give_back)

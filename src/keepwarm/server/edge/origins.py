@@ -1,4 +1,4 @@
-"""By which name a request came, and from which web page: against pages that people only look at."""
+"""Refuses hosts and web pages that are not allowed: a page must not use its visitor's server."""
 
 import re
 from urllib.parse import urlsplit
@@ -10,18 +10,18 @@ from keepwarm.server.problems import Kind, NotAllowed, Problem
 from keepwarm.server.settings import LOOPBACK, ServerConfig
 
 LOCAL_DOMAINS = (".localhost", ".internal")
-"""No public DNS can own a name in them, so no page can point one here; for containers the machine
-that they run on is `host.docker.internal`."""
+"""Public DNS has no names in them, so no page can make one point here. Containers know their host
+as `host.docker.internal`."""
 OWN_SITES = frozenset({"same-origin", "none"})
-"""`Sec-Fetch-Site` of our own page and of an address that was typed. A page on another port of this
-machine is `same-site`."""
+"""Values of `Sec-Fetch-Site` for Keepwarm's own page, and for an address that was typed. A page on
+another port of this machine sends `same-site`."""
 QUIET_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 _EXPORT = re.compile(r"/agents/[^/]+/+export/*")
 
 
 class Origins:
-    """Which hosts and pages are answered; the others get NotAllowed."""
+    """Knows which hosts and pages are answered; the checks raise NotAllowed for all others."""
 
     def __init__(self, config: ServerConfig) -> None:
         self._takes_any_host = not config.is_loopback
@@ -29,7 +29,7 @@ class Origins:
         self._pages = frozenset(config.allowed_origins)
 
     def check_host(self, headers: Headers) -> None:
-        """Against pages whose name was made to point here (DNS rebinding)."""
+        """Refuse unknown hosts: a page's own name may be made to point here (DNS rebinding)."""
         given = headers.getlist("host")
         host = _name_of(given[0]) if len(given) == 1 else ""
         if not host:
@@ -41,7 +41,7 @@ class Origins:
         raise NotAllowed(Problem(403, Kind.FORBIDDEN, problem))
 
     def check_page(self, scope: Scope, headers: Headers) -> None:
-        """Against pages that send here, whether they may read the answer or not."""
+        """Refuse pages that are not allowed, also where they could not read the answer."""
         origin = headers.get("origin")
         if self._is_allowed(origin, headers.get("host", "")):
             return
@@ -66,12 +66,12 @@ def _is_local(host: str) -> bool:
 
 
 def _does_work(scope: Scope) -> bool:
-    """Whether it changes something, or costs more than a look."""
+    """Whether the request changes something, or costs more than a look."""
     return scope["method"] not in QUIET_METHODS or bool(_EXPORT.search(scope["path"]))
 
 
 def _name_of(host: str) -> str:
-    """Without its port and the dot of DNS's root; empty where it is no name."""
+    """Return the host without its port and DNS's final dot; empty where it is no name."""
     try:
         name = urlsplit(f"//{host}").hostname or ""
     except ValueError:

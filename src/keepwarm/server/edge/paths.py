@@ -1,4 +1,4 @@
-"""Paths as clients write them, with a slash too many or without the `/v1`."""
+"""Corrects paths that clients write with a slash too many, or without the `/v1`."""
 
 import re
 from urllib.parse import unquote
@@ -8,11 +8,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 _API = r"(?:chat/+completions|completions|messages|models|agents|stats|responses|embeddings)"
 _PREFIX = re.compile(rf"/+(?:v1/+)*(?=(?:{_API})(?:/|$))")
 _NAMED = re.compile(r"/v1/(?:agents|models)/")
-"""Behind these comes a name, which may be empty or have slashes: nothing is taken out of it."""
+"""A name follows these, which may be empty or have slashes: its slashes are kept."""
 
 
 class TidyPaths:
-    """Wraps the whole application, so that the guard and the log know a path by one name only."""
+    """Wraps the whole application, so that the guard and the log see only corrected paths."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -28,7 +28,7 @@ class TidyPaths:
 
 
 def tidy(path: str) -> str:
-    """The path that is meant, where there is no other that could be."""
+    """Return the path that is meant; a path that is unknown here stays as it is."""
     path = _PREFIX.sub("/v1/", path, count=1)
     if not _NAMED.match(path):
         path = re.sub(r"/+", "/", path)

@@ -1,4 +1,4 @@
-"""How many requests a client may send in a minute."""
+"""Limits how many requests a client may send in a minute."""
 
 import time
 from collections import OrderedDict, deque
@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 WINDOW_S = 60.0
 MAX_CLIENTS = 1024
-"""Those that asked last are remembered; addresses cost nothing, and memory does."""
+"""How many clients are remembered, those that asked last: a sender has any number of addresses."""
 
 
 class RateLimit:
-    """The last `per_minute` requests of each client, by a clock that nobody sets."""
+    """Remembers the last `per_minute` requests of each client, by a monotonic clock."""
 
     def __init__(self, per_minute: int, now: Callable[[], float] = time.monotonic) -> None:
         self.per_minute = per_minute
@@ -21,7 +21,7 @@ class RateLimit:
         return f"RateLimit({self.per_minute} per minute, {len(self._asked)} clients)"
 
     def wait_s(self, client: str) -> float:
-        """Until it may ask again; 0.0 where it may now, and this request is counted."""
+        """Seconds until the client may ask again; at 0.0 it may now, and the request is counted."""
         now = self._now()
         asked = self._asked.setdefault(client, deque(maxlen=self.per_minute))
         self._asked.move_to_end(client)

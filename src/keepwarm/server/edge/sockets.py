@@ -1,4 +1,4 @@
-"""How uvicorn serves the application: the same for the command and for tests."""
+"""Configures uvicorn, for the command and for tests alike."""
 
 import math
 from functools import partial
@@ -11,6 +11,7 @@ from keepwarm.server.settings import ServerConfig
 
 
 def uvicorn_config(app: ASGIApp, config: ServerConfig) -> uvicorn.Config:
+    """Serve the application on `Connection`, within the bounds of `config`."""
     return uvicorn.Config(
         app,
         http=partial(Connection, bounds=config),  # type: ignore[arg-type]  # it is only called

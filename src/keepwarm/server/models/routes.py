@@ -4,10 +4,9 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Mapping
 from datetime import UTC, datetime
-from typing import Annotated
 
 import msgspec
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from starlette.responses import Response, StreamingResponse
 
 from keepwarm.server.dialects.agents.encode import error_body
@@ -22,16 +21,14 @@ from keepwarm.server.models.cards import (
 )
 from keepwarm.server.problems import problem_of
 from keepwarm.server.reply.json_answer import STREAMS, errors, json_answer
-from keepwarm.server.reply.reply import HEARTBEAT, STREAM_HEADERS
-from keepwarm.server.serving import Serving, admin_serving_of, serving_of
+from keepwarm.server.reply.sse import HEARTBEAT, SSE, STREAM_HEADERS, frame
+from keepwarm.server.serving import AdminServingOf, Serving, ServingOf
 from keepwarm.service.model_registry import Model
 
 router = APIRouter(tags=["models"], responses=errors(OpenAIErrorBody | AnthropicErrorBody))
 
-ServingOf = Annotated[Serving, Depends(serving_of)]
-AdminServingOf = Annotated[Serving, Depends(admin_serving_of)]
+_encode = msgspec.json.Encoder().encode
 
-SSE = "text/event-stream"
 POLL_S = 0.1
 """Between two looks at where a model stands."""
 
@@ -119,7 +116,8 @@ async def _progress(
         now = time.monotonic()
         if model.state.value != shown:
             shown, said_s = model.state.value, now
-            yield _frame("state", {"state": shown, "elapsed_s": round(now - begun, 3)})
+            state = {"state": shown, "elapsed_s": round(now - begun, 3)}
+            yield frame("state", _encode(state))
         elif now - said_s >= serving.config.heartbeat_s:
             said_s = now
             yield HEARTBEAT
@@ -127,10 +125,6 @@ async def _progress(
     error = task.exception()
     if isinstance(error, Exception):
         problem = problem_of(error)
-        yield b"event: error\ndata: " + error_body(problem) + b"\n\n"
+        yield frame("error", error_body(problem))
     else:
-        yield _frame("done", await _card(model, serving))
-
-
-def _frame(name: str, data: object) -> bytes:
-    return f"event: {name}\ndata: ".encode() + msgspec.json.encode(data) + b"\n\n"
+        yield frame("done", _encode(await _card(model, serving)))

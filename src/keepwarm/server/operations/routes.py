@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from importlib.resources import files
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.responses import Response
 
@@ -16,12 +16,9 @@ from keepwarm.server.dialects.openai.encode import OpenAIErrorBody
 from keepwarm.server.edge.guard import DOCS_FILES
 from keepwarm.server.models.cards import ModelCard
 from keepwarm.server.reply.json_answer import errors, json_answer
-from keepwarm.server.serving import CONNECTIONS, VERSION, Serving, admin_serving_of, serving_of
+from keepwarm.server.serving import CONNECTIONS, VERSION, AdminServingOf, Serving, ServingOf
 
 router = APIRouter(tags=["operations"], responses=errors(OpenAIErrorBody))
-
-ServingOf = Annotated[Serving, Depends(serving_of)]
-AdminServingOf = Annotated[Serving, Depends(admin_serving_of)]
 
 MAX_SHOWN_AGENTS = 100
 PAGE_POLICY = (

@@ -1,4 +1,4 @@
-"""What the agents API answers, as its description shows it and as it is encoded."""
+"""Answers of the agents API, as its description shows them and as they are encoded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -17,11 +17,12 @@ from keepwarm.server.reply.facts import notes_of
 
 @dataclass(frozen=True, slots=True)
 class AgentCard:
-    """An agent at one moment; `context_tokens` are its conversation, `held_tokens` need no prefill.
+    """An agent at one moment.
 
+    `context_tokens`: the length of its conversation, of which `held_tokens` need no prefill.
     `slab_bytes` is 0 unless it is hot. `model`: the one that it talked to last. `private`: it was
-    imported, and nobody else reuses its KV before it is verified. `damage`: why it cannot be read
-    from the disk; it can be listed, exported as far as it can be read, and deleted.
+    imported, and no other agent reuses its KV before it is verified. `damage`: why it cannot be
+    read from the disk; it can be listed, exported as far as it can be read, and deleted.
     """
 
     id: str
@@ -72,7 +73,7 @@ class AgentDeleted:
 
 @dataclass(frozen=True, slots=True)
 class AgentMessage:
-    """What the agent said."""
+    """The message that the agent answered with."""
 
     content: str
     role: str = "assistant"
@@ -82,8 +83,8 @@ class AgentMessage:
 class AgentReply:
     """A reply of an agent; `turn` null where it is not one of its turns.
 
-    `dropped_turns` were forgotten to make room. `durable`: the turn is on the disk. `adapted`: what
-    was changed in the messages so that this model could read them.
+    `dropped_turns`: how many were forgotten to make room. `durable`: the turn is on the disk.
+    `adapted`: what was changed in the messages so that this model could read them.
     """
 
     id: str
@@ -119,9 +120,9 @@ class AgentReply:
 
 @dataclass(frozen=True, slots=True)
 class TurnCard:
-    """A turn with what was said in it; `messages` null where only token ids are known.
+    """A turn with the messages that it added; null where only token ids are known.
 
-    All of its conversation where that does not go on from the turn before.
+    Where the conversation does not continue the turn before, all its messages are listed.
     """
 
     turn: int
@@ -141,7 +142,7 @@ class TurnCard:
 
 @dataclass(frozen=True, slots=True)
 class AgentTurns:
-    """What the agent's main line has said and heard."""
+    """The turns of the agent's main line, first to last."""
 
     agent: str
     turns: Sequence[TurnCard]
@@ -149,10 +150,10 @@ class AgentTurns:
 
 @dataclass(frozen=True, slots=True)
 class AgentVerified:
-    """Kept KV beside that of a cold run: blocks that differ by more than `bound` were dropped.
+    """The agent's KV compared with a cold run's.
 
-    `became_shared`: the agent was imported, and its KV can be found by everyone now; `durable`: the
-    disk has that as well.
+    Blocks that differ by more than `bound` were dropped. `became_shared`: the agent was imported,
+    and from now on others may reuse its KV; `durable`: the disk has that as well.
     """
 
     agent: str
@@ -197,7 +198,7 @@ class AgentErrorBody:
 
 
 def card_of(view: AgentView, shown: str, *, default_model: str) -> AgentCard:
-    """An agent as people see it, under the name that the caller knows it by."""
+    """Describe the agent under the name by which its caller knows it."""
     return AgentCard(
         id=shown,
         model=view.model or default_model,
@@ -217,7 +218,7 @@ def card_of(view: AgentView, shown: str, *, default_model: str) -> AgentCard:
 def details_of(
     card: AgentCard, settings: AgentSettings, system: str | None, *, durable: bool
 ) -> AgentDetails:
-    """The same where one asks for one agent."""
+    """Add to the card what is shown of a single agent."""
     return AgentDetails(
         **{field.name: getattr(card, field.name) for field in fields(card)},
         durable=durable,

@@ -1,4 +1,4 @@
-"""From the engine's events to the agents API's, and problems with the field that they are about."""
+"""Writes the engine's events, and problems, as the agents API has them."""
 
 from collections.abc import Sequence
 
@@ -8,13 +8,13 @@ from keepwarm.core.events import Completed, Delta, Event, Progress, Started
 from keepwarm.server.dialects.agents.answers import AgentError, AgentErrorBody, AgentReply
 from keepwarm.server.problems import Problem
 from keepwarm.server.reply.cache_report import CacheFields
-from keepwarm.server.reply.reply import HEARTBEAT
+from keepwarm.server.reply.sse import HEARTBEAT, frame
 
 _encode = msgspec.json.Encoder().encode
 
 
 class AgentEncoder:
-    """A reply of an agent: events that have names, and one document."""
+    """Writes an agent's reply, as events with names or as one document."""
 
     heartbeat = HEARTBEAT
 
@@ -23,31 +23,28 @@ class AgentEncoder:
 
     def event(self, choice: int, event: Event) -> bytes:
         if isinstance(event, Delta):
-            return _frame("delta", {"text": event.text}) if event.text else b""
+            return frame("delta", _encode({"text": event.text})) if event.text else b""
         if isinstance(event, Progress):
-            return _frame(
-                "progress", {"done_tokens": event.num_done, "total_tokens": event.num_total}
-            )
+            tokens = {"done_tokens": event.num_done, "total_tokens": event.num_total}
+            return frame("progress", _encode(tokens))
         if isinstance(event, Started):
-            return _frame("started", {"agent": self._agent, "cache": CacheFields.of(event.cache)})
+            begun = {"agent": self._agent, "cache": CacheFields.of(event.cache)}
+            return frame("started", _encode(begun))
         if isinstance(event, Completed):
-            return _frame("completed", AgentReply.of(event, self._agent))
+            return frame("completed", _encode(AgentReply.of(event, self._agent)))
         return b""
 
     def finish(self) -> bytes:
         return b""
 
     def failed(self, problem: Problem) -> bytes:
-        return b"event: error\ndata: " + error_body(problem) + b"\n\n"
+        return frame("error", error_body(problem))
 
     def whole(self, ends: Sequence[Completed]) -> bytes:
         return _encode(AgentReply.of(ends[0], self._agent))
 
 
 def error_body(problem: Problem) -> bytes:
+    """Write the problem as clients of the agents API read it."""
     error = AgentError(problem.kind, problem.message, problem.param)
     return _encode(AgentErrorBody(error))
-
-
-def _frame(name: str, value: object) -> bytes:
-    return f"event: {name}\ndata: ".encode() + _encode(value) + b"\n\n"

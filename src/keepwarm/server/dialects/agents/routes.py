@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Header, Query, Request
+from fastapi import APIRouter, Header, Query, Request
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
@@ -39,12 +39,12 @@ from keepwarm.server.dialects.agents.answers import (
 from keepwarm.server.dialects.agents.encode import AgentEncoder
 from keepwarm.server.dialects.agents.schema import AgentBody, ForkBody, MessagesBody, RollbackBody
 from keepwarm.server.dialects.agents.transfers import SentFile, Unanswered, remove
-from keepwarm.server.dialects.fields import limit_of, seed_of, stops_of
+from keepwarm.server.dialects.fields import limit_of, seed_of, stops_of, time_limits
 from keepwarm.server.edge.json_body import BodyRoute
 from keepwarm.server.problems import Unsupported
 from keepwarm.server.reply.json_answer import STREAMS, errors, json_answer
 from keepwarm.server.reply.tasks import unless_gone
-from keepwarm.server.serving import Serving, serving_of
+from keepwarm.server.serving import Serving, ServingOf
 
 router = APIRouter(
     prefix="/v1/agents",
@@ -52,8 +52,6 @@ router = APIRouter(
     tags=["agents"],
     responses=errors(AgentErrorBody),
 )
-
-ServingOf = Annotated[Serving, Depends(serving_of)]
 
 MAX_PAGE = 1000
 BUNDLE_TYPE = "application/x-tar"
@@ -146,8 +144,7 @@ async def send(
         seed=seed_of(body.seed),
         stop=stops_of(body.stop),
         priority=body.priority,
-        queue_timeout_s=serving.config.queue_timeout_s,
-        deadline_s=serving.config.deadline_s or None,
+        **time_limits(serving.config),
     )
     key = _receipt_key(idempotency_key, body)
     return await serving.answer(
@@ -243,7 +240,6 @@ async def export(name: str, request: Request, serving: ServingOf) -> Response:
             "X-Keepwarm-Left-Out-Tokens": str(summary.num_left_out),
             **({"X-Keepwarm-Damage": _header_safe(summary.damage)} if summary.damage else {}),
         },
-        patience_s=serving.config.slow_reader_s,
     )
 
 

@@ -1,4 +1,4 @@
-"""What the agents API takes. A field that is not here is an error that names it."""
+"""Bodies that the agents API takes. An unknown field is an error that names it."""
 
 from typing import Annotated, Any, Literal
 
@@ -12,13 +12,13 @@ Bytes = Annotated[int, Field(ge=0, le=1 << 62)]
 
 
 class Strict(BaseModel):
-    """Ours alone: a misspelt field would be silently without effect."""
+    """A body of Keepwarm's own API: it refuses unknown fields, which may be misspelt ones."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class AgentBody(Strict):
-    """What `PUT /v1/agents/{id}` sets; what is left out stays as it is, or at its default.
+    """The settings of an agent; what is left out stays as it is, or has its default.
 
     A `quota_bytes` of null lifts the quota.
     """
@@ -40,13 +40,14 @@ class NewMessage(Strict):
     tool_call_id: str | None = None
 
     def as_message(self) -> dict[str, Any]:
+        """Return the message without the fields that were not given."""
         return self.model_dump(exclude_none=True)
 
 
 class MessagesBody(Strict):
-    """The new message only: `content` as a user's, or `messages`.
+    """The new message only: `content`, which is a user's, or `messages`.
 
-    Without `model` the one answers that the agent talked to last.
+    Without `model`, the model that the agent talked to last answers.
     """
 
     model: str | None = None
@@ -71,13 +72,14 @@ class MessagesBody(Strict):
         return self
 
     def new_messages(self) -> list[dict[str, Any]]:
+        """List the new messages, whichever way they were given."""
         if self.messages is not None:
             return [message.as_message() for message in self.messages]
         return [{"role": "user", "content": self.content}]
 
 
 class ForkBody(Strict):
-    """`at_turn`: after so many turns; all of them where it is left out."""
+    """The new agent's name, and how many turns it knows: `at_turn`, or all."""
 
     new_id: str
     at_turn: int | None = Field(default=None, ge=0)

@@ -16,7 +16,6 @@ from starlette.types import Receive, Scope, Send
 
 from keepwarm.core.errors import BundleFailed
 from keepwarm.server.problems import TransferFailed
-from keepwarm.server.reply.reply import ABORT
 from keepwarm.server.reply.tasks import unless_gone
 
 PIECE_BYTES = 1 << 20
@@ -103,12 +102,9 @@ class Unanswered(Response):
 class SentFile(Response):
     """A file, which is removed afterwards. A client that does not take it is cut off."""
 
-    def __init__(
-        self, path: Path, *, media_type: str, headers: Mapping[str, str], patience_s: float
-    ) -> None:
+    def __init__(self, path: Path, *, media_type: str, headers: Mapping[str, str]) -> None:
         super().__init__(headers=headers, media_type=media_type)
         self._path = path
-        self._patience_s = patience_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -117,17 +113,13 @@ class SentFile(Response):
                 await unless_gone(Request(scope, receive), self._send(file, send))
         except ClientDisconnect:
             return
-        except TimeoutError:
-            scope.get(ABORT, lambda: None)()
         finally:
             await remove(self._path)
 
     async def _send(self, file: BinaryIO, send: Send) -> None:
-        """Raises TimeoutError when the client has not taken a piece in time."""
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(start)
         body = {"type": "http.response.body", "more_body": True}
         while piece := await asyncio.to_thread(file.read, PIECE_BYTES):
-            async with asyncio.timeout(self._patience_s):
-                await send({**body, "body": piece})
+            await send({**body, "body": piece})
         await send({"type": "http.response.body", "body": b""})

@@ -1,4 +1,4 @@
-"""From the engine's events to Anthropic's, and problems as its clients know them."""
+"""Writes the engine's events as Anthropic's, and problems as its clients know them."""
 
 import secrets
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ import msgspec
 from keepwarm.core.events import Completed, Delta, Event, FinishReason, Started
 from keepwarm.server.problems import Kind, Problem
 from keepwarm.server.reply.facts import Facts
+from keepwarm.server.reply.sse import frame
 
 _TYPES = {
     Kind.UNAUTHENTICATED: "authentication_error",
@@ -27,7 +28,7 @@ _TYPES = {
 _encode = msgspec.json.Encoder().encode
 
 
-# Its specification wants every field to be there, and null where there is nothing to say.
+# Anthropic's specification requires every field, and null where there is nothing to say.
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class MessageUsage:
 
     @classmethod
     def of(cls, prompt: int, cached: int, output: int, *, asks_for_cache: bool) -> "MessageUsage":
-        """What had to be computed was written to the cache, if the client asked for that."""
+        """Split the prompt's tokens; computed ones count as cache creation if the client asks."""
         new = prompt - cached
         return cls(0 if asks_for_cache else new, new if asks_for_cache else 0, cached, output)
 
@@ -62,7 +63,7 @@ class TextBlock:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A reply, or its beginning."""
+    """A message of the assistant, whole or as it begins."""
 
     id: str
     model: str
@@ -78,14 +79,14 @@ class Message:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MessageReply(Message):
-    """A whole reply, and how it came about."""
+    """A whole reply, with what was reused and ignored."""
 
     keepwarm: Facts
 
 
 @dataclass(frozen=True, slots=True)
 class TokenCount:
-    """How long a prompt would be."""
+    """The number of tokens that a prompt would have."""
 
     input_tokens: int
 
@@ -141,13 +142,14 @@ class MessageDelta(msgspec.Struct):
 
 
 class MessagesEncoder:
-    """`asks_for_cache`: new tokens are reported as written to the cache.
+    """Writes one request's reply.
 
-    `ignored` is what the request had in vain.
+    `asks_for_cache`: new tokens are reported as written to the cache. `ignored` names what the
+    request had in vain.
     """
 
     heartbeat = b'event: ping\ndata: {"type":"ping"}\n\n'
-    """Its clients skip these wherever they come."""
+    """Anthropic's clients skip a ping wherever it comes."""
 
     def __init__(self, model: str, *, asks_for_cache: bool, ignored: Sequence[str] = ()) -> None:
         self._id = f"msg_{secrets.token_hex(12)}"
@@ -159,16 +161,16 @@ class MessagesEncoder:
         if isinstance(event, Started):
             return self._start(event)
         if isinstance(event, Delta) and event.text:
-            return _frame("content_block_delta", _encode(BlockDelta(TextDelta(event.text))))
+            return frame("content_block_delta", _encode(BlockDelta(TextDelta(event.text))))
         if isinstance(event, Completed):
             return self._end(event)
         return b""
 
     def finish(self) -> bytes:
-        return _frame("message_stop", b'{"type":"message_stop"}')
+        return frame("message_stop", b'{"type":"message_stop"}')
 
     def failed(self, problem: Problem) -> bytes:
-        return _frame("error", error_body(problem))
+        return frame("error", error_body(problem))
 
     def whole(self, ends: Sequence[Completed]) -> bytes:
         (end,) = ends
@@ -184,15 +186,15 @@ class MessagesEncoder:
         message = Message(self._id, self._model, (), usage)
         block = {"type": "content_block_start", "index": 0, "content_block": TextBlock("")}
         return (
-            _frame("message_start", _encode({"type": "message_start", "message": message}))
-            + _frame("content_block_start", _encode(block))
+            frame("message_start", _encode({"type": "message_start", "message": message}))
+            + frame("content_block_start", _encode(block))
             + self.heartbeat
         )
 
     def _end(self, end: Completed) -> bytes:
         delta = MessageEnd(_stop_reason(end), end.stop_sequence)
         told = MessageDelta(delta, self._usage_of(end), Facts.of(end, self._ignored))
-        return _frame("content_block_stop", b'{"type":"content_block_stop","index":0}') + _frame(
+        return frame("content_block_stop", b'{"type":"content_block_stop","index":0}') + frame(
             "message_delta", _encode(told)
         )
 
@@ -205,7 +207,10 @@ class MessagesEncoder:
 
 
 def error_body(problem: Problem, request_id: str | None = None) -> bytes:
-    """With the request's id where the error is the whole answer."""
+    """Write the problem as Anthropic's clients read it.
+
+    It has the request's id where the error is the whole answer, and not an event in a stream.
+    """
     error = AnthropicError(
         type=_TYPES.get(problem.kind, "invalid_request_error"), message=problem.message
     )
@@ -218,7 +223,3 @@ def _stop_reason(end: Completed) -> str:
     if end.stop_sequence is not None:
         return "stop_sequence"
     return "max_tokens" if end.finish_reason is FinishReason.LENGTH else "end_turn"
-
-
-def _frame(name: str, data: bytes) -> bytes:
-    return f"event: {name}\ndata: ".encode() + data + b"\n\n"

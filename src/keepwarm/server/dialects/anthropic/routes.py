@@ -1,8 +1,6 @@
 """`/v1/messages` and `/v1/messages/count_tokens`."""
 
-from typing import Annotated
-
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from starlette.responses import Response
 
 from keepwarm.engine.requests import PromptSource
@@ -16,11 +14,9 @@ from keepwarm.server.dialects.anthropic.schema import Conversation, MessagesRequ
 from keepwarm.server.dialects.anthropic.translate import is_begun, messages_of, translate_messages
 from keepwarm.server.edge.json_body import BodyRoute
 from keepwarm.server.reply.json_answer import STREAMS, errors, json_answer
-from keepwarm.server.serving import Serving, serving_of
+from keepwarm.server.serving import ServingOf
 
 router = APIRouter(route_class=BodyRoute, tags=["Anthropic"], responses=errors(AnthropicErrorBody))
-
-ServingOf = Annotated[Serving, Depends(serving_of)]
 
 
 @router.post("/v1/messages", response_model=MessageReply, responses=STREAMS)

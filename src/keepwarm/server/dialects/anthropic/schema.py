@@ -1,16 +1,10 @@
-"""What Anthropic's clients send. Fields that are not here are ignored, with a note in the log."""
+"""Bodies that Anthropic's clients send. Unknown fields are ignored, and named in the answer."""
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
-from keepwarm.server.dialects.fields import Limit
-
-
-class Lenient(BaseModel):
-    """Keeps what it does not know, so that it can be noted."""
-
-    model_config = ConfigDict(extra="allow")
+from keepwarm.server.dialects.fields import Lenient, Limit
 
 
 def _as_blocks(content: object) -> object:
@@ -23,7 +17,7 @@ Blocks = Annotated[
     Field(fail_fast=True),
     BeforeValidator(_as_blocks, json_schema_input_type=str | list["ContentBlock"]),
 ]
-"""Content; bare text is a block of text."""
+"""A message's content; bare text becomes one block of text."""
 
 
 Inner = Annotated[
@@ -33,7 +27,7 @@ Inner = Annotated[
         json_schema_input_type=str | list["ContentBlock"],
     ),
 ]
-"""Content of a block; some results of the provider's own tools have one block without a list."""
+"""A block's content; some results of the provider's own tools are one block without a list."""
 
 
 class ContentBlock(Lenient):
@@ -58,13 +52,13 @@ class InputMessage(Lenient):
 
 
 class RequestMetadata(Lenient):
-    """Whose request it is."""
+    """The user of a request, and Claude Code's session."""
 
     user_id: str | None = None
 
 
 class Conversation(Lenient):
-    """What is sent to count tokens, and what is sent to be answered."""
+    """The fields that counting tokens and replying share."""
 
     model: str
     messages: list[InputMessage] = Field(min_length=1, fail_fast=True)

@@ -1,4 +1,4 @@
-"""From Anthropic's requests to the engine's."""
+"""Translates Anthropic's requests into the engine's."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 
 from keepwarm.core.errors import InvalidRequest
 from keepwarm.core.ports import Message
-from keepwarm.engine.prompt.old_messages import kept_messages, placeholder
+from keepwarm.engine.prompt.old_messages import kept_messages
 from keepwarm.engine.requests import GenerateRequest
 from keepwarm.server.dialects.anthropic.schema import (
     ContentBlock,
@@ -16,14 +16,20 @@ from keepwarm.server.dialects.anthropic.schema import (
     InputMessage,
     MessagesRequest,
 )
-from keepwarm.server.dialects.fields import limit_of, stops_of
+from keepwarm.server.dialects.fields import (
+    leave_out,
+    limit_of,
+    stops_of,
+    temperature_of,
+    time_limits,
+)
 from keepwarm.server.edge.caller import Caller
 from keepwarm.server.edge.identity import session_of
 from keepwarm.server.problems import Unsupported
 from keepwarm.server.settings import ServerConfig
 
 HARMLESS = frozenset({"service_tier", "context_management", "container", "inference_geo", "betas"})
-"""Fields that change nothing here and that many clients send; not worth a note."""
+"""Fields that many clients send and that change nothing here; the answer does not name them."""
 
 _THOUGHTS = frozenset({"thinking", "redacted_thinking"})
 _NOTHING: tuple[object, ...] = (None, [], {})
@@ -31,9 +37,9 @@ _NOTHING: tuple[object, ...] = (None, [], {})
 
 @dataclass(frozen=True, slots=True)
 class Translated:
-    """The request, the fields that were ignored, and whether the client asked for caching.
+    """The request, the names of ignored fields, and whether the client asked for caching.
 
-    Everything is cached here anyway; asking changes how the tokens are reported.
+    Everything is cached here anyway; asking only changes how the tokens are reported.
     """
 
     request: GenerateRequest
@@ -42,7 +48,10 @@ class Translated:
 
 
 def translate_messages(body: MessagesRequest, caller: Caller, config: ServerConfig) -> Translated:
-    """Raises InvalidRequest, and Unsupported for what would change the reply and cannot yet."""
+    """Translate a conversation.
+
+    Raises InvalidRequest, and Unsupported for fields that would have to change the reply.
+    """
     if (body.tool_choice or {}).get("type", "auto") not in ("auto", "none"):
         raise Unsupported("tool_choice", "tools cannot be called yet; only auto and none work")
     extra = body.model_extra or {}
@@ -51,7 +60,6 @@ def translate_messages(body: MessagesRequest, caller: Caller, config: ServerConf
             raise Unsupported(name, "schemas are not supported yet")
     left_out: list[str] = []
     messages = messages_of(body, left_out)
-    temperature = config.default_temperature if body.temperature is None else body.temperature
     user_id = body.metadata.user_id if body.metadata is not None else None
     request = GenerateRequest(
         agent_id=caller.agent_of(session_of(user_id), user_id),
@@ -59,20 +67,20 @@ def translate_messages(body: MessagesRequest, caller: Caller, config: ServerConf
         messages=messages,
         continue_final_message=is_begun(messages),
         max_tokens=limit_of(body.max_tokens),
-        temperature=0.0 if body.top_p == 0.0 else temperature,
+        temperature=temperature_of(body.temperature, body.top_p, config),
         top_p=body.top_p or 0.0,
         top_k=body.top_k or 0,
         stop=stops_of(body.stop_sequences),
-        queue_timeout_s=config.queue_timeout_s,
-        deadline_s=config.deadline_s or None,
+        **time_limits(config),
     )
     return Translated(request, (*_ignored(body), *left_out), _asks_for_cache(body))
 
 
 def messages_of(body: Conversation, left_out: list[str]) -> list[Message]:
-    """As the chat template wants them: the system prompt first, content as one text.
+    """Write the messages as the chat template wants them: system prompt first, content as one text.
 
-    What is no text is replaced by words and noted in `left_out`, but for the newest message's own.
+    Parts that are no text become words, and `left_out` takes their places; in the newest message
+    they raise Unsupported.
     """
     messages: list[Message] = []
     system = _text("system", body.system, None)
@@ -87,7 +95,7 @@ def messages_of(body: Conversation, left_out: list[str]) -> list[Message]:
 
 
 def is_begun(messages: Sequence[Message]) -> bool:
-    """Whether the last message is the beginning of the reply."""
+    """Whether the last message is the beginning of the reply, which the model continues."""
     return messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls")
 
 
@@ -99,7 +107,7 @@ def _is_begun(message: InputMessage) -> bool:
 def _messages_of(
     where: str, message: InputMessage, left_out: list[str], *, is_kept: bool
 ) -> Iterator[Message]:
-    """Results of tools are messages of their own, in their place among the rest."""
+    """Write one message; each result of a tool in it becomes a message of its own, in its place."""
     blocks = [(f"{where}.{n}", block) for n, block in enumerate(message.content)]
     for are_results, run in groupby(blocks, key=lambda pair: pair[1].type == "tool_result"):
         if are_results:
@@ -113,7 +121,7 @@ def _messages_of(
 def _spoken(
     role: str, blocks: Sequence[tuple[str, ContentBlock]], left_out: list[str] | None
 ) -> Message:
-    """Text and calls of tools; what an assistant thought is left out, as its own clients do."""
+    """Write text and tool calls as one message; thoughts are dropped, as Anthropic's API does."""
     calls = [_call_of(*pair) for pair in blocks if pair[1].type == "tool_use"]
     texts = [
         _text_of(where, block, left_out)
@@ -149,16 +157,14 @@ def _text(where: str, content: Sequence[ContentBlock] | None, left_out: list[str
 
 def _text_of(where: str, block: ContentBlock, left_out: list[str] | None) -> str:
     if block.type != "text":
-        if left_out is None:
-            raise Unsupported(where, f"has the type {block.type!r}; this model takes text only")
-        left_out.append(where)
-        return placeholder(block.type)
+        return leave_out(where, block.type, left_out)
     if block.text is None:
         raise InvalidRequest(f"{where}.text", "is missing")
     return block.text
 
 
 def _ignored(body: MessagesRequest) -> Iterator[str]:
+    """Name the fields that change nothing here and that the client may count on."""
     unknown = (body.model_extra or {}).items()
     yield from (k for k, value in unknown if k not in HARMLESS and value not in _NOTHING)
     if body.tools:
@@ -168,6 +174,7 @@ def _ignored(body: MessagesRequest) -> Iterator[str]:
 
 
 def _asks_for_cache(body: MessagesRequest) -> bool:
+    """Whether `cache_control` is set anywhere."""
     contents = (body.system or (), *(message.content for message in body.messages))
     tools = body.tools or ()
     return (
@@ -178,5 +185,5 @@ def _asks_for_cache(body: MessagesRequest) -> bool:
 
 
 def _is_marked(block: ContentBlock) -> bool:
-    """Itself, or a block inside a tool's result."""
+    """Whether the block, or one inside it, asks for caching."""
     return block.cache_control is not None or any(_is_marked(b) for b in block.content or ())

@@ -1,4 +1,4 @@
-"""From the engine's events to OpenAI's chunks and documents."""
+"""Writes the engine's events as OpenAI's chunks and documents."""
 
 import secrets
 import time
@@ -10,7 +10,7 @@ import msgspec
 from keepwarm.core.events import Completed, Delta, Event, FinishReason, Started
 from keepwarm.server.problems import Kind, Problem
 from keepwarm.server.reply.facts import Facts
-from keepwarm.server.reply.reply import HEARTBEAT
+from keepwarm.server.reply.sse import HEARTBEAT, unnamed_frame
 
 _TYPES = {
     Kind.UNAUTHENTICATED: "authentication_error",
@@ -26,7 +26,7 @@ _TYPES = {
 _CODES = {Kind.TOO_LONG: "context_length_exceeded", Kind.UNAUTHENTICATED: "invalid_api_key"}
 
 _encode = msgspec.json.Encoder().encode
-DONE = b"data: [DONE]\n\n"
+DONE = unnamed_frame(b"[DONE]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class CompletionUsage:
 
     @classmethod
     def of(cls, ends: Sequence[Completed], num_per_prompt: int) -> "CompletionUsage":
-        """A prompt counts once, however many replies it has; several are summed up."""
+        """Sum up over all replies; a prompt counts once, however many replies it has."""
         firsts = [end.usage for end in ends[::num_per_prompt]]
         prompt = sum(first.prompt_tokens for first in firsts)
         completion = sum(end.usage.completion_tokens for end in ends)
@@ -157,11 +157,12 @@ class OpenAIErrorBody:
 
 
 class _Encoder:
-    """`with_usage`: a last chunk has the token counts, and all others say that they have none.
+    """Writes one request's replies; what chats and bare text share.
 
-    Clients that do not say (None) get them with the chunk that ends the last choice: some show
-    token counts and never ask for them, and the others do not look. `ignored` is what the request
-    had in vain; `keepwarm`, which says so, is in the last chunk of a choice, or of all.
+    `with_usage`: a last chunk has the token counts, and all others have null. Where the client does
+    not say (None), the chunk that ends the last choice has them: some clients show token counts and
+    never ask for them, and the others do not look. `ignored` names what the request had in vain;
+    the object `keepwarm` of the last chunk repeats it.
     """
 
     prefix: str
@@ -189,7 +190,7 @@ class _Encoder:
         return (self._last((), self._usage()) if self._with_usage else b"") + DONE
 
     def failed(self, problem: Problem) -> bytes:
-        return frame(error_body(problem))
+        return unnamed_frame(error_body(problem))
 
     def _end(self, choice: int, end: Completed, last: ChatChunkChoice | TextChoice) -> bytes:
         self._ends[choice] = end
@@ -204,14 +205,14 @@ class _Encoder:
         return CompletionUsage.of(ends, self._num_per_prompt)
 
     def _frame(self, choices: Sequence[ChatChunkChoice | TextChoice]) -> bytes:
-        return frame(_encode(self._chunk_of(choices, None)))
+        return unnamed_frame(_encode(self._chunk_of(choices, None)))
 
     def _last(
         self, choices: Sequence[ChatChunkChoice | TextChoice], usage: CompletionUsage | None
     ) -> bytes:
         chunk = self._chunk_of(choices, usage)
         chunk.keepwarm = Facts.of(self._ends[0], self._ignored)
-        return frame(_encode(chunk))
+        return unnamed_frame(_encode(chunk))
 
     def _chunk_of(
         self, choices: Sequence[ChatChunkChoice | TextChoice], usage: CompletionUsage | None
@@ -227,7 +228,7 @@ class _Encoder:
 
 
 class ChatEncoder(_Encoder):
-    """`chat.completion` and its chunks."""
+    """Writes `chat.completion` and its chunks."""
 
     prefix = "chatcmpl"
 
@@ -258,7 +259,7 @@ class ChatEncoder(_Encoder):
 
 
 class TextEncoder(_Encoder):
-    """`text_completion`, whole and in chunks."""
+    """Writes `text_completion`, whole and in chunks."""
 
     prefix = "cmpl"
 
@@ -282,14 +283,12 @@ class TextEncoder(_Encoder):
 
 
 def finish_reason(end: Completed) -> str:
+    """Say why the reply ended, in OpenAI's words."""
     return "length" if end.finish_reason is FinishReason.LENGTH else "stop"
 
 
-def frame(data: bytes) -> bytes:
-    return b"data: " + data + b"\n\n"
-
-
 def error_body(problem: Problem) -> bytes:
+    """Write the problem as OpenAI's clients read it."""
     error = OpenAIError(
         message=problem.message,
         type=_TYPES.get(problem.kind, "invalid_request_error"),

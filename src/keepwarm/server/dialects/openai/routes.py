@@ -1,8 +1,9 @@
 """`/v1/chat/completions` and `/v1/completions`."""
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import TypeVar
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from starlette.responses import Response
 
 from keepwarm.server.dialects.openai.encode import (
@@ -13,48 +14,55 @@ from keepwarm.server.dialects.openai.encode import (
     TextEncoder,
 )
 from keepwarm.server.dialects.openai.schema import ChatRequest, CompletionRequest, Sampled
-from keepwarm.server.dialects.openai.translate import translate_chat, translate_completion
+from keepwarm.server.dialects.openai.translate import (
+    Translated,
+    translate_chat,
+    translate_completion,
+)
+from keepwarm.server.edge.caller import Caller
 from keepwarm.server.edge.json_body import BodyRoute
 from keepwarm.server.problems import Unsupported
 from keepwarm.server.reply.json_answer import STREAMS, errors
-from keepwarm.server.serving import Serving, serving_of
+from keepwarm.server.serving import Serving, ServingOf
+from keepwarm.server.settings import ServerConfig
 
 router = APIRouter(route_class=BodyRoute, tags=["OpenAI"], responses=errors(OpenAIErrorBody))
 
-ServingOf = Annotated[Serving, Depends(serving_of)]
+Body = TypeVar("Body", bound=Sampled)
 
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAMS)
 async def chat_completions(body: ChatRequest, serving: ServingOf) -> Response:
     """A reply to a conversation, streamed with `stream`."""
-    model = serving.model(body.model)
-    translated = translate_chat(body, serving.caller, serving.config_for(model))
-    encoder = ChatEncoder(
-        body.model,
-        num_choices=len(translated.requests),
-        num_per_prompt=translated.num_per_prompt,
-        with_usage=_with_usage(body),
-        ignored=translated.ignored,
-    )
-    return await serving.answer(
-        translated.requests,
-        encoder,
-        model=model,
-        stream=bool(body.stream),
-        ignored=translated.ignored,
-    )
+    return await _answered(body, serving, translate_chat, ChatEncoder)
 
 
 @router.post("/v1/completions", response_model=TextCompletion, responses=STREAMS)
 async def completions(body: CompletionRequest, serving: ServingOf) -> Response:
     """A continuation of bare text, whose special tokens count as such."""
+    return await _answered(body, serving, translate_completion, TextEncoder)
+
+
+@router.api_route("/v1/responses", methods=["POST", "GET"], include_in_schema=False)
+@router.api_route("/v1/embeddings", methods=["POST"], include_in_schema=False)
+async def not_yet() -> Response:
+    """Paths that are served only to tell a client what to use instead."""
+    raise Unsupported("path", "is not served yet; use /v1/chat/completions")
+
+
+async def _answered(
+    body: Body,
+    serving: Serving,
+    translate: Callable[[Body, Caller, ServerConfig], Translated],
+    encoder_type: type[ChatEncoder | TextEncoder],
+) -> Response:
     model = serving.model(body.model)
-    translated = translate_completion(body, serving.caller, serving.config_for(model))
-    encoder = TextEncoder(
+    translated = translate(body, serving.caller, serving.config_for(model))
+    encoder = encoder_type(
         body.model,
         num_choices=len(translated.requests),
         num_per_prompt=translated.num_per_prompt,
-        with_usage=_with_usage(body),
+        with_usage=body.stream_options.include_usage if body.stream_options else None,
         ignored=translated.ignored,
     )
     return await serving.answer(
@@ -64,15 +72,3 @@ async def completions(body: CompletionRequest, serving: ServingOf) -> Response:
         stream=bool(body.stream),
         ignored=translated.ignored,
     )
-
-
-@router.api_route("/v1/responses", methods=["POST", "GET"], include_in_schema=False)
-@router.api_route("/v1/embeddings", methods=["POST"], include_in_schema=False)
-async def not_yet() -> Response:
-    """Named, so that a client is told what to use instead."""
-    raise Unsupported("path", "is not served yet; use /v1/chat/completions")
-
-
-def _with_usage(body: Sampled) -> bool | None:
-    """None where the client does not say."""
-    return body.stream_options.include_usage if body.stream_options else None

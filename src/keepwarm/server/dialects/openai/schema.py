@@ -1,17 +1,17 @@
-"""What OpenAI's clients send. Fields that are not here are ignored, with a note in the log."""
+"""Bodies that OpenAI's clients send. Unknown fields are ignored, and named in the answer."""
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag
 
-from keepwarm.server.dialects.fields import Limit, Stop
+from keepwarm.server.dialects.fields import Lenient, Limit, Stop
 
 Text = Annotated[str, Field(min_length=1)]
 Ids = Annotated[list[int], Field(fail_fast=True)]
 
 
 def _kind_of_prompt(prompt: object) -> str:
-    """By its first item, so that a long list is not tried as each kind in turn."""
+    """Tell the kind by the first item, so that a long list is not tried as each kind in turn."""
     if not isinstance(prompt, list):
         return "text"
     first = prompt[0] if prompt else ""
@@ -27,14 +27,8 @@ PromptField = Annotated[
 ]
 
 
-class Lenient(BaseModel):
-    """Keeps what it does not know, so that it can be noted."""
-
-    model_config = ConfigDict(extra="allow")
-
-
 class ContentPart(Lenient):
-    """A part of a message's content; of the types only text is understood."""
+    """A part of a message's content; only text is understood."""
 
     type: str
     text: str | None = None
@@ -58,7 +52,7 @@ class StreamOptions(Lenient):
 
 
 class Sampled(Lenient):
-    """What both kinds of completion share."""
+    """The fields that chats and bare completions share."""
 
     model: str
     stream: bool | None = None

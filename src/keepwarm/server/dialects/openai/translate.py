@@ -1,4 +1,4 @@
-"""From OpenAI's requests to the engine's."""
+"""Translates OpenAI's requests into the engine's."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -6,9 +6,16 @@ from typing import Any
 
 from keepwarm.core.errors import InvalidRequest
 from keepwarm.core.ports import Message
-from keepwarm.engine.prompt.old_messages import kept_messages, placeholder
+from keepwarm.engine.prompt.old_messages import kept_messages
 from keepwarm.engine.requests import MAX_SEED, GenerateRequest
-from keepwarm.server.dialects.fields import limit_of, seed_of, stops_of
+from keepwarm.server.dialects.fields import (
+    leave_out,
+    limit_of,
+    seed_of,
+    stops_of,
+    temperature_of,
+    time_limits,
+)
 from keepwarm.server.dialects.openai.schema import (
     ChatMessage,
     ChatRequest,
@@ -23,10 +30,10 @@ from keepwarm.server.settings import ServerConfig
 HARMLESS = frozenset(
     {"metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "verbosity"}
 )
-"""Fields that change nothing here and that everybody sends; not worth a note."""
+"""Fields that most clients send and that change nothing here; the answer does not name them."""
 
 DEFAULT_COMPLETION_TOKENS = 16
-"""Of OpenAI's older API, where nobody says."""
+"""The default of OpenAI's older API."""
 
 _ROLES = {"function": "tool"}
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
@@ -34,9 +41,9 @@ _TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
 
 @dataclass(frozen=True, slots=True)
 class Translated:
-    """One request for each choice, and the fields that were ignored.
+    """The request for each choice, and the names of the fields that were ignored.
 
-    Each prompt has as many choices, one after the other: `num_per_prompt`.
+    The choices of one prompt, `num_per_prompt` of them, stand one after the other.
     """
 
     requests: tuple[GenerateRequest, ...]
@@ -45,7 +52,10 @@ class Translated:
 
 
 def translate_chat(body: ChatRequest, caller: Caller, config: ServerConfig) -> Translated:
-    """Raises InvalidRequest, and Unsupported for what would change the reply and cannot yet."""
+    """Translate a conversation.
+
+    Raises InvalidRequest, and Unsupported for fields that would have to change the reply.
+    """
     _refuse_sampling(body)
     _refuse_chat(body)
     roles = [message.role for message in body.messages]
@@ -72,7 +82,7 @@ def translate_chat(body: ChatRequest, caller: Caller, config: ServerConfig) -> T
 def translate_completion(
     body: CompletionRequest, caller: Caller, config: ServerConfig
 ) -> Translated:
-    """The same for bare prompts; several prompts are several choices."""
+    """Translate bare prompts; several prompts are several choices. Raises as `translate_chat`."""
     _refuse_sampling(body)
     for name in ("echo", "suffix", "logprobs"):
         if getattr(body, name) not in (None, False, ""):
@@ -94,10 +104,10 @@ def translate_completion(
 
 
 def message_of(index: int, message: ChatMessage, left_out: list[str] | None) -> Message:
-    """As the chat template wants it: known roles, content as one text.
+    """Write a message as the chat template wants it: known roles, content as one text.
 
-    What of an old message is no text is replaced by words and noted in `left_out`; None: it is a
-    new one, and refused.
+    `left_out` takes the places of an old message's parts that are no text; None: the message is
+    new, and such parts are refused with Unsupported.
     """
     fields: dict[str, Any] = {
         "role": _ROLES.get(message.role, message.role),
@@ -110,6 +120,7 @@ def message_of(index: int, message: ChatMessage, left_out: list[str] | None) -> 
 
 
 def unknown_fields(body: Sampled) -> tuple[str, ...]:
+    """Name the fields that the schema does not know and that are worth a note."""
     extra = (body.model_extra or {}).items()
     return tuple(name for name, value in extra if name not in HARMLESS and value is not None)
 
@@ -129,25 +140,20 @@ def _text_of_part(where: str, part: str | ContentPart, left_out: list[str] | Non
     text = part.refusal if part.type == "refusal" else part.text
     if part.type in (*_TEXT_PARTS, "refusal") and text is not None:
         return text
-    if left_out is None:
-        raise Unsupported(where, f"has the type {part.type!r}; this model takes text only")
-    left_out.append(where)
-    return placeholder(part.type)
+    return leave_out(where, part.type, left_out)
 
 
 def _request(body: Sampled, caller: Caller, config: ServerConfig, **fields: Any) -> GenerateRequest:
     seed = seed_of(body.seed)
-    temperature = config.default_temperature if body.temperature is None else body.temperature
     return GenerateRequest(
         namespace=caller.namespace,
-        temperature=0.0 if body.top_p == 0.0 else temperature,
+        temperature=temperature_of(body.temperature, body.top_p, config),
         top_p=body.top_p or 0.0,
         top_k=max(body.top_k or 0, 0),
         min_p=body.min_p or 0.0,
         seed=None if seed is None else seed & MAX_SEED,
         stop=stops_of(body.stop),
-        queue_timeout_s=config.queue_timeout_s,
-        deadline_s=config.deadline_s or None,
+        **time_limits(config),
         **fields,
     )
 
@@ -155,7 +161,10 @@ def _request(body: Sampled, caller: Caller, config: ServerConfig, **fields: Any)
 def _choices(
     request: GenerateRequest, n: int | None, config: ServerConfig
 ) -> tuple[GenerateRequest, ...]:
-    """The first is the agent's; the others find its KV by content, and differ by their seeds."""
+    """Repeat the request `n` times.
+
+    The first is the agent's; the others find its KV by content, and differ by their seeds.
+    """
     num_choices = n or 1
     if num_choices > config.max_choices:
         raise InvalidRequest("n", f"must be at most {config.max_choices}, not {num_choices}")
@@ -184,7 +193,10 @@ def _refuse_sampling(body: Sampled) -> None:
 
 
 def _refuse_chat(body: ChatRequest) -> None:
-    """What would have to change the reply. Tools that a model may leave unused are ignored."""
+    """Raise Unsupported for what would have to change the reply.
+
+    Tools that the model may leave unused are ignored instead: agent clients always send them.
+    """
     if (body.response_format or {}).get("type", "text") != "text":
         raise Unsupported("response_format", "only text is supported yet")
     if _is_forced(body.tool_choice) or _is_forced(body.function_call):
@@ -199,7 +211,10 @@ def _refuse_chat(body: ChatRequest) -> None:
 
 
 def _is_forced(choice: str | Mapping[str, Any] | None) -> bool:
-    """`allowed_tools` only says among which tools the model chooses, if its mode is `auto`."""
+    """Whether the model has to call a tool.
+
+    `allowed_tools` in the mode `auto` only narrows which tools the model chooses among.
+    """
     if isinstance(choice, Mapping) and choice.get("type") == "allowed_tools":
         allowed = choice.get("allowed_tools")
         choice = (allowed if isinstance(allowed, Mapping) else choice).get("mode")
