@@ -149,7 +149,7 @@ def test_settings_of_an_unknown_agent_make_none(server: FakeServer, command: str
 
 
 def test_verify(server: FakeServer, ada: str) -> None:
-    assert "is what it was computed to be" in run(server, "verify", ada).out
+    assert "ada equals a cold run" in run(server, "verify", ada).out
     assert run(server, "verify", ada, "--json").json["passed"]
 
 

@@ -1,4 +1,4 @@
-"""`keepwarm chat`: a conversation with one agent, which goes on where it was."""
+"""`keepwarm chat`: a conversation with one agent, which remembers earlier ones."""
 
 import sys
 from collections.abc import Iterator
@@ -19,11 +19,8 @@ from keepwarm.cli.client import (
     ServerEvent,
     Url,
     agent_path,
-    counted,
-    for_terminal,
-    waiting,
-    write_json,
 )
+from keepwarm.cli.terminal import counted, for_terminal, waiting, write_json
 from keepwarm.core.errors import KeepwarmError
 
 PROMPT = "> "
@@ -33,16 +30,15 @@ CONTINUED = "… "
 def chat(
     name: AgentName,
     message: Annotated[
-        str | None, typer.Argument(help="Say this and end. Without it: what is piped, or a chat.")
+        str | None, typer.Argument(help="A message to send; by default standard input, or a chat.")
     ] = None,
-    system: Annotated[
-        str | None, typer.Option(help="The system prompt, for an agent that is new.")
-    ] = None,
+    system: Annotated[str | None, typer.Option(help="The system prompt of a new agent.")] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="The longest reply; the context's end otherwise.")
+        int | None,
+        typer.Option(min=1, help="The longest reply; by default the rest of the context."),
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(min=0.0, max=100.0, help="0 is greedy; the server's otherwise.")
+        float | None, typer.Option(min=0.0, max=100.0, help="0 is greedy; by default the server's.")
     ] = None,
     url: Url = DEFAULT_URL,
     as_json: AsJson = False,
@@ -58,7 +54,7 @@ def chat(
 
 
 class Chat:
-    """One agent's conversation. The agent is created with the first message."""
+    """A conversation with one agent, which is created with its first message."""
 
     def __init__(
         self,
@@ -79,7 +75,7 @@ class Chat:
         self._check_system()
 
     def converse(self) -> None:
-        """Until Ctrl-D. An error ends the reply and not the chat."""
+        """Send what is typed, until Ctrl-D. An error ends the reply and not the chat."""
         self._greet()
         for message in self._messages():
             try:
@@ -90,7 +86,7 @@ class Chat:
                 self._aside.print(f"keepwarm: {error}", style="red", markup=False, soft_wrap=True)
 
     def say(self, message: str) -> None:
-        """One message and its reply. Raises Refused, NoServer, BadParameter."""
+        """Send one message and show its reply. Raises Refused, NoServer, BadParameter."""
         _check_message(message)
         self._create_if_new()
         body = {"content": message, "stream": True, **self._options}
@@ -105,7 +101,7 @@ class Chat:
         self._note(summary(end))
 
     def _shown(self, events: Iterator[ServerEvent], status: Status | None) -> dict[str, Any]:
-        """Show the reply as it comes; returns how it ended."""
+        """Show the reply as it comes, and return its last event's data."""
         for event in events:
             if event.name == "progress" and status is not None:
                 done, total = event.data["done_tokens"], event.data["total_tokens"]
@@ -116,7 +112,7 @@ class Chat:
                 self._show_text(event.data["text"])
             elif event.name == "completed":
                 return event.data
-        raise NoServer(f"the server at {self._client.url} hung up in the middle; send it again")
+        raise NoServer(f"the server at {self._client.url} hung up halfway; send the message again")
 
     def _show_text(self, text: str) -> None:
         if self._as_json:
@@ -125,7 +121,7 @@ class Chat:
         sys.stdout.flush()
 
     def _messages(self) -> Iterator[str]:
-        """What the person types; a line that ends with a backslash goes on in the next."""
+        """Yield the messages that are typed; a backslash at its end continues a line."""
         with suppress(ImportError):
             import readline  # noqa: F401 - gives `input` a history, and keys to edit with
         lines: list[str] = []
@@ -155,7 +151,7 @@ class Chat:
         tier = self._agent["tier"]
         self._note(f"{self._name} remembers {turns}, {tokens} ({tier}).")
         if tier == "cold":
-            with suppress(Refused):  # its KV then comes with the first message
+            with suppress(Refused):  # only a head start: the first message brings its KV as well
                 self._client.post(agent_path(self._name, "prefetch"))
 
     def _create_if_new(self) -> None:
@@ -167,8 +163,8 @@ class Chat:
         if self._agent is None or self._system in (None, self._agent["system"]):
             return
         raise Refused(
-            f"{self._name} has another system prompt already; leave --system out, or give the "
-            "new agent another name"
+            f"{self._name} has a different system prompt; leave --system out, or choose another "
+            "name for a new agent"
         )
 
     def _note(self, text: str) -> None:
@@ -176,7 +172,7 @@ class Chat:
 
 
 def summary(end: dict[str, Any]) -> str:
-    """One line about a reply: what was reused, how long it took, and what one should know."""
+    """Write one line about a reply: what was reused, how long it took, and warnings."""
     usage, timing = end["usage"], end["timing"]
     parts = [
         end["cache"]["tier"],
@@ -208,7 +204,7 @@ def _piped() -> str:
 
 
 def _check_message(message: str) -> None:
-    """Raises BadParameter for what cannot be sent: bytes that are no UTF-8, or nothing."""
+    """Raise BadParameter for a message that is not UTF-8, or blank."""
     try:
         message.encode()
     except UnicodeEncodeError as error:

@@ -1,12 +1,7 @@
-"""What `chat` and `agents` know of a server: where it is, how to ask, and what to say if it won't.
-
-Every error is one sentence with a remedy.
-"""
+"""Asks a server over HTTP, for `chat`, `agents` and `models`. Its errors say what to do."""
 
 import json
 import os
-import sys
-import unicodedata
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,11 +10,11 @@ from urllib.parse import quote, urlsplit
 
 import typer
 
+from keepwarm.cli.terminal import for_terminal
 from keepwarm.core.errors import InvalidRequest, KeepwarmError
 
 if TYPE_CHECKING:
     import httpx
-    from rich.status import Status
 
 DEFAULT_URL = "http://127.0.0.1:8642"
 ANSWER_S = 120.0
@@ -43,11 +38,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 class NoServer(KeepwarmError):
-    """Nobody answers, or somebody who is no Keepwarm server."""
+    """Nothing answers at the address, or something that is not a Keepwarm server."""
 
 
 class Refused(KeepwarmError):
-    """The server says no; `kind` is its word for why."""
+    """The server refused; `kind` is its name for the reason."""
 
     def __init__(self, message: str, kind: str = "") -> None:
         super().__init__(message)
@@ -56,14 +51,14 @@ class Refused(KeepwarmError):
 
 @dataclass(frozen=True, slots=True)
 class ServerEvent:
-    """One server-sent event."""
+    """A server-sent event, with its data."""
 
     name: str
     data: dict[str, Any]
 
 
 class Client:
-    """The agents API of one server."""
+    """The HTTP API of one server. Its methods raise Refused and NoServer."""
 
     def __init__(self, url: str) -> None:
         self.url = _base(url)
@@ -84,14 +79,14 @@ class Client:
     def post(
         self, path: str, body: Mapping[str, object] | None = None, *, patient: bool = False
     ) -> dict[str, Any]:
-        """`patient`: however long it takes."""
+        """Post and return the answer's JSON; `patient` waits however long it takes."""
         return self._json("POST", path, json=body, timeout=_timeout(None if patient else ANSWER_S))
 
     def delete(self, path: str) -> dict[str, Any]:
         return self._json("DELETE", path)
 
     def find_agent(self, name: str) -> dict[str, Any] | None:
-        """None: there is no such agent."""
+        """Get the agent; None if there is no agent of this name."""
         try:
             return self.get(agent_path(name))
         except Refused as error:
@@ -99,8 +94,10 @@ class Client:
                 return None
             raise
 
-    def upload(self, path: str, body: Iterator[bytes], num_bytes: int, **query: str) -> Any:
-        """A POST of so many bytes as they come."""
+    def upload(
+        self, path: str, body: Iterator[bytes], num_bytes: int, **query: str
+    ) -> dict[str, Any]:
+        """Post a body of `num_bytes` as it comes."""
         headers = {"Content-Length": str(num_bytes), "Content-Type": "application/x-tar"}
         return self._json(
             "POST", path, content=body, headers=headers, params=query, timeout=_timeout(None)
@@ -108,18 +105,18 @@ class Client:
 
     @contextmanager
     def download(self, path: str) -> "Iterator[httpx.Response]":
-        """The answer's head; its body is read by whoever asked."""
+        """Get a response whose body the caller reads."""
         with (
-            self._said_well(),
+            self._explained(),
             self._http.stream("GET", path, timeout=_timeout(None)) as response,
         ):
             _check(response, self.url)
             yield response
 
     def events(self, path: str, body: Mapping[str, object]) -> Generator[ServerEvent, None, None]:
-        """The events of a streamed reply. Ending the iterator early hangs up."""
+        """Post, and yield the events of the answer. Closing the iterator disconnects."""
         with (
-            self._said_well(),
+            self._explained(),
             self._http.stream(
                 "POST", path, json=body, timeout=_timeout(None), headers=_EVENTS
             ) as response,
@@ -131,14 +128,14 @@ class Client:
                 yield event
 
     def _json(self, method: str, path: str, **options: Any) -> dict[str, Any]:
-        with self._said_well():
+        with self._explained():
             response = self._http.request(method, path, **options)
             _check(response, self.url)
         return _document(response.content, self.url)
 
     @contextmanager
-    def _said_well(self) -> Iterator[None]:
-        """What goes wrong on the way becomes a sentence with a remedy."""
+    def _explained(self) -> Iterator[None]:
+        """Turn errors of the connection into NoServer, which says what to do."""
         import httpx
 
         try:
@@ -158,12 +155,12 @@ class Client:
 
 
 def agent_path(name: str, *more: str) -> str:
-    """`name` is checked here, because a wrong one would be another path."""
+    """Write the path of an agent, or of an action on it."""
     return "/".join(["/v1/agents", quote(name, safe=""), *more])
 
 
 def valid_name(name: str) -> str:
-    """A callback of Typer's: a wrong name is a wrong use of the command."""
+    """Check the name, as a callback of Typer's. Raises BadParameter."""
     from keepwarm.engine import requests
 
     try:
@@ -177,39 +174,11 @@ AgentName = Annotated[
 ]
 
 
-def write_json(value: object, *, indent: int | None = 2) -> None:
-    sys.stdout.write(json.dumps(value, indent=indent) + "\n")
-    sys.stdout.flush()
-
-
-@contextmanager
-def waiting(doing: str) -> "Iterator[Status | None]":
-    """A spinner, where a person looks on."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    with console.status(f"[dim]{doing}[/]") as status:
-        yield status
-
-
-def counted(number: int, noun: str) -> str:
-    """`1 turn`, `2 turns`."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
-def for_terminal(text: str) -> str:
-    """Without control characters: what was said may try to steer the terminal."""
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
-
-
 # -- inside ----------------------------------------------------------------------------------------
 
 
 def _base(url: str) -> str:
-    """The address as people write it, perhaps as OpenAI's clients want it."""
+    """Take the address as people write it, perhaps with the `/v1` of OpenAI's clients."""
     try:
         parts = urlsplit(url)
         is_address = parts.scheme in {"http", "https"} and bool(parts.hostname)
@@ -218,7 +187,7 @@ def _base(url: str) -> str:
         is_address = False
     if not is_address:
         raise typer.BadParameter(
-            f"{url!r} is no server's address; write it like {DEFAULT_URL}", param_hint="--url"
+            f"{url!r} is not a server's address; write it like {DEFAULT_URL}", param_hint="--url"
         )
     return url.rstrip("/").removesuffix("/v1")
 
@@ -231,13 +200,15 @@ def _http_client(url: str) -> "httpx.Client":
             base_url=url,
             headers=_key_header(),
             timeout=_timeout(ANSWER_S),
-            # Reading the certificates takes longer than most commands.
+            # Reading the certificates takes longer than most commands run.
             verify=url.startswith("https:"),
             # A proxy is for other machines.
             trust_env=urlsplit(url).hostname not in _LOOPBACK,
         )
     except httpx.InvalidURL as error:
-        raise typer.BadParameter(f"{url!r} is no address: {error}", param_hint="--url") from error
+        raise typer.BadParameter(
+            f"{url!r} is not an address: {error}", param_hint="--url"
+        ) from error
 
 
 def _timeout(read_s: float | None) -> "httpx.Timeout":
@@ -251,12 +222,14 @@ def _key_header() -> dict[str, str]:
     if not key:
         return {}
     if not key.isascii() or not key.isprintable():
-        raise typer.BadParameter("has characters that no key has", param_hint="KEEPWARM_API_KEY")
+        raise typer.BadParameter(
+            "has characters that keys cannot have", param_hint="KEEPWARM_API_KEY"
+        )
     return {"Authorization": f"Bearer {key}"}
 
 
 def _check(response: "httpx.Response", url: str) -> None:
-    """Raises Refused or NoServer unless the answer is a good one."""
+    """Raise Refused or NoServer unless the response is a success."""
     if response.is_success:
         return
     document = _document(response.read(), url, status=response.status_code)
@@ -278,7 +251,7 @@ def _document(raw: bytes, url: str, status: int = 200) -> dict[str, Any]:
 def _refusal(document: Mapping[str, Any]) -> Refused:
     error = document["error"]
     kind = str(error.get("type", ""))
-    message = for_terminal(str(error.get("message", "it says no"))).rstrip(".")
+    message = for_terminal(str(error.get("message", "it refused"))).rstrip(".")
     message = message.removeprefix("body: ")
     if kind == "unauthenticated":
         message = "the server wants an API key" + (
@@ -301,7 +274,7 @@ def _events(chunks: Iterator[bytes]) -> Iterator[ServerEvent]:
 
 
 def _lines(chunks: Iterator[bytes]) -> Iterator[str]:
-    """Ended by a newline only: httpx's own lines also end where a text has a U+2028."""
+    """Split at newlines only: httpx's own lines also end where a text has a U+2028."""
     rest = b""
     for chunk in chunks:
         *lines, rest = (rest + chunk).split(b"\n")

@@ -31,7 +31,7 @@ STYLE_OF_TIER = {
 
 @dataclass(slots=True)
 class Stage:
-    """What the live view shows of one agent, and the conversation so far."""
+    """One agent in the live view, and its conversation so far."""
 
     part: Part
     doing: str = "has not spoken yet"
@@ -41,7 +41,7 @@ class Stage:
 
 @dataclass(slots=True)
 class TurnResult:
-    """One turn as it ran, and what the same prompt costs an engine that remembers nothing."""
+    """A turn, and how long its prompt takes an engine that remembers nothing (`cold_s`)."""
 
     stage: Stage
     turn: int
@@ -51,6 +51,7 @@ class TurnResult:
 
     @property
     def first_token_s(self) -> float:
+        """Seconds from request to first token."""
         return self.completed.timing.first_token_s or 0.0
 
     @property
@@ -60,10 +61,10 @@ class TurnResult:
 
 
 HEADLINES = (
-    "Turn 1: nobody is known yet; what the briefs have in common is computed once",
+    "Turn 1: all agents are new; what their briefs have in common is computed once",
     "Turn 2: every agent's slab is still there (hot): nothing is copied, nothing computed again",
-    "Turn 3: say that memory was needed elsewhere: slabs have become blocks (warm), copied back",
-    "Turn 4: a new process, which has only the files of the one that was killed (cold)",
+    "Turn 3: as if memory was needed elsewhere: slabs were made blocks (warm), now copied back",
+    "Turn 4: a new process, which has only the files of the killed one (cold)",
 )
 KILL_HEADLINE = "The process is killed with SIGKILL, in the middle of a sentence"
 COLD_HEADLINE = "Turns 3 and 4 again, by an engine that remembers nothing: the context is prefilled"
@@ -72,11 +73,11 @@ DELTAS_BEFORE_KILL = 5
 
 
 class DemoFailed(KeepwarmError):
-    """The demo's process has ended with an error of Keepwarm's."""
+    """The demo's process ended with an error that Keepwarm raised."""
 
 
 class Player:
-    """The process that has the model. `kill` is SIGKILL: it gets no chance to save anything."""
+    """The process that has the model."""
 
     def __init__(self, model: str, folder: str) -> None:
         context = multiprocessing.get_context("spawn")
@@ -87,17 +88,18 @@ class Player:
         self._next()
 
     def _next(self) -> Any:
-        """What the process says next. Raises DemoFailed when it says why it has ended."""
+        """Receive the next message. Raises DemoFailed when it says why the process ended."""
         said = self._orders.recv()
         if isinstance(said, Refusal):
             raise DemoFailed(said.reason)
         return said
 
     def order(self, order: Order) -> None:
+        """Send the process an order, without waiting."""
         self._orders.send(order)
 
     def events(self, request: dict[str, Any], *, from_nothing: bool = False) -> Iterator[Event]:
-        """A request's events as they come, up to its Completed."""
+        """Run a request, and yield its events as they come, up to Completed."""
         self.order(Say(request, from_nothing))
         event = None
         while not isinstance(event, Completed):
@@ -105,16 +107,18 @@ class Player:
             yield event
 
     def kill(self) -> None:
+        """Kill the process with SIGKILL: it has no chance to save anything."""
         self._process.kill()
         self._process.join()
 
     def stop(self) -> None:
+        """Let the process save everything, and wait for its end."""
         self.order(Stop())
         self._process.join()
 
 
 class Demo:
-    """Directs the turns and keeps what there is to show."""
+    """Directs the turns, and keeps what the view shows."""
 
     def __init__(self, model: str, folder: str) -> None:
         self._model = model
@@ -125,7 +129,7 @@ class Demo:
         self.headline = ""
 
     def run(self) -> Iterator[None]:
-        """All turns; yields whenever there is something new to see."""
+        """Run all turns; yields whenever there is something new to show."""
         for turn, headline in enumerate(HEADLINES):
             if turn > LAST_WARM_TURN:
                 yield from self._kill_in_mid_sentence(self.stages[0], turn)
@@ -142,7 +146,7 @@ class Demo:
         yield
 
     def _turn(self, stage: Stage, turn: int) -> Iterator[None]:
-        """The agent is sent its new question only; the engine has the rest."""
+        """Send the agent its new question only; the engine has the rest."""
         request = _request(stage, turn)
         completed = yield from _watch(self._player.events(request), stage)
         result = TurnResult(stage, turn + 1, completed, _conversation(stage, turn))
@@ -164,12 +168,12 @@ class Demo:
                 break
         self._player.kill()
         for other in self.stages:
-            other.doing = "is gone: its process was killed"
+            other.doing = "gone: its process was killed"
         yield
         self._player = Player(self._model, self._folder)
 
     def _cold(self, result: TurnResult) -> Iterator[None]:
-        """The turn's prompt once more, for an engine that remembers nothing."""
+        """Run the turn's prompt once more, on an engine that remembers nothing."""
         request = {"messages": result.prompt, "max_tokens": 1}
         said = result.stage.said
         events = self._player.events(request, from_nothing=True)
@@ -188,7 +192,7 @@ def _request(stage: Stage, turn: int) -> dict[str, Any]:
 
 
 def _conversation(stage: Stage, turn: int) -> list[dict[str, str]]:
-    """All that was said up to the turn's question."""
+    """List the conversation up to the turn's question."""
     messages = [{"role": "system", "content": stage.part.system}]
     for question, reply in zip(stage.part.questions, stage.replies[:turn], strict=False):
         messages.append({"role": "user", "content": question})
@@ -217,7 +221,7 @@ def _show(event: Event, stage: Stage) -> None:
 
 
 def view(demo: Demo) -> Group:
-    """The live view: each agent, what it does and what it says; then the table so far."""
+    """Draw the live view: what each agent does and says, then the table so far."""
     panels = [
         Panel(
             Text(" ".join(stage.said.split()) or " "),
@@ -232,6 +236,7 @@ def view(demo: Demo) -> Group:
 
 
 def table(results: list[TurnResult]) -> Table:
+    """Draw the table of all turns so far."""
     grid = Table(
         title="context, cached: tokens; TTFT: from request to first token",
         title_style="dim",

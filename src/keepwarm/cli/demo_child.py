@@ -1,4 +1,4 @@
-"""The process of the demo that has the model, and that is killed in the middle of a sentence."""
+"""The demo's process with the model, which is killed in the middle of a sentence."""
 
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -18,7 +18,7 @@ READY = "ready"
 
 @dataclass(frozen=True, slots=True)
 class Say:
-    """A request; what `submit` takes. With `from_nothing`, to an engine that remembers nothing."""
+    """Run a request: the arguments of `submit`. `from_nothing`: on an engine without memory."""
 
     request: dict[str, Any]
     from_nothing: bool = False
@@ -47,9 +47,9 @@ class Refusal:
 
 
 def play(orders: Connection, model: str, folder: str) -> None:
-    """Do what is ordered; every event of a request goes back, the last one ends it.
+    """Obey orders until Stop; the events of a request are sent back, up to its Completed.
 
-    What Keepwarm raises on purpose goes back as its text.
+    An error that Keepwarm raises on purpose is sent back as a Refusal.
     """
     try:
         _play(orders, model, folder)

@@ -1,4 +1,4 @@
-"""What the demo's agents are told and asked: one house style that all share, a brief for each."""
+"""The demo's text: house rules that all agents share, a brief for each, and its questions."""
 
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ the book.
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One agent of the demo: its name, its own brief, and what it is asked turn after turn."""
+    """An agent of the demo: its name, its own brief, and its question of each turn."""
 
     agent_id: str
     brief: str
@@ -36,6 +36,7 @@ class Part:
 
     @property
     def system(self) -> str:
+        """The agent's system prompt."""
         return f"{HOUSE_RULES}\n{self.brief}"
 
 

@@ -1,4 +1,4 @@
-"""`keepwarm doctor`: what this machine offers, what is wrong with it, and what to do."""
+"""`keepwarm doctor`: examines this machine, and says what is wrong and what to do."""
 
 import json
 import os
@@ -28,6 +28,8 @@ _INSTALL = "pip install 'keepwarm[cpu]' (Linux), 'keepwarm[cuda]' (NVIDIA) or ke
 
 
 class Status(StrEnum):
+    """How serious a finding is."""
+
     OK = "ok"
     WARNING = "warning"
     ERROR = "error"
@@ -35,7 +37,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing looked at. A remedy goes with whatever is not ok."""
+    """One thing that was examined; `remedy` says what to do where it is not ok."""
 
     name: str
     status: Status
@@ -46,11 +48,11 @@ class Finding:
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
     selftest: Annotated[
-        bool, typer.Option("--selftest", help="Also run the experiments here (minutes).")
+        bool, typer.Option("--selftest", help="Also run the experiments here; takes minutes.")
     ] = False,
     model: Annotated[str, typer.Option(help="The self-test's model.")] = "smollm2",
 ) -> None:
-    """Say what this machine offers, what is wrong with it, and what to do."""
+    """Examine this machine, and say what is wrong and what to do."""
     findings = examine(keepwarm_home())
     if selftest:
         findings += self_tested(model)
@@ -63,7 +65,7 @@ def doctor(
 
 
 def examine(home: Path) -> list[Finding]:
-    """Every finding, in the order in which a person wants to read them."""
+    """Examine everything, in the order in which a person wants to read it."""
     return [
         _versions(),
         *_compute(),
@@ -74,7 +76,7 @@ def examine(home: Path) -> list[Finding]:
 
 
 def self_tested(model: str) -> list[Finding]:
-    """EXP-005 and EXP-006, short, on this device. Raises ModelLoadError."""
+    """Run EXP-005 and EXP-006, shortened, on this device. Raises ModelLoadError."""
     from keepwarm import load_model
     from keepwarm.bench.report import progress_bar
     from keepwarm.bench.selftest import run_selftest
@@ -118,7 +120,7 @@ def _version(dist: str) -> str | None:
 
 
 def _compute() -> Iterator[Finding]:
-    """The device, and how the CPU was prepared where it is the device."""
+    """Examine the device, and, where it is the CPU, its BLAS and its allocator."""
     try:
         from keepwarm.mlx_backend import CPU_SETUP
         from keepwarm.mlx_backend.device import current_device
@@ -145,19 +147,19 @@ def _blas(
         return Finding(
             "blas",
             Status.WARNING,
-            f"{detail}; equal products may differ in their last bits",
-            "Use MKL (x86-64) where byte-for-byte equal results matter; all else works",
+            f"{detail}; repeated products may differ in their last bits",
+            "Use MKL (x86-64) where results must be equal byte for byte; nothing else needs it",
         )
     return Finding("blas", Status.OK, f"{detail}, reproducible (MKL_CBWR={cbwr})")
 
 
 def _allocator(*, tuned: bool) -> Finding:
     if tuned:
-        return Finding("allocator", Status.OK, "malloc keeps its pages")
+        return Finding("allocator", Status.OK, "malloc keeps its memory")
     return Finding(
         "allocator",
         Status.WARNING,
-        "malloc gives pages back after use, which makes fresh arrays slow",
+        "malloc returns memory to the system after use, which makes new arrays slow",
         "Import keepwarm.mlx_backend before mlx, on a Linux with glibc",
     )
 
@@ -176,7 +178,7 @@ def _memory() -> Finding:
 
 
 def _available_bytes() -> int | None:
-    """Linux says; elsewhere free pages mean little, because caches give way."""
+    """Read Linux's estimate; elsewhere free pages say little, because caches make room."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except FileNotFoundError:
@@ -209,7 +211,7 @@ def _embedded_model(home: Path) -> Finding:
     try:
         from keepwarm.mlx_backend.loading.gguf import converted_folder, embedded_source, is_intact
     except ImportError:
-        return Finding("model", Status.ERROR, "not looked at without MLX", f"Run {_INSTALL}")
+        return Finding("model", Status.ERROR, "cannot be examined without MLX", f"Run {_INSTALL}")
     try:
         source = embedded_source()
     except ModelLoadError as error:
@@ -223,7 +225,7 @@ def _embedded_model(home: Path) -> Finding:
         "model",
         Status.WARNING,
         f"smollm2: {folder} is damaged",
-        "Nothing: it is set aside and converted again when next loaded",
+        "Do nothing: it is set aside, and converted again when next loaded",
     )
 
 
@@ -248,5 +250,5 @@ def _show(findings: list[Finding]) -> None:
 
 
 def _escaped(text: str) -> str:
-    """`keepwarm[cpu]` is a requirement, not rich's markup."""
+    """Escape brackets: `keepwarm[cpu]` is a requirement, not rich's markup."""
     return text.replace("[", r"\[")

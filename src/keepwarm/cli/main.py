@@ -1,4 +1,4 @@
-"""The `keepwarm` command: a list of its subcommands."""
+"""The `keepwarm` command and its subcommands."""
 
 import sys
 from typing import Annotated
@@ -46,7 +46,7 @@ app.add_typer(bench)
 
 
 def main() -> None:
-    """Errors that Keepwarm raises on purpose are one line, not a traceback."""
+    """Run the command; an error that Keepwarm raises on purpose is one line, not a traceback."""
     try:
         app()
     except KeepwarmError as error:

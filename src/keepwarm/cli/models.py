@@ -1,27 +1,17 @@
-"""`keepwarm models`: those of a running server, and fetching one before it is asked for."""
+"""`keepwarm models`: the models of a running server, and fetching one in advance."""
 
 from typing import Annotated, Any
 from urllib.parse import quote
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from keepwarm.cli.client import (
-    DEFAULT_URL,
-    AsJson,
-    Client,
-    NoServer,
-    Url,
-    counted,
-    for_terminal,
-    waiting,
-    write_json,
-)
+from keepwarm.cli.client import DEFAULT_URL, AsJson, Client, NoServer, Url
+from keepwarm.cli.terminal import console, counted, for_terminal, say, waiting, write_json
 
 models = typer.Typer(
     name="models",
-    help="The models of a running server. Exit code 1: refused or failed; 2: used wrongly.",
+    help="The models of a running server. Exit codes: 1: refused or failed; 2: wrong usage.",
     no_args_is_help=True,
 )
 
@@ -33,18 +23,18 @@ ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="The model's nam
 
 @models.command()
 def ls(url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
-    """All models, where each stands, and who is at it."""
+    """List all models: their states, and how many agents and requests they have."""
     with Client(url) as client:
         rows = client.get(PATH)["data"]
     if as_json:
         write_json(rows)
     else:
-        Console(highlight=False).print(_table(rows))
+        console().print(_table(rows))
 
 
 @models.command()
 def load(name: ModelName, url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
-    """Bring a model into memory; others make room where they have to."""
+    """Bring a model into memory; others make room if they must."""
     _bring(name, "load", url, as_json=as_json)
 
 
@@ -69,8 +59,7 @@ def pull(
     if as_json:
         write_json({"model": name, "folder": str(folder), "memory_bytes": needed_bytes})
     else:
-        size = f"{needed_bytes // MIB:,} MiB of memory when loaded"
-        Console(highlight=False).print(f"{name} is in {folder}; {size}", markup=False)
+        say(f"{name} is in {folder}; it takes {needed_bytes // MIB:,} MiB of memory when loaded")
 
 
 def _bring(name: str, verb: str, url: str, *, as_json: bool) -> None:
@@ -82,15 +71,15 @@ def _bring(name: str, verb: str, url: str, *, as_json: bool) -> None:
                 done = event.data
                 break
         else:
-            raise NoServer(f"the server at {client.url} hung up in the middle; look at its log")
+            raise NoServer(f"the server at {client.url} hung up halfway; its log may say why")
     if as_json:
         write_json(done)
     else:
-        Console(highlight=False).print(_sentence(done), markup=False)
+        say(_sentence(done))
 
 
 def _sentence(model: dict[str, Any]) -> str:
-    parts = [f"{for_terminal(model['id'])} is {model['state']}"]
+    parts = [f"{model['id']} is {model['state']}"]
     if model["state"] == "ready":
         parts.append(f"{model['memory_bytes'] // MIB:,} MiB")
         parts.append(f"{model['context_length']:,} tokens of context")

@@ -1,4 +1,4 @@
-"""`keepwarm serve`: the server, until it is told to stop."""
+"""`keepwarm serve`: runs the server until it is told to stop."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,13 +15,14 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Where to listen.")] = None,
     port: Annotated[int | None, typer.Option(help="0 takes a free one.")] = None,
     memory: Annotated[
-        str | None, typer.Option(help="What agents' KV may take in memory, like 4GiB.")
+        str | None, typer.Option(help="The most memory for agents' KV, like 4GiB.")
     ] = None,
     disk: Annotated[
-        str | None, typer.Option(help="What Keepwarm may take on disk, like 20GiB.")
+        str | None, typer.Option(help="The most disk for Keepwarm, like 20GiB.")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="A keepwarm.toml; the one here or at home otherwise.")
+        Path | None,
+        typer.Option(help="The settings file; by default keepwarm.toml here or in the home."),
     ] = None,
     setting: Annotated[
         list[str] | None,

@@ -24,12 +24,12 @@ from keepwarm.server.settings import ServerConfig
 from keepwarm.wiring import RunningServer, start_server
 
 FILES_BESIDE_CONNECTIONS = 512
-"""What the store, the model and refused connections may have open."""
+"""How many files the store, the model and refused connections may have open."""
 _WATCH_S = 0.5
 
 
 class _Server(uvicorn.Server):
-    """Ends with an exit code of its own: uvicorn's would raise the signal again at the end."""
+    """Ends with Keepwarm's exit code: uvicorn's own would raise the signal again at the end."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -42,20 +42,20 @@ class _Server(uvicorn.Server):
 
 
 def run_server(settings: Settings) -> bool:
-    """Serve until a signal says stop. Returns whether everything was saved in the end.
+    """Serve until a signal says stop. Returns whether everything was saved at the end.
 
     Raises ConfigError where it cannot listen, and what loading and opening raise.
     """
     configure_logs(settings.server.log_format)
     _allow_files(settings.server.max_connections + FILES_BESIDE_CONNECTIONS)
-    # mlx-lm makes a stream when it is imported; one of a thread that has ended aborts the exit.
+    # On this thread: mlx-lm makes a stream when it is imported, and where the thread that imported
+    # it has ended before the process, the exit aborts.
     import_module("keepwarm.mlx_backend.loading.loader")
     with _bound(settings.server) as listener, asyncio.Runner(loop_factory=_new_loop) as runner:
         return runner.run(_serve(settings, listener))
 
 
 async def _serve(settings: Settings, listener: socket.socket) -> bool:
-    """Returns whether everything was saved in the end."""
     console = Console(stderr=True)
     with console.status(f"Loading {settings.model.name} and the agents' catalogue"):
         running = await start_server(settings, keepwarm_home())
@@ -70,7 +70,7 @@ async def _serve(settings: Settings, listener: socket.socket) -> bool:
 
 
 def _allow_files(wanted: int) -> None:
-    """As far as the system lets us; its default may be fewer than the connections allowed."""
+    """Raise the limit of open files, as far as the system allows: its default may be too low."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < most:
@@ -78,13 +78,13 @@ def _allow_files(wanted: int) -> None:
 
 
 def _leave_at_once() -> NoReturn:
-    """Told to stop twice: the model's thread cannot be ended, and must not outlive Python."""
+    """End the process when it is told to stop twice: the engines' thread cannot be ended."""
     sys.stderr.write("keepwarm: stopped at once; what was not saved is computed again\n")
     os._exit(1)
 
 
 async def _stop_with_engine(running: RunningServer, server: uvicorn.Server) -> None:
-    """A server whose engine has ended for good would be deaf; it ends as well."""
+    """Stop the server when its engine has ended for good: it could answer nothing."""
     while not running.engine.has_ended:  # noqa: ASYNC110 - a thread ends, and sets no event here
         await asyncio.sleep(_WATCH_S)
     server.should_exit = True
@@ -104,7 +104,7 @@ def _announce(
 
 
 def _bound(config: ServerConfig) -> socket.socket:
-    """Listening before the model is loaded, so that a port in use is known at once."""
+    """Listen, before the model is loaded, so that a port in use is reported at once."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
         return socket.create_server((config.host, config.port), family=family, backlog=2048)
@@ -116,6 +116,6 @@ def _bound(config: ServerConfig) -> socket.socket:
 def _new_loop() -> asyncio.AbstractEventLoop:
     try:
         import uvloop
-    except ImportError:  # there is none for some platforms
+    except ImportError:  # some platforms have none
         return asyncio.new_event_loop()
     return uvloop.new_event_loop()
