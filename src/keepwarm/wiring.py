@@ -21,7 +21,7 @@ from keepwarm.fleet.fleet import Fleet, NewEngine, Weights
 from keepwarm.server.app import build_app
 from keepwarm.server.dialects.agents.transfers import Transfers
 from keepwarm.server.operations.metrics import Metrics
-from keepwarm.server.serving import House
+from keepwarm.server.serving import Shared
 from keepwarm.service.async_engine import AsyncEngine
 from keepwarm.service.model_registry import AutoLoad, Model, ModelRegistry, ModelSettings
 from keepwarm.service.model_swapper import ModelSource, ModelSwapper
@@ -109,8 +109,8 @@ async def start_server(
         await engine.stop(0.0)
         raise
     transfers = Transfers(home / TRANSFERS_FOLDER, settings.disk.free_floor_bytes)
-    house = House(engine, models, settings.server, metrics, transfers, int(time.time()))
-    return RunningServer(build_app(house), engine, models.registry.default.name, len(agents))
+    shared = Shared(engine, models, settings.server, metrics, transfers, int(time.time()))
+    return RunningServer(build_app(shared), engine, models.registry.default.name, len(agents))
 
 
 def registry_of(settings: Settings) -> ModelRegistry:

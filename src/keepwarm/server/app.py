@@ -1,4 +1,4 @@
-"""The application: which router answers which path, and how errors look."""
+"""The application: its routers, its middleware, and how errors are answered."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -23,28 +23,28 @@ from keepwarm.server.models import routes as models
 from keepwarm.server.operations import routes as operations
 from keepwarm.server.problems import problem_of
 from keepwarm.server.reply.facts import HEADERS
-from keepwarm.server.serving import VERSION, House
+from keepwarm.server.serving import VERSION, Shared
 
 DESCRIPTION = "A local LLM server in which every agent keeps its memory warm."
 
 ROUTERS = tuple(module.router for module in (openai, anthropic, agents, models, operations))
-"""In the order in which they are asked."""
+"""Routers in the order in which they are tried."""
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 
-def build_app(house: House) -> ASGIApp:
-    """Everything but the socket. The engine is started and stopped with the application."""
+def build_app(shared: Shared) -> ASGIApp:
+    """Put the application together: everything but the socket. Its end stops the engine."""
     api = FastAPI(
         title="Keepwarm",
         version=VERSION,
         description=DESCRIPTION,
-        lifespan=_lifespan_of(house),
+        lifespan=_lifespan_of(shared),
         redirect_slashes=False,
         docs_url=None,
         redoc_url=None,
     )
-    api.state.house = house
+    api.state.shared = shared
     for router in ROUTERS:
         api.include_router(router)
     api.mount(DOCS_FOLDER, StaticFiles(packages=[("fastapi_swagger", "resources")]))
@@ -56,11 +56,11 @@ def build_app(house: House) -> ASGIApp:
         Exception,
     ):
         api.add_exception_handler(error_type, _answer_error)
-    guarded: ASGIApp = Guard(api, house.config, house.metrics.observe_http)
-    if house.config.allowed_origins:
+    guarded: ASGIApp = Guard(api, shared.config, shared.metrics.observe_http)
+    if shared.config.allowed_origins:
         guarded = CORSMiddleware(
             guarded,
-            allow_origins=house.config.allowed_origins,
+            allow_origins=shared.config.allowed_origins,
             allow_methods=["*"],
             allow_headers=["*"],
             allow_private_network=True,
@@ -69,11 +69,11 @@ def build_app(house: House) -> ASGIApp:
     return TidyPaths(guarded)
 
 
-def _lifespan_of(house: House) -> Lifespan:
+def _lifespan_of(shared: Shared) -> Lifespan:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await house.engine.stop(house.config.shutdown_grace_s)
+        await shared.engine.stop(shared.config.shutdown_grace_s)
 
     return lifespan
 
@@ -81,15 +81,15 @@ def _lifespan_of(house: House) -> Lifespan:
 async def _answer_error(request: Request, error: Exception) -> Response:
     problem = problem_of(error)
     if problem.status < 500:
-        _let_go(error)
+        _drop_tracebacks(error)
     return error_response(request.scope, problem)
 
 
-def _let_go(error: BaseException | None) -> None:
-    """Of the frames that it passed, which hold the request and its body.
+def _drop_tracebacks(error: BaseException | None) -> None:
+    """Drop the error's tracebacks, whose frames hold the request and its body.
 
-    The framework's hold the error as well: a circle, which Python finds much later. Nobody shows
-    where a mistake of a client was raised.
+    The framework's frames hold the error in turn: a cycle, which Python would collect much later.
+    For a client's mistake no traceback is shown anyway.
     """
     while error is not None:
         error.__traceback__ = None

@@ -1,4 +1,4 @@
-"""What went wrong, once, for every dialect to say in its own shape."""
+"""Errors as clients are told of them: status, kind and message, for every dialect to write."""
 
 import math
 from collections.abc import Mapping
@@ -41,7 +41,7 @@ from keepwarm.core.errors import (
 
 
 class Kind(StrEnum):
-    """What a client can do about it."""
+    """The kind of a problem, by which a client decides what to do."""
 
     INVALID = "invalid_request"
     UNSUPPORTED = "unsupported"
@@ -66,7 +66,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """An error as every dialect needs to know it; `param` names the field that is wrong."""
+    """An error as dialects write it; `param` names the field that is wrong."""
 
     status: int
     kind: Kind
@@ -77,7 +77,7 @@ class Problem:
 
 
 class Unsupported(InvalidRequest):
-    """Something that this server cannot do yet, and does not pretend to."""
+    """The request needs something that this server cannot do."""
 
 
 class TransferFailed(KeepwarmError):
@@ -139,7 +139,7 @@ _KIND_OF_STATUS = {401: Kind.UNAUTHENTICATED, 403: Kind.FORBIDDEN, 404: Kind.NOT
 
 
 def problem_of(error: Exception) -> Problem:
-    """What a request that ended with this error is told."""
+    """Say what a client is told whose request ended with this error."""
     problem = _problem_of(error)
     param = None if problem.param is None else _encodable(problem.param)
     return replace(problem, message=_encodable(problem.message), param=param)
@@ -161,14 +161,14 @@ def _problem_of(error: Exception) -> Problem:
             if isinstance(error, ModelUnavailable):
                 retry_after_s = max(math.ceil(error.retry_s), 1)
             return Problem(status, kind, str(error), param, retry_after_s)
-    # Whatever is no error of ours goes on to uvicorn, which logs it and closes the connection.
+    # Starlette raises any other error again, and uvicorn logs it and closes the connection.
     headers = {"Connection": "close"}
     message = "an error inside the server; its log has the details"
     return Problem(500, Kind.INTERNAL, message, headers=headers)
 
 
 def _of_http(error: HTTPException) -> Problem:
-    """Of the framework's own: an unknown path, a wrong method, a body that cannot be read."""
+    """Describe the framework's own errors: an unknown path, a wrong method, an unreadable body."""
     if isinstance(error.__cause__, KeepwarmError):  # it was raised while the body was read
         return _problem_of(error.__cause__)
     kind = _KIND_OF_STATUS.get(error.status_code, Kind.INVALID)
@@ -178,7 +178,7 @@ def _of_http(error: HTTPException) -> Problem:
 
 
 def _of_validation(error: RequestValidationError) -> Problem:
-    """The first field that is wrong, by its path in the body."""
+    """Describe the first field that is wrong, by its path in the body."""
     first = error.errors()[0]
     where, *path = (str(part) for part in first["loc"])
     if first["type"] == "json_invalid":
@@ -188,5 +188,5 @@ def _of_validation(error: RequestValidationError) -> Problem:
 
 
 def _encodable(text: str) -> str:
-    """Clients may send half of a surrogate pair, and it may be quoted."""
+    """Escape half surrogate pairs, which clients may send and messages may quote."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -1,4 +1,4 @@
-"""What a route has at hand: the engine, the caller, and the one way to answer."""
+"""What a route works with: the engine, the caller, and the one way to answer."""
 
 import logging
 from collections.abc import Sequence
@@ -26,14 +26,17 @@ from keepwarm.service.model_swapper import ModelSwapper
 
 VERSION = version("keepwarm")
 CONNECTIONS = "keepwarm.connections"
-"""Where a scope has the connections that are open."""
+"""The key under which a scope holds the open connections."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class House:
-    """What all requests share. Belongs to the event loop's thread."""
+class Shared:
+    """What all requests share. Belongs to the event loop's thread.
+
+    `started`: when the server was started, in seconds since 1970.
+    """
 
     engine: AsyncEngine
     models: ModelSwapper
@@ -41,40 +44,39 @@ class House:
     metrics: Metrics
     transfers: Transfers
     started: int
-    """When the server was started, in seconds since 1970."""
     memory: MemoryReturn = field(default_factory=MemoryReturn)
 
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """What one request has at hand."""
+    """What one request works with: the shared parts, and its caller."""
 
-    house: House
+    shared: Shared
     caller: Caller
 
     @property
     def engine(self) -> AsyncEngine:
-        return self.house.engine
+        return self.shared.engine
 
     @property
     def config(self) -> ServerConfig:
-        return self.house.config
+        return self.shared.config
 
     def model(self, name: str) -> Model:
-        """By any of its names. Raises UnknownModel."""
-        return self.house.models.registry.resolve(name)
+        """Find a model by any of its names. Raises UnknownModel."""
+        return self.shared.models.registry.resolve(name)
 
     @property
     def default_model(self) -> str:
-        """Its name."""
-        return self.house.models.registry.default.name
+        """The default model's name."""
+        return self.shared.models.registry.default.name
 
     def known_model(self, name: str) -> Model:
-        """The same, but one that nobody has heard of stays unknown."""
-        return self.house.models.registry.resolve(name, may_add=False)
+        """Find a model without adding one for an unknown name. Raises UnknownModel."""
+        return self.shared.models.registry.resolve(name, may_add=False)
 
     def config_for(self, model: Model) -> ServerConfig:
-        """The server's, with the model's own sampling."""
+        """Return the server's settings with the model's own default temperature."""
         own = model.settings.temperature
         return self.config if own < 0.0 else replace(self.config, default_temperature=own)
 
@@ -88,9 +90,10 @@ class Serving:
         ignored: Sequence[str] = (),
         key: ReceiptKey | None = None,
     ) -> Response:
-        """Replies as the encoder says. They are submitted, and may be refused, when it is sent.
+        """Answer with replies to the requests, written by the encoder.
 
-        Without `model`, the one answers that the agent talked to last.
+        They are submitted, and may be refused, only when the response is sent. Without `model`, the
+        model that the agent talked to last answers. `ignored` names fields that change nothing.
         """
         if model is not None:
             requests = [replace(request, model=model.name) for request in requests]
@@ -108,13 +111,13 @@ class Serving:
 
 
 async def serving_of(request: Request) -> Serving:
-    """A dependency of the routes. Async, or it would run on a thread of a pool."""
-    house: House = request.app.state.house
-    return Serving(house, Caller(request.scope.get(ROLE, ANONYMOUS), request.headers))
+    """Make a route's Serving. Async, because FastAPI runs other dependencies on a pool's thread."""
+    shared: Shared = request.app.state.shared
+    return Serving(shared, Caller(request.scope.get(ROLE, ANONYMOUS), request.headers))
 
 
 async def admin_serving_of(request: Request) -> Serving:
-    """The same for what concerns everybody. Raises NotAllowed for a user's key."""
+    """Make the Serving of a route that needs an admin's key. Raises NotAllowed for a user's."""
     serving = await serving_of(request)
     serving.caller.must_be_admin()
     return serving

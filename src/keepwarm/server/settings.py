@@ -1,4 +1,4 @@
-"""How the server listens, whom it lets in, and how long it waits."""
+"""The settings of the server: where it listens, what it lets in, and how long it waits."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,13 +9,13 @@ from keepwarm.engine.requests import valid_namespace
 from keepwarm.service.model_registry import MAX_TEMPERATURE
 
 DEFAULT_NAMESPACE = "default"
-"""The one that is used without keys."""
+"""The namespace of callers where the server has no keys."""
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 _AT_LEAST = {
     "max_body_bytes": 1,
     "max_import_bytes": 1,
-    "max_head_bytes": 1 << 10,  # what browsers send takes about so much
+    "max_head_bytes": 1 << 10,  # about what browsers send
     "max_connections": 1,
     "max_messages": 1,
     "max_choices": 1,
@@ -31,7 +31,7 @@ _DURATIONS = (
 
 
 class LogFormat(StrEnum):
-    """How log lines are written: for people, or for machines."""
+    """The form of log lines: for people, or for machines."""
 
     CONSOLE = "console"
     JSON = "json"
@@ -39,25 +39,26 @@ class LogFormat(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
-    """How the server listens, whom it lets in, and how long it waits.
+    """Where the server listens, what it lets in, and how long it waits. Times are in seconds.
 
-    host, port: where it listens. api_keys: namespace to key; whoever has the key sees that
-    namespace's agents and shares KV with nobody else; the namespace "default" is the one that is
-    used without keys. admins: the namespaces whose keys may load and unload models and see the
-    figures of all; a key alone always may. allowed_hosts: values of `Host` beyond loopback's that
-    are answered when it listens on loopback. allowed_origins: web pages that may call it (CORS);
-    none by default. model_aliases: other names of the model that requests may use; `*` at the end
-    stands for anything. max_body_bytes: of a request; an import is bounded by max_import_bytes.
-    max_head_bytes: request line and headers together. max_connections: at once; further ones are
-    told so. head_timeout_s: for a whole head. body_timeout_s: how long a client may keep the server
-    waiting for its body, and a second longer for each 16 KiB of it. keep_alive_s: how long a
-    connection may be idle. max_messages: of a request, counting the parts of their contents.
+    host, port: where it listens. api_keys: namespace to key; a key opens the agents of its
+    namespace, which share KV with no other namespace; "default" is the namespace that is used
+    without keys. admins: the namespaces whose keys may load and unload models and see everyone's
+    figures; a single key always may. allowed_hosts: values of `Host`, beside loopback's, that are
+    answered when it listens on loopback. allowed_origins: web pages that may call it (CORS); none
+    by default. model_aliases: other names of the model that requests may use; `*` at the end stands
+    for anything. max_body_bytes: the largest body; an import is bounded by max_import_bytes.
+    max_head_bytes: request line and headers together. max_connections: open at once; further ones
+    get a 503. head_timeout_s: how long a whole head may take. body_timeout_s: how long the server
+    waits for a body, and a second more for each 16 KiB of it. keep_alive_s: how long a connection
+    may be idle. max_messages: messages of a request, counting the parts of their contents.
     max_choices: the largest `n`. rate_per_minute: requests per key, or per address without keys; 0
-    is any number. heartbeat_s: a stream is never silent for longer. queue_timeout_s: how long a
-    request may wait for its row. deadline_s: for its last token; 0 is for ever. slow_reader_s: how
-    long one write to a client may take. shutdown_grace_s: how long running replies may go on after
-    the server was told to stop. default_temperature: where a request gives none. log_format:
-    console or json. log_prompts: whether logs may hold what was said.
+    is no limit. heartbeat_s: a stream is never silent for longer. queue_timeout_s: how long a
+    request may wait for its row. deadline_s: how long a request may take in all; 0 is no limit.
+    slow_reader_s: how long a client may take to read what it was sent. shutdown_grace_s: how long
+    running replies may go on after the server was told to stop. default_temperature: where a
+    request gives none. log_format: console or json. log_prompts: whether logs may hold what was
+    said.
     """
 
     host: str = "127.0.0.1"
@@ -129,4 +130,5 @@ class ServerConfig:
 
     @property
     def is_loopback(self) -> bool:
+        """Whether it listens on loopback only."""
         return self.host in LOOPBACK

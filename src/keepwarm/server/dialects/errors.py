@@ -1,4 +1,4 @@
-"""Which dialect a path speaks, for errors that no route has seen."""
+"""Writes errors in the dialect that a path speaks, also where no route has seen the request."""
 
 from starlette.datastructures import Headers
 from starlette.responses import Response
@@ -11,7 +11,7 @@ from keepwarm.server.problems import Problem
 
 
 def error_response(scope: Scope, problem: Problem) -> Response:
-    """In the shape that the client of this path expects."""
+    """Answer with the problem, in the shape that the client of this path expects."""
     headers = dict(problem.headers)
     if problem.retry_after_s is not None:
         headers["Retry-After"] = str(problem.retry_after_s)
@@ -26,7 +26,7 @@ def error_response(scope: Scope, problem: Problem) -> Response:
 
 
 def is_anthropic(scope: Scope) -> bool:
-    """By its path, or by its header where both dialects have the path."""
+    """Whether the request is Anthropic's: by its path, or by its header on a shared path."""
     path: str = scope["path"]
     shared = path.startswith("/v1/models")
     return path.startswith("/v1/messages") or (

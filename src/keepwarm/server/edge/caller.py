@@ -1,4 +1,4 @@
-"""Who sent a request: whose namespace it is in, and how it names its agent."""
+"""Who sent a request: the namespace it is in, and the agent that it names."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,37 +12,39 @@ from keepwarm.server.problems import Kind, NotAllowed, Problem
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """`role` comes from the key, and is the owner's where none is asked for."""
+    """The sender of one request. `role` comes from its key; without keys it is the owner's."""
 
     role: Role
     headers: Mapping[str, str]
 
     @property
     def namespace(self) -> str:
+        """The namespace of the caller's agents; empty for the default one."""
         return self.role.namespace
 
     def agent_of(self, *fields: object) -> str | None:
-        """The agent's whole name, by the headers or the fields. Raises InvalidRequest."""
+        """Find the agent's whole name, by the headers or the fields. Raises InvalidRequest."""
         agent_id = agent_of(self.headers, *fields)
         return None if agent_id is None else in_namespace(self.namespace, agent_id)
 
     def agent(self, name: str) -> str:
-        """The whole name of an agent that is named in a path. Raises InvalidRequest."""
+        """Return the whole name of an agent that a path names. Raises InvalidRequest."""
         return in_namespace(self.namespace, valid_name(name))
 
     def stored_agent(self, name: str) -> str:
-        """The same for one that is there already, whose name may have been damaged on the disk."""
+        """Return the whole name of an agent on disk, whose name may be damaged and invalid."""
         return in_namespace(self.namespace, name)
 
     def must_be_admin(self) -> None:
-        """Raises NotAllowed for a user's key."""
+        """Raise NotAllowed for a user's key."""
         if not self.role.is_admin:
             message = "this needs an admin's key; see server.admins"
             raise NotAllowed(Problem(403, Kind.FORBIDDEN, message))
 
     def owns(self, agent_id: str) -> bool:
+        """Whether the agent is in the caller's namespace."""
         return home_namespace(agent_id) == self.namespace
 
     def shown(self, agent_id: str) -> str:
-        """An agent's name as its owner knows it."""
+        """Return the agent's name as its owner knows it, without its namespace."""
         return in_namespace("", agent_id)

@@ -1,4 +1,10 @@
-"""One connection: how much a client may send, and how long it may take, before it is trusted."""
+"""One connection: bounds in bytes and seconds for a client that is not trusted yet.
+
+It leans on uvicorn's own classes, as of 0.54: `HttpToolsProtocol` with its parser callbacks,
+`cycle`, `pipeline`, `send_400_response` and `timeout_keep_alive_handler`, and, for HTTP/1.0,
+`RequestResponseCycle.chunked_encoding` and `.expected_content_length`. Where a later version
+renames one, tests/server/test_bounds.py and test_pressure.py fail.
+"""
 
 import asyncio
 import logging
@@ -17,29 +23,31 @@ from keepwarm.server.serving import CONNECTIONS
 from keepwarm.server.settings import ServerConfig
 
 LINGER_S = 5.0
-"""How long a client may go on sending what is not read any more; a connection that is closed while
-something is unread is reset, and the client would lose its answer."""
+"""How long a refused client may go on sending what is not read any more. Closing a connection while
+something is unread resets it, and the client would lose its answer."""
 DRAIN_PAUSE_S = 0.05
-"""Between two looks at what is not read any more: it may come as fast as memory copies, and the
-processor is the model's."""
+"""The pause between two reads of what a refused client still sends: it may come as fast as memory
+copies, and the processor is the model's."""
 MAX_HEADERS = 256
-"""A short one takes more memory than bytes on the wire."""
+"""The most headers of a request: a short one takes more memory than bytes on the wire."""
 MAX_PIPELINED = 16
-"""Requests that wait on one connection for the reply to an earlier one."""
+"""The most requests that wait on one connection for the reply to an earlier one."""
 MAX_REFUSED = 64
-"""Connections beyond the bound that are told so; further ones are dropped without a word."""
+"""How many connections beyond the bound are answered with 503; further ones are dropped."""
 
 _PIECE_BYTES = 64 << 10
+"""How much is parsed between two looks at how much is unread."""
 
 _log = logging.getLogger(__name__)
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's, with bounds in bytes and seconds.
+    """uvicorn's protocol, with bounds in bytes and seconds.
 
-    Of what the parser keeps, only what it has not handed on yet can grow: a head, or the trailers
-    of a body. `_num_unread_bytes` counts it. The time for a body is the guard's affair, which knows
-    when it is waited for.
+    The parser keeps what it has not handed on yet, a head or the trailers of a body, and only that
+    can grow: `_num_unread_bytes` counts it. Bodies are bounded by `BoundedBody`, which knows when
+    the application waits for them. A client that does not read its answer is cut off here, after
+    `slow_reader_s`: replies and exports rely on that.
     """
 
     def __init__(self, *arguments: Any, bounds: ServerConfig, **options: Any) -> None:
@@ -53,7 +61,7 @@ class Connection(HttpToolsProtocol):
         self._deadline: asyncio.TimerHandle | None = None
         self._stuck: asyncio.TimerHandle | None = None
 
-    # -- what comes
+    # -- what the client sends
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -67,7 +75,7 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._awaits_head:
             self._expect_within(self._bounds.head_timeout_s)
-        # Whole bodies come in larger parts than these, and a head that is too long is noticed late.
+        # In pieces, because a head that is too long is noticed only after each.
         for start in range(0, len(data), _PIECE_BYTES):
             if self._is_deaf or self.transport.is_closing():
                 break
@@ -86,7 +94,7 @@ class Connection(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._awaits_head:
-            return  # it stands behind the body: not a header of the request
+            return  # a trailer, which follows the body
         if len(self.headers) >= MAX_HEADERS:
             message = f"there are more than {MAX_HEADERS} headers"
             self._stop_parser(Problem(431, Kind.TOO_LARGE, message))
@@ -115,7 +123,7 @@ class Connection(HttpToolsProtocol):
             self._met()
             self._expect_within(self._bounds.head_timeout_s)
 
-    # -- what goes
+    # -- what the client is sent
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -125,7 +133,7 @@ class Connection(HttpToolsProtocol):
             self._expect_within(LINGER_S)
 
     def timeout_keep_alive_handler(self) -> None:
-        """uvicorn's closes it, which waits for a client that has not read all."""
+        """End an idle connection. uvicorn's `close` would wait until the client has read all."""
         self.transport.abort()
 
     def pause_writing(self) -> None:
@@ -142,7 +150,7 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        """uvicorn's, for what its parser refuses and for what the callbacks above do."""
+        """Refuse what uvicorn's parser, or a callback above, has stopped at. uvicorn calls this."""
         self._refuse(self._refusal or Problem(400, Kind.INVALID, msg))
 
     # -- inside
@@ -158,7 +166,7 @@ class Connection(HttpToolsProtocol):
             self._deadline = None
 
     def _expect_reading(self) -> None:
-        """The client reads what it was sent, or loses its connection."""
+        """Abort the connection unless the client reads what it was sent, within `slow_reader_s`."""
         if self._stuck is None:
             self._stuck = self.loop.call_later(self._bounds.slow_reader_s, self.transport.abort)
 
@@ -187,7 +195,7 @@ class Connection(HttpToolsProtocol):
         return cycle is not None and not cycle.response_complete
 
     def _refuse(self, problem: Problem) -> None:
-        """Say so, unless a reply is under way, and read nothing more."""
+        """Answer with the problem, unless a reply is under way, and read nothing more."""
         self._is_deaf = True
         _log.info("refused a connection: %s", problem.message)
         if self._is_answering:
@@ -209,7 +217,7 @@ class Connection(HttpToolsProtocol):
             self.transport.resume_reading()
 
     def _stop_parser(self, problem: Problem) -> NoReturn:
-        """Out of one of its callbacks: it raises, and uvicorn calls `send_400_response`."""
+        """Raise out of one of the parser's callbacks; uvicorn then calls `send_400_response`."""
         self._refusal = problem
         raise _Refused
 
@@ -224,11 +232,11 @@ class Connection(HttpToolsProtocol):
 
 
 class _Refused(Exception):
-    """Stops the parser in the middle of what it was given."""
+    """Stops the parser in the middle of a piece."""
 
 
 def _document(problem: Problem) -> bytes:
-    """A whole response; nobody knows yet which dialect the client speaks."""
+    """Write a whole response, in OpenAI's shape: the dialect is not known yet."""
     body = error_body(problem)
     head = [
         f"HTTP/1.1 {problem.status} {HTTPStatus(problem.status).phrase}",
@@ -244,6 +252,7 @@ def _document(problem: Problem) -> bytes:
 async def _with(
     facts: Mapping[str, object], app: ASGIApp, scope: Scope, receive: Receive, send: Send
 ) -> None:
+    """Call the application with these facts in its scope."""
     scope.update(facts)
     if scope["type"] == "http" and scope["http_version"] == "1.0":
         send = _UntilClosed(send)
@@ -251,9 +260,9 @@ async def _with(
 
 
 class _UntilClosed:
-    """To a client of HTTP/1.0, which knows no chunks: a stream without a length ends by closing.
+    """Sends a stream without chunks to a client of HTTP/1.0, for which it ends by closing.
 
-    uvicorn sends chunks to everybody. nginx asks like this unless told otherwise.
+    uvicorn sends chunks to every client. nginx uses HTTP/1.0 unless it is told otherwise.
     """
 
     def __init__(self, send: Send) -> None:

@@ -1,6 +1,6 @@
-"""What happens to every request before anything reads it: its id, who may send it, how much of it.
+"""Checks every request before it is read: its id, its host and page, its key, its rate, its size.
 
-Plain ASGI, because it must not stand between a stream and its client.
+Plain ASGI: Starlette's own middleware would put a queue between a stream and its client.
 """
 
 import logging
@@ -30,18 +30,18 @@ HEALTH_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
 DOCS_FOLDER = "/docs-files"
 DOCS_FILES = (f"{DOCS_FOLDER}/swagger-ui-bundle.js", f"{DOCS_FOLDER}/swagger-ui.css")
 OPEN_PATHS = HEALTH_PATHS | {"/", "/docs", *DOCS_FILES, "/openapi.json", "/favicon.ico"}
-"""Answered without a key: they say nothing about anyone."""
+"""Paths that are answered without a key: they show nothing of any agent."""
 POLLED_PATHS = HEALTH_PATHS | {"/metrics", "/v1/stats"}
-"""Asked for again and again; their lines in the log are for who looks for them."""
+"""Paths that monitors poll; their log lines have the level DEBUG."""
 IMPORT_ROUTE = ("POST", "/v1/agents/import")
-"""The one whose body goes to the disk, and may be larger than memory."""
+"""The only route whose body goes to the disk, and may be larger than memory."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _access = logging.getLogger("keepwarm.access")
 
 
 class Guard:
-    """Wraps the whole application."""
+    """Wraps the whole application; `observe` is called with route, status and seconds of each."""
 
     def __init__(
         self, app: ASGIApp, config: ServerConfig, observe: Callable[[str, int, float], None]
@@ -58,7 +58,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         if scope["method"] == "HEAD":
-            # The same answer as to GET; the protocol, which has a scope of its own, sends no body.
+            # HEAD is answered like GET; uvicorn, which keeps the original scope, sends no body.
             scope = {**scope, "method": "GET"}
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
@@ -89,7 +89,7 @@ class Guard:
         await self._app(scope, readable(scope, body, max_bytes=limit), send)
 
     def _check_key(self, scope: Scope, headers: Headers) -> str:
-        """Sets the caller's role; returns what requests are counted by."""
+        """Set the caller's role in the scope; returns the name that its rate is counted under."""
         address = scope["client"][0] if scope.get("client") else ""
         scope[ROLE] = ANONYMOUS if self._keyring else OWNER
         if not self._keyring or scope["path"] in OPEN_PATHS:
@@ -124,13 +124,13 @@ class Guard:
 
 
 class _Watched:
-    """Passes on what is sent, with the request's id, and remembers the status."""
+    """Passes messages on to the client, adds the request's id, and remembers the status."""
 
     def __init__(self, send: Send, request_id: str) -> None:
         self._send = send
         self._request_id = request_id
         self.status = 499
-        """Until an answer begins: the client has gone."""
+        """499 until an answer begins: the client disconnected before it."""
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":

@@ -1,4 +1,4 @@
-"""Whose request it is: the agent that a standard client names, in whichever way it does."""
+"""Finds the agent that a standard client means, in whichever header or field it names it."""
 
 import hashlib
 import json
@@ -15,9 +15,10 @@ _SESSION_AT_END = re.compile(r"_session_([0-9a-f-]{36})")
 
 
 def agent_of(headers: Mapping[str, str], *fields: object) -> str | None:
-    """By the header `X-Agent-ID`, else a session's header, else the first of `fields` with a name.
+    """Find the agent's name in the header `X-Agent-ID`, else a session's header, else in `fields`.
 
-    `X-Agent-ID` must be an agent's name; of anything else a name is made. Raises InvalidRequest.
+    `X-Agent-ID` must be a valid name; any other text is turned into one. None: there is no name.
+    Raises InvalidRequest.
     """
     explicit = headers.get(EXPLICIT)
     if explicit is not None:
@@ -27,9 +28,9 @@ def agent_of(headers: Mapping[str, str], *fields: object) -> str | None:
 
 
 def session_of(user_id: str | None) -> str | None:
-    """The session that Claude Code names in `metadata.user_id`, beside its device and account.
+    """Find the session that Claude Code names in `metadata.user_id`, beside device and account.
 
-    That is JSON with a `session_id`; before, it was one string that ended with the session.
+    Newer versions send JSON with a `session_id`, older ones a string that ends with the session.
     """
     if user_id is None:
         return None
@@ -45,7 +46,7 @@ def session_of(user_id: str | None) -> str | None:
 
 
 def name_of(value: str) -> str:
-    """The value itself where it may be an agent's name, else a name that only it has."""
+    """Return the value where it is a valid name, else a readable name with the value's digest."""
     if re.fullmatch(NAME, value):
         return value
     readable = re.sub(r"[^A-Za-z0-9._:@+-]+", "-", value).strip("-._:@+")[:_MAX_READABLE]

@@ -11,7 +11,7 @@ from fastapi.routing import APIRoute
 
 from keepwarm.core.errors import InvalidRequest, TooManyMessages
 from keepwarm.engine.prompt.stop_strings import check_num_stops
-from keepwarm.server.serving import House
+from keepwarm.server.serving import Shared
 
 MAX_OBJECTS = 150_000
 """The most objects and lists in a body: each takes many times its length in memory."""
@@ -39,10 +39,10 @@ class _BoundedRequest(Request):
     async def json(self) -> Any:
         """Parse the body. Raises InvalidRequest where it exceeds a bound, and JSONDecodeError."""
         body = await self.body()
-        house: House = self.app.state.house
-        house.memory.came(len(body))
+        shared: Shared = self.app.state.shared
+        shared.memory.came(len(body))
         value = await asyncio.to_thread(parse, body) if len(body) > LARGE_BYTES else parse(body)
-        check_sizes(value, max_messages=house.config.max_messages)
+        check_sizes(value, max_messages=shared.config.max_messages)
         return value
 
 

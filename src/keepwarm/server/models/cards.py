@@ -1,4 +1,4 @@
-"""A model as people see it, and as the clients of two dialects do."""
+"""Models as the API shows them, to people and to the clients of two dialects."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -9,10 +9,10 @@ from keepwarm.service.model_registry import Model, ModelState
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """A model at one moment; `fingerprint`, memory and context once it was looked at.
+    """A model at one moment; `fingerprint`, memory and context are known once it has been loaded.
 
-    `requests` and `loads` are everybody's, and null for a user's key. `problem`: why it could not
-    be loaded.
+    `requests` and `loads` count all callers', and are null for a user's key. `problem`: why it
+    could not be loaded.
     """
 
     id: str
@@ -45,7 +45,7 @@ class ModelCard:
 
 @dataclass(frozen=True, slots=True)
 class ServedModel(ModelCard):
-    """The same as OpenAI's clients expect it; `agents` are the caller's that talked to it last."""
+    """A model as OpenAI's clients expect it; `agents`: how many of the caller's used it last."""
 
     object: str
     created: int

@@ -1,4 +1,4 @@
-"""`/v1/models`: which there are, where each stands, and bringing them in and out of memory."""
+"""`/v1/models`: lists models with their states, and brings them in and out of memory."""
 
 import asyncio
 import time
@@ -30,13 +30,13 @@ router = APIRouter(tags=["models"], responses=errors(OpenAIErrorBody | Anthropic
 _encode = msgspec.json.Encoder().encode
 
 POLL_S = 0.1
-"""Between two looks at where a model stands."""
+"""The pause between two looks at a model's state."""
 
 
 @router.get("/v1/models", response_model=ModelList | AnthropicModelPage)
 async def models(request: Request, serving: ServingOf) -> Response:
-    """The models that may be asked for, in the dialect of whoever asks."""
-    known = list(serving.house.models.registry)
+    """List the models that requests may name, in the client's dialect."""
+    known = list(serving.shared.models.registry)
     if is_anthropic(request.scope):
         cards = [_anthropic_card(model, serving) for model in known]
         return json_answer(AnthropicModelPage(cards, cards[0].id, cards[-1].id))
@@ -46,7 +46,7 @@ async def models(request: Request, serving: ServingOf) -> Response:
 
 @router.get("/v1/models/{name:path}", response_model=ServedModel | AnthropicModel)
 async def model(name: str, request: Request, serving: ServingOf) -> Response:
-    """One of them."""
+    """Show one model, in the client's dialect."""
     found = serving.known_model(name)
     if is_anthropic(request.scope):
         return json_answer(_anthropic_card(found, serving))
@@ -57,17 +57,17 @@ async def model(name: str, request: Request, serving: ServingOf) -> Response:
 async def load(name: str, request: Request, serving: AdminServingOf) -> Response:
     """Bring the model into memory; others make room where they have to.
 
-    With `Accept: text/event-stream` its states come as they change.
+    With `Accept: text/event-stream`, its states are sent as they change.
     """
     wanted = serving.model(name)
-    return await _brought(wanted, request, serving, serving.house.models.load(wanted.name))
+    return await _brought(wanted, request, serving, serving.shared.models.load(wanted.name))
 
 
 @router.post("/v1/models/{name:path}/unload", response_model=ServedModel, responses=STREAMS)
 async def unload(name: str, request: Request, serving: AdminServingOf) -> Response:
     """Take the model out of memory; its agents stay, and what it was answering brings it back."""
     wanted = serving.known_model(name)
-    return await _brought(wanted, request, serving, serving.house.models.unload(wanted.name))
+    return await _brought(wanted, request, serving, serving.shared.models.unload(wanted.name))
 
 
 async def _card(model: Model, serving: Serving) -> ServedModel:
@@ -75,18 +75,18 @@ async def _card(model: Model, serving: Serving) -> ServedModel:
 
 
 async def _num_agents(serving: Serving) -> Mapping[str, int]:
-    """By model, how many of the caller's agents talked to it last."""
+    """Count, by model, the caller's agents that talked to it last."""
     return await serving.engine.call(lambda fleet: fleet.count_agents(serving.caller.owns))
 
 
 def _card_of(model: Model, serving: Serving, num_agents: Mapping[str, int]) -> ServedModel:
-    created = serving.house.started
+    created = serving.shared.started
     number = num_agents.get(model.name, 0)
     return ServedModel.of_model(model, serving.caller, created=created, num_agents=number)
 
 
 def _anthropic_card(model: Model, serving: Serving) -> AnthropicModel:
-    created = datetime.fromtimestamp(serving.house.started, UTC)
+    created = datetime.fromtimestamp(serving.shared.started, UTC)
     shown = created.isoformat(timespec="seconds").replace("+00:00", "Z")
     return AnthropicModel(id=model.name, display_name=model.name, created_at=shown)
 
@@ -104,9 +104,9 @@ async def _brought(
 async def _progress(
     model: Model, serving: Serving, bringing: Awaitable[None]
 ) -> AsyncIterator[bytes]:
-    """A `state` event for each, comments in between, and `done` or `error` at last.
+    """Send an event `state` for each state, heartbeats in between, and `done` or `error` at last.
 
-    Whoever stops listening stops nothing.
+    Loading goes on when the client disconnects.
     """
     begun = time.monotonic()
     task = asyncio.ensure_future(bringing)

@@ -1,4 +1,4 @@
-"""Structured log lines, each with its request's id; what was said is never in them."""
+"""Structured log lines, each with its request's id."""
 
 import logging
 import sys
@@ -9,11 +9,11 @@ from keepwarm.server.edge.guard import request_id_of_context
 from keepwarm.server.settings import LogFormat
 
 TRACEBACKS = ("exception", "stack")
-"""Parts of a record that have several lines."""
+"""The parts of a record that may have several lines."""
 
 
 def configure_logs(log_format: LogFormat, level: int = logging.INFO) -> None:
-    """For the whole process, standard loggers included."""
+    """Set up logging for the whole process, standard loggers included."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(log_formatter(log_format))
     logging.basicConfig(level=level, handlers=[handler], force=True)
@@ -22,7 +22,7 @@ def configure_logs(log_format: LogFormat, level: int = logging.INFO) -> None:
 
 
 def log_formatter(log_format: LogFormat) -> logging.Formatter:
-    """How a record becomes text, whoever made it."""
+    """Make the formatter for records of Keepwarm's loggers and of all others."""
     shared: list[structlog.types.Processor] = [
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
@@ -46,10 +46,10 @@ def _renderers(log_format: LogFormat) -> list[structlog.types.Processor]:
 
 
 def _escape(_: object, __: str, event: structlog.types.EventDict) -> structlog.types.EventDict:
-    """One record is one line, and only a traceback has more, which are indented.
+    """Keep a record on one line; only a traceback has more lines, which are indented.
 
-    What clients send may be in any text: a path, a name, an error that quotes them. A line break
-    would begin a line of theirs, and an escape sequence would speak to the terminal.
+    Any text may quote a client: a path, a name, an error. A line break would let it forge a log
+    line, and an escape sequence would control the terminal.
     """
     for key, value in event.items():
         if not isinstance(value, str):
@@ -62,7 +62,7 @@ def _escape(_: object, __: str, event: structlog.types.EventDict) -> structlog.t
 
 
 def printable(text: str) -> str:
-    """Without control characters, line separators and marks that turn the direction of text."""
+    """Escape control characters, line separators and marks that turn the direction of text."""
     if text.isprintable():
         return text
     return "".join(

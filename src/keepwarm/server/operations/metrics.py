@@ -1,4 +1,4 @@
-"""What Prometheus is told: requests as they end, and everything else when it asks."""
+"""Metrics for Prometheus: requests are counted as they end, the rest is read when it asks."""
 
 import asyncio
 from collections.abc import Iterable, Iterator
@@ -45,11 +45,12 @@ class Metrics:
         )
 
     def observe_http(self, route: str, status: int, seconds: float) -> None:
+        """Count an HTTP request that has been answered, or whose client has gone (499)."""
         self._http.labels(route, str(status)).inc()
         self._http_s.observe(seconds)
 
     def observe_end(self, event: Completed | Failed) -> None:
-        """A request ended in the engine."""
+        """Count a request that has ended in the engine."""
         if isinstance(event, Failed):
             self._ended.labels(type(event.error).__name__).inc()
             return
@@ -68,7 +69,7 @@ class Metrics:
                 self._tpot_s.observe(rest_s / (usage.completion_tokens - 1))
 
     def text(self, snapshot: EngineSnapshot | None, num_connections: int) -> bytes:
-        """The exposition format; without the engine's own where it does not answer."""
+        """Write all metrics in Prometheus's text format; without a snapshot, HTTP's only."""
         self._connections.set(num_connections)
         self._tasks.set(len(asyncio.all_tasks()))
         text = generate_latest(self._registry)
@@ -83,7 +84,7 @@ class Metrics:
 
 
 class _OfSnapshot(Collector):
-    """The engine at one moment."""
+    """Makes metrics of the engine's snapshot."""
 
     def __init__(self, snapshot: EngineSnapshot) -> None:
         self._snapshot = snapshot

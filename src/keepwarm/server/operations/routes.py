@@ -1,4 +1,4 @@
-"""Operations: health, metrics, the page, and one snapshot of everything."""
+"""Health, metrics, statistics, the page, and the API's description."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -37,10 +37,10 @@ class Alive:
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """`ok`, `degraded` or `stopping`, and the default model.
+    """The status `ok`, `degraded` or `stopping`, and the default model.
 
-    Degraded, it answers as ever, and `causes` say what is wrong: a disk that refuses, or data that
-    was damaged.
+    A degraded server answers all the same; `causes` say what is wrong: a disk that refuses, or data
+    that was damaged.
     """
 
     status: str
@@ -50,7 +50,10 @@ class Readiness:
 
 @dataclass(frozen=True, slots=True)
 class Stats(EngineSnapshot):
-    """Everything at one moment; `num_agents` are the caller's, of whom `agents` were used last."""
+    """All figures at one moment.
+
+    `num_agents` counts the caller's agents; `agents` lists those that were used last.
+    """
 
     version: str
     models: Sequence[ModelCard]
@@ -61,7 +64,7 @@ class Stats(EngineSnapshot):
 
 @dataclass(frozen=True, slots=True)
 class UserStats:
-    """What a user's key shows: no figures of others, nor of all together."""
+    """The figures that a user's key shows: the caller's own, and the models."""
 
     version: str
     models: Sequence[ModelCard]
@@ -75,7 +78,7 @@ _NOT_READY: dict[int | str, dict[str, Any]] = {503: {"model": Readiness, "descri
 @router.get("/health", responses=_NOT_READY, response_model=Readiness)
 @router.get("/health/ready", responses=_NOT_READY, response_model=Readiness)
 async def ready(serving: ServingOf) -> Response:
-    """Whether requests are answered: 503 while the server stops, or when the engine has ended."""
+    """Say whether requests are answered: 503 while the server stops, and when it has broken."""
     is_serving, causes = serving.engine.is_serving, serving.engine.troubles
     status = ("degraded" if causes else "ok") if is_serving else "stopping"
     answer = Readiness(status, serving.default_model, causes)
@@ -84,7 +87,7 @@ async def ready(serving: ServingOf) -> Response:
 
 @router.get("/health/live", response_model=Alive)
 async def live() -> Response:
-    """Whether the process answers at all."""
+    """Answer as soon as the process runs."""
     return json_answer(Alive())
 
 
@@ -94,11 +97,11 @@ async def live() -> Response:
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
 async def metrics(request: Request, serving: AdminServingOf) -> Response:
-    """For Prometheus, with an admin's key where there are keys."""
+    """Write all metrics for Prometheus; needs an admin's key where there are keys."""
     snapshot = None
     if serving.engine.is_serving:
         snapshot = await serving.engine.call(lambda fleet: fleet.snapshot())
-    text = serving.house.metrics.text(snapshot, len(request.scope.get(CONNECTIONS, ())))
+    text = serving.shared.metrics.text(snapshot, len(request.scope.get(CONNECTIONS, ())))
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -106,7 +109,7 @@ async def metrics(request: Request, serving: AdminServingOf) -> Response:
 async def stats(
     serving: ServingOf, agents: Annotated[int, Query(ge=0, le=MAX_SHOWN_AGENTS)] = 50
 ) -> Response:
-    """Everything at one moment; of the caller's agents those that were used last."""
+    """Show all figures at one moment, and the caller's agents that were used last."""
     caller = serving.caller
     snapshot = await serving.engine.call(lambda fleet: fleet.snapshot())
     num_agents = await serving.engine.call(lambda fleet: fleet.count_agents(caller.owns).total())
@@ -117,7 +120,7 @@ async def stats(
         )
     own = UserStats(
         version=VERSION,
-        models=[ModelCard.of(model, caller) for model in serving.house.models.registry],
+        models=[ModelCard.of(model, caller) for model in serving.shared.models.registry],
         num_agents=num_agents,
         agents=[_card(view, serving) for view in mine],
     )
@@ -129,7 +132,7 @@ async def stats(
 
 @router.get("/", response_class=Response, include_in_schema=False)
 async def page() -> Response:
-    """Agents, tiers and rates, for people."""
+    """Show agents, tiers and rates, for people."""
     html = files("keepwarm.web").joinpath("index.html").read_bytes()
     headers = {"Content-Security-Policy": PAGE_POLICY}
     return Response(html, media_type="text/html; charset=utf-8", headers=headers)
@@ -137,7 +140,7 @@ async def page() -> Response:
 
 @router.get("/docs", response_class=Response, include_in_schema=False)
 async def docs() -> Response:
-    """Every route and field. FastAPI's own page would load its script from the net."""
+    """Show every route and field. FastAPI's own page would load its script from the net."""
     script, style = DOCS_FILES
     return get_swagger_ui_html(
         openapi_url="/openapi.json",

@@ -1,4 +1,4 @@
-"""What was reused of a prompt, and why not more, in every response."""
+"""Writes what was reused of a prompt, and why not more, for a header and for documents."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ HEADER = "X-Keepwarm-Cache"
 
 
 def header_of(cache: CacheReport) -> str:
-    """For a header, or a comment in a stream of events."""
+    """Write the report as the value of `X-Keepwarm-Cache`."""
     parts = {
         "tier": cache.tier.value,
         "cached": cache.cached_tokens,
@@ -24,9 +24,9 @@ def header_of(cache: CacheReport) -> str:
 
 @dataclass(frozen=True, slots=True)
 class CacheFields:
-    """What was reused, and why the prompt from its token `diverged_at` on was not.
+    """What was reused of a prompt, and why it was not from its token `diverged_at` on.
 
-    `message`: the number of the message that this token lies in.
+    `message`: the number of the message in which this token lies.
     """
 
     tier: Tier

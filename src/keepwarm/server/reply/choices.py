@@ -1,4 +1,4 @@
-"""The replies to one request: one, or as many as its `n` says, side by side."""
+"""The replies to one request, side by side: one, or as many as its `n` says."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -14,9 +14,9 @@ Merged = asyncio.Queue[tuple[int, Event]]
 
 
 class Choices:
-    """The first reply computes the prompt; the others begin when that is done, and find its KV.
+    """Submits the first request, and the others when its prompt is computed: they find its KV.
 
-    With a `key` there is one reply, which runs on when its client has gone.
+    With a `key` there is one reply, which runs on when its client disconnects.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class Choices:
         self._key = key
 
     async def events(self) -> AsyncGenerator[tuple[int, Event], None]:
-        """Submit, and give each event with the number of its reply until all have ended.
+        """Submit the requests, and yield each event with its reply's number until all have ended.
 
         The task that iterates owns the requests: closing the iterator ends them. Raises what
         `submit` raises, and the error that a reply failed with.
@@ -46,7 +46,7 @@ class Choices:
                     yield choice, _checked(event)
 
     async def _check_lengths(self) -> None:
-        """Of prompts that would be submitted when a stream has begun."""
+        """Refuse prompts that are too long now: they are submitted when the stream has begun."""
         for request in self._others:
             if request.source != self._first.source:
                 await self._engine.check_length(request)
@@ -70,7 +70,7 @@ class Choices:
 
 @asynccontextmanager
 async def _pumps() -> AsyncIterator[list[asyncio.Task[None]]]:
-    """None of them outlives the block."""
+    """Collect tasks; leaving the block ends them all."""
     pumps: list[asyncio.Task[None]] = []
     try:
         yield pumps
@@ -79,6 +79,7 @@ async def _pumps() -> AsyncIterator[list[asyncio.Task[None]]]:
 
 
 async def _pump(number: int, stream: EventStream, merged: Merged) -> None:
+    # `merged` holds one event: a stream whose turn it is not merges its own events meanwhile.
     async for event in stream:
         await merged.put((number, event))
 

@@ -1,7 +1,7 @@
-"""What Keepwarm says about a reply beside what its dialect has: in headers, and in the last chunk.
+"""What Keepwarm adds to a reply of any dialect: headers, and the object `keepwarm`.
 
-Headers come first, and are missing where a heartbeat had to begin the stream; the object `keepwarm`
-is in every reply.
+The object is in every reply, in a stream's last chunk. The headers come first, but are missing
+where a heartbeat had to begin the stream.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,17 +16,18 @@ ADAPTED = "X-Keepwarm-Adapted"
 HEADERS = (HEADER, IGNORED, ADAPTED)
 
 MAX_NOTES = 32
-"""In a header and in a document; what is left out is counted."""
+"""The most notes in a header or a document; what is left out is counted."""
 _MAX_CHARACTERS = 64
 _MAX_CHARACTERS_OF_NOTE = 120
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """`cache`: what was reused of the prompt, of the first one where there are several.
+    """The object `keepwarm`.
 
-    `ignored`: fields and contents of the request that changed nothing. `adapted`: what was changed
-    in its messages so that this model could read them.
+    `cache`: what was reused of the prompt, or of the first one of several. `ignored`: fields and
+    contents of the request that changed nothing. `adapted`: what was changed in its messages so
+    that this model could read them.
     """
 
     cache: CacheFields
@@ -39,7 +40,7 @@ class Facts:
 
 
 def headers_of(event: Started | Completed) -> dict[str, str]:
-    """What is known of a request when its reply begins."""
+    """Write the headers that are known when a reply begins."""
     headers = {HEADER: header_of(event.cache)}
     if event.adapted:
         headers[ADAPTED] = "; ".join(notes_of(event.adapted))
@@ -47,12 +48,12 @@ def headers_of(event: Started | Completed) -> dict[str, str]:
 
 
 def names_of(ignored: Iterable[str]) -> tuple[str, ...]:
-    """Each once, in order. Names of fields are the client's, and may be anything."""
+    """List each name once, sorted. Clients choose them, so they are made safe for a header."""
     return _bounded(sorted({_safe(name, _MAX_CHARACTERS) for name in ignored}))
 
 
 def notes_of(adapted: Iterable[str]) -> tuple[str, ...]:
-    """Each once, as they came."""
+    """List each note once, in the order in which they came."""
     return _bounded(list(dict.fromkeys(_safe(n, _MAX_CHARACTERS_OF_NOTE) for n in adapted)))
 
 
@@ -63,5 +64,5 @@ def _bounded(notes: Sequence[str]) -> tuple[str, ...]:
 
 
 def _safe(text: str, max_characters: int) -> str:
-    """For a header: neither control characters nor anything beyond ASCII."""
+    """Cut the text to what a header can hold: printable ASCII."""
     return "".join(c for c in text[:max_characters] if c.isascii() and c.isprintable())

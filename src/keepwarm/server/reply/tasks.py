@@ -1,4 +1,4 @@
-"""Tasks that a request begins: none outlives it, and none its client."""
+"""Tasks that a request begins: none outlives the request or its client."""
 
 import asyncio
 from collections.abc import Collection, Coroutine
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 async def ended(tasks: Collection["asyncio.Task[Any]"]) -> None:
-    """Cancel all of them, and wait until each has ended, however it does.
+    """Cancel all tasks, and wait until each has ended.
 
-    All are cancelled before anything is waited for: none goes on while another one ends, also where
-    the caller is cancelled once more.
+    All are cancelled before the first wait, so that none goes on while another ends, even where the
+    caller is cancelled once more.
     """
     for task in tasks:
         task.cancel()
@@ -22,17 +22,17 @@ async def ended(tasks: Collection["asyncio.Task[Any]"]) -> None:
         await asyncio.wait(tasks)
     for task in tasks:
         if not task.cancelled():
-            task.exception()  # seen, so that it is not reported as lost
+            task.exception()  # asyncio reports exceptions that were never looked at
 
 
 async def disconnected(receive: Receive) -> None:
-    """Return when the client has gone."""
+    """Return when the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Return what the work returns; a client that hangs up ends it. Raises ClientDisconnect."""
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Return what the work returns. A client that disconnects ends it: raises ClientDisconnect."""
     working = asyncio.create_task(work)
     tasks = (working, asyncio.create_task(disconnected(request.receive)))
     try:

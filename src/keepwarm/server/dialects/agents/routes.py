@@ -1,4 +1,4 @@
-"""`/v1/agents` and everything below it. Names in paths are the caller's own."""
+"""`/v1/agents` and all paths below it. Names in paths are without the caller's namespace."""
 
 import hashlib
 import json
@@ -43,7 +43,7 @@ from keepwarm.server.dialects.fields import limit_of, seed_of, stops_of, time_li
 from keepwarm.server.edge.json_body import BodyRoute
 from keepwarm.server.problems import Unsupported
 from keepwarm.server.reply.json_answer import STREAMS, errors, json_answer
-from keepwarm.server.reply.tasks import unless_gone
+from keepwarm.server.reply.tasks import unless_disconnected
 from keepwarm.server.serving import Serving, ServingOf
 
 router = APIRouter(
@@ -64,7 +64,7 @@ async def list_agents(
     limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 100,
     after: str | None = None,
 ) -> Response:
-    """The caller's agents by name, a page at a time: `after` is the last name one has."""
+    """List the caller's agents by name, a page at a time; `after` is the last name so far."""
     caller, default = serving.caller, serving.default_model
 
     def one_more(views: Sequence[AgentView]) -> list[AgentView]:
@@ -83,7 +83,7 @@ async def list_agents(
     responses={201: {"model": AgentDetails, "description": "The agent is new"}},
 )
 async def put_agent(name: str, body: AgentBody, serving: ServingOf) -> Response:
-    """Create the agent, or change the settings of one that is there. The same again is the same."""
+    """Create the agent, or change its settings where it exists; may be repeated."""
     if body.kv_policy not in (None, "exact"):
         raise Unsupported("kv_policy", f"{body.kv_policy!r} does not exist yet; only exact does")
     agent_id = serving.caller.agent(name)
@@ -99,13 +99,13 @@ async def put_agent(name: str, body: AgentBody, serving: ServingOf) -> Response:
 
 @router.get("/{name}", response_model=AgentDetails)
 async def get_agent(name: str, serving: ServingOf) -> Response:
-    """The agent with its settings."""
+    """Show the agent with its settings."""
     return await _shown(serving, serving.caller.agent(name))
 
 
 @router.delete("/{name}", response_model=AgentDeleted)
 async def delete_agent(name: str, serving: ServingOf) -> Response:
-    """The agent and what only it owned are gone, from the disk as well.
+    """Delete the agent and what only it owned, from the disk as well.
 
     Where the disk refuses, the answer is 507, and the agent is as it was.
     """
@@ -123,10 +123,10 @@ async def send(
     serving: ServingOf,
     idempotency_key: Annotated[str | None, Header()] = None,
 ) -> Response:
-    """Send the new message only; the agent knows the rest. One after the other for each agent.
+    """Send the agent a new message; it knows the rest. Each agent answers one message at a time.
 
-    With an `Idempotency-Key` a request that is sent again runs once, also across a restart; it
-    then runs to its end when the client hangs up.
+    With an `Idempotency-Key`, a request that is sent again runs once, also across a restart; it
+    then runs to its end even when the client disconnects.
     """
     agent_id = serving.caller.agent(name)
     model = None if body.model is None else serving.model(body.model)
@@ -154,7 +154,7 @@ async def send(
 
 @router.post("/{name}/fork", status_code=201, response_model=AgentDetails)
 async def fork(name: str, body: ForkBody, serving: ServingOf) -> Response:
-    """A new agent that knows what this one knew after `at_turn` turns; nothing is copied."""
+    """Make a new agent that knows what this one knew after `at_turn` turns; nothing is copied."""
     agent_id, new_id = serving.caller.agent(name), serving.caller.agent(body.new_id)
 
     def apply(fleet: Fleet) -> tuple[Commit, AgentDetails]:
@@ -167,7 +167,7 @@ async def fork(name: str, body: ForkBody, serving: ServingOf) -> Response:
 
 @router.post("/{name}/rollback", response_model=AgentDetails)
 async def rollback(name: str, body: RollbackBody, serving: ServingOf) -> Response:
-    """Forget everything after so many turns."""
+    """Forget everything after the given number of turns."""
     return await _changed(serving, name, lambda engine, i: engine.rollback(i, turn=body.turn))
 
 
@@ -189,17 +189,17 @@ async def prefetch(name: str, serving: ServingOf) -> Response:
 async def verify(name: str, request: Request, serving: ServingOf) -> Response:
     """Compute the agent's KV anew and compare; takes a prefill, beside the requests.
 
-    Whatever else is asked of the agent calls it off, with a 409; what has differed by then is
+    Any other request for the agent interrupts it, with a 409; blocks that have differed by then are
     dropped.
     """
     agent_id = serving.caller.agent(name)
-    report = await unless_gone(request, serving.engine.verify(agent_id))
+    report = await unless_disconnected(request, serving.engine.verify(agent_id))
     return json_answer(AgentVerified.of(report, name))
 
 
 @router.get("/{name}/turns", response_model=AgentTurns)
 async def turns(name: str, serving: ServingOf) -> Response:
-    """What was said in each turn."""
+    """List the agent's turns, with what was said in each."""
     agent_id = serving.caller.agent(name)
     found = await serving.engine.call_at(agent_id, lambda engine: engine.turns(agent_id))
     before = (None, *found)
@@ -212,13 +212,15 @@ async def turns(name: str, serving: ServingOf) -> Response:
 
 @router.get("/{name}/export", response_class=Response, responses={200: _BUNDLE})
 async def export(name: str, request: Request, serving: ServingOf) -> Response:
-    """The agent with its KV as one file, for another machine; in a reply, as its last turn left it.
+    """Send the agent with its KV as one file, for another machine.
 
-    The header `X-Keepwarm-Left-Out-Tokens` says of how many tokens the disk had not taken the KV.
-    Of a damaged agent the file has what can be read, and `X-Keepwarm-Damage` says what is wrong.
+    While the agent replies, the file has it as its last turn left it. The header
+    `X-Keepwarm-Left-Out-Tokens` counts tokens whose KV is not in the file, because the disk had not
+    taken it. The file of a damaged agent has what can be read, and `X-Keepwarm-Damage` says what is
+    wrong.
     """
     agent_id = await _stored_agent(serving, name)
-    transfers = serving.house.transfers
+    transfers = serving.shared.transfers
     with transfers.failing():
         path = await transfers.new_path()
 
@@ -226,7 +228,7 @@ async def export(name: str, request: Request, serving: ServingOf) -> Response:
             fleet.begin_export(agent_id, path, answer)
 
         try:
-            summary = await unless_gone(request, serving.engine.work(begin))
+            summary = await unless_disconnected(request, serving.engine.work(begin))
         except BaseException as error:
             await remove(path)
             if isinstance(error, ClientDisconnect):
@@ -252,9 +254,9 @@ async def export(name: str, request: Request, serving: ServingOf) -> Response:
 async def import_agent(
     request: Request, serving: ServingOf, name: Annotated[str | None, Query(alias="id")] = None
 ) -> Response:
-    """An agent out of a file that `export` gave, anywhere: the body. `id` gives it another name."""
+    """Import an agent from a file that `export` made: the body. `id` gives it another name."""
     agent_id = None if name is None else serving.caller.agent(name)
-    transfers, namespace = serving.house.transfers, serving.caller.namespace
+    transfers, namespace = serving.shared.transfers, serving.caller.namespace
     with transfers.failing():
         path = await transfers.new_path()
 
@@ -263,7 +265,7 @@ async def import_agent(
 
         try:
             await transfers.receive(request, path)
-            summary = await unless_gone(request, serving.engine.work(begin))
+            summary = await unless_disconnected(request, serving.engine.work(begin))
         except ClientDisconnect:
             return Unanswered()
         except BadBundle as error:
@@ -278,7 +280,7 @@ async def import_agent(
 
 
 async def _stored_agent(serving: Serving, name: str) -> str:
-    """The whole name of an agent, also of one whose name was damaged and is none any more."""
+    """Return the agent's whole name, even where damage has made it an invalid one."""
     try:
         return serving.caller.agent(name)
     except InvalidRequest:
@@ -289,7 +291,10 @@ async def _stored_agent(serving: Serving, name: str) -> str:
 
 
 def _put(engine: BlockPoolBatchEngine, agent_id: str, body: AgentBody) -> tuple[Commit, bool]:
-    """Returns whether the agent is new. Raises AgentExists for one with another system prompt."""
+    """Create or configure the agent; returns whether it is new.
+
+    Raises AgentExists where it has another system prompt.
+    """
     if not engine.knows(agent_id):
         return engine.create(agent_id, system=body.system, settings=_settings(body)), True
     if body.system is not None and body.system != engine.system(agent_id):
@@ -319,7 +324,7 @@ def _settings(body: AgentBody) -> AgentSettings:
 async def _changed(
     serving: Serving, name: str, change: Callable[[BlockPoolBatchEngine, str], Commit]
 ) -> Response:
-    """The agent as the change has left it, when the disk has answered."""
+    """Make a change, and show the agent after it, once the disk has answered."""
     agent_id = serving.caller.agent(name)
 
     def apply(fleet: Fleet) -> tuple[Commit, AgentDetails]:
@@ -353,7 +358,7 @@ def _header_safe(text: str) -> str:
 
 
 def _file_name(name: str) -> str:
-    """The agent's, unless that was damaged and is none any more."""
+    """Return the agent's name, or a stand-in where damage has made it an invalid one."""
     try:
         return valid_name(name)
     except InvalidRequest:
@@ -361,7 +366,7 @@ def _file_name(name: str) -> str:
 
 
 def _receipt_key(key: str | None, body: MessagesBody) -> ReceiptKey | None:
-    """The digest is of what the request asks for, not of how it wants to have it."""
+    """Make the key; its digest covers what the request asks for, not whether it is streamed."""
     if key is None:
         return None
     asked = body.model_dump(exclude={"stream"}, mode="json")

@@ -1,4 +1,4 @@
-"""Agents on their way in and out, as files that nobody keeps: bounded in bytes and in seconds."""
+"""Agents on their way in and out of the server, as temporary files."""
 
 import asyncio
 import os
@@ -16,25 +16,26 @@ from starlette.types import Receive, Scope, Send
 
 from keepwarm.core.errors import BundleFailed
 from keepwarm.server.problems import TransferFailed
-from keepwarm.server.reply.tasks import unless_gone
+from keepwarm.server.reply.tasks import unless_disconnected
 
 PIECE_BYTES = 1 << 20
-"""Written, read and sent at a time. A client has to take so many in the time for one write."""
+"""How much is written, read or sent at a time. A client must read one piece in `slow_reader_s`."""
 PIECE_PAUSE_S = 0.02
-"""Behind each piece of an upload, 50 MiB/s at most: one from this machine comes as fast as memory
-copies, and took both of two cores from the model (four streams stood still for 1.3 s)."""
+"""The pause after each piece of an upload, which bounds it to 50 MiB/s: one from this machine comes
+as fast as memory copies, and took both of two cores from the model (four streams stood still for
+1.3 s)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Transfers:
-    """The folder of the files, on whose disk `free_floor_bytes` stay free for others."""
+    """Owns the folder of the files; on its disk `free_floor_bytes` always stay free."""
 
     folder: Path
     free_floor_bytes: int
 
     @contextmanager
     def failing(self) -> Iterator[None]:
-        """A disk that stands in the way is TransferFailed, which does not say where it is."""
+        """Turn errors of the disk into TransferFailed, which shows no path of this machine."""
         try:
             yield
         except BundleFailed as error:
@@ -43,13 +44,16 @@ class Transfers:
             raise TransferFailed(error.strerror or type(error).__name__) from error
 
     async def new_path(self) -> Path:
-        """For a file that nobody else uses. Raises OSError."""
+        """Choose the path of a new file, and make its folder. Raises OSError."""
         make = partial(self.folder.mkdir, mode=0o700, parents=True, exist_ok=True)
         await asyncio.to_thread(make)
         return self.folder / f"{secrets.token_hex(16)}.keepwarm"
 
     async def receive(self, request: Request, path: Path) -> None:
-        """Write the request's body, off the event loop. Raises OSError and TransferFailed."""
+        """Write the request's body to the path, off the event loop.
+
+        Raises OSError, and TransferFailed where it does not fit.
+        """
         length = request.headers.get("content-length", "")
         await asyncio.to_thread(self._check_room, int(length) if length.isdecimal() else 0)
         with await asyncio.to_thread(_create, path) as file:
@@ -88,19 +92,19 @@ async def _in_pieces(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 
 
 async def remove(path: Path) -> None:
-    """Also where the caller is cancelled meanwhile."""
+    """Delete the file, even where the caller is cancelled meanwhile."""
     await asyncio.shield(asyncio.to_thread(path.unlink, missing_ok=True))
 
 
 class Unanswered(Response):
-    """To a client that has gone."""
+    """Sends nothing: the client has disconnected."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         return
 
 
 class SentFile(Response):
-    """A file, which is removed afterwards. A client that does not take it is cut off."""
+    """Sends a file, and deletes it. A client that does not read it is cut off by its connection."""
 
     def __init__(self, path: Path, *, media_type: str, headers: Mapping[str, str]) -> None:
         super().__init__(headers=headers, media_type=media_type)
@@ -110,7 +114,7 @@ class SentFile(Response):
         try:
             with await asyncio.to_thread(self._path.open, "rb") as file:
                 self.headers["Content-Length"] = str(os.fstat(file.fileno()).st_size)
-                await unless_gone(Request(scope, receive), self._send(file, send))
+                await unless_disconnected(Request(scope, receive), self._send(file, send))
         except ClientDisconnect:
             return
         finally:
