@@ -1,7 +1,7 @@
-"""The settings of a server: flags before environment before `keepwarm.toml`, each named by where
-it belongs: `server.port`, `KEEPWARM_SERVER_PORT`, `port` under `[server]`.
+"""The settings of a server: from flags, else the environment, else `keepwarm.toml`.
 
-Every section is a dataclass that lies next to the code that it configures.
+A setting has one name in three forms: `server.port`, `KEEPWARM_SERVER_PORT`, and `port` under
+`[server]`. Every section is a dataclass next to the code that it configures.
 """
 
 import math
@@ -25,15 +25,15 @@ from keepwarm.store.agent_cache_store import StoreConfig
 
 FILE_NAME = "keepwarm.toml"
 MODELS = "models"
-"""The section whose tables are models."""
+"""The section of the file that has a table for each model."""
 PREFIX = "KEEPWARM_"
 OTHER_VARIABLES = frozenset(
     {"KEEPWARM_HOME", "KEEPWARM_BLAS", "KEEPWARM_URL", "KEEPWARM_API_KEY", "KEEPWARM_CONFIG"}
 )
-"""Variables that are no settings of a server: where state lies, and what clients need."""
+"""Variables with the prefix that are not settings: where state is kept, and what clients need."""
 
 MAX_WHOLE_NUMBER = 1 << 62
-"""What a database, a clock and a format can all hold."""
+"""The largest whole number of a setting: SQLite, clocks and file formats can all hold it."""
 
 _UNITS = {"": 1, "b": 1}
 _UNITS |= {f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)}
@@ -41,22 +41,22 @@ _UNITS |= {f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", 1)}
 _SIZE = re.compile(rf"([0-9]+|[0-9]+\.[0-9]+(?=\s*[kmgt]))\s*({'|'.join(filter(None, _UNITS))})?")
 
 Values = Mapping[str, object]
-"""By `section.key`."""
+"""Values by the names of their settings, `section.key`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """Which model is served, and how it computes.
+    """The model that is served, and how it computes.
 
     name: smollm2, a folder, or a hub id. dtype: float32, float16 or bfloat16; the device's own
-    where it is empty. deterministic: the same bits whatever else is in the batch (on the CPU), at
-    up to 1.7 times the time per token. auto_load: which other models a request may have loaded by
-    naming them: `known` ones, which have a section `[models.NAME]`, `any` folder or hub id, or
-    `never` one. memory_bytes: what the weights of all models together may take; 0 is the device's
-    memory less the KV's budget. patience_s: how long a model that has to make room goes on
-    answering; what is left then waits for its return. build_when_idle: while nobody asks for
-    anything, the new turns of agents that talk to several models are computed on all of those that
-    are in memory.
+    where it is empty. deterministic: results are equal to the bit whatever else is in the batch (on
+    the CPU), at up to 1.7 times the time per token. auto_load: which other models are loaded when a
+    request names them: `known` ones, which have a section `[models.NAME]`, `any` folder or hub id,
+    or `never` one. memory_bytes: the most memory for the weights of all models; 0 is the device's
+    memory less the KV's budget. patience_s: how many seconds a model that must make room goes on
+    answering; unfinished replies then wait for its return. build_when_idle: while there are no
+    requests, the new turns of agents that talk to several models are computed on each of those
+    models that is in memory.
     """
 
     name: str = "smollm2"
@@ -80,9 +80,9 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryConfig:
-    """budget_bytes: what the KV of all agents may take in memory; 0 is a quarter of the device's.
+    """The memory for KV; the weights of the models come on top of it.
 
-    The weights of the models come on top of it.
+    budget_bytes: the most memory for the KV of all agents; 0 is a quarter of the device's.
     """
 
     budget_bytes: int = 0
@@ -94,7 +94,7 @@ class MemoryConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """All of them, by section; `models` by the names of models that have a section of their own."""
+    """All settings by section; `models`: by name, the models that have settings of their own."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
@@ -119,7 +119,7 @@ def load_settings(
     config_file: Path | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> Settings:
-    """Raises ConfigError, which names the setting, and where a wrong value comes from."""
+    """Read all settings. Raises ConfigError, which names the setting and its value's source."""
     path = config_file or find_file(environment)
     from_flags = {name: Given(value, "the command line") for name, value in (flags or {}).items()}
     values: dict[str, object] = {}
@@ -132,7 +132,7 @@ def load_settings(
 
 
 def find_file(environment: Mapping[str, str] = os.environ) -> Path | None:
-    """The file that `KEEPWARM_CONFIG` names, else one here, else one in Keepwarm's home."""
+    """Find the file: the one that `KEEPWARM_CONFIG` names, else one here, else in the home."""
     named = environment.get("KEEPWARM_CONFIG")
     if named:
         return Path(named).expanduser()
@@ -141,25 +141,26 @@ def find_file(environment: Mapping[str, str] = os.environ) -> Path | None:
 
 
 def all_settings() -> Iterator[tuple[str, Field[Any]]]:
-    """Each by its name, `section.key`."""
+    """Yield every setting with its name, `section.key`."""
     for section, config_type in SECTIONS.items():
         for setting in fields(config_type):
             yield f"{section}.{setting.name}", setting
 
 
 def default_of(setting: "Field[Any]") -> object:
+    """Return the setting's default value."""
     if setting.default_factory is not MISSING:
         return setting.default_factory()
     return setting.default
 
 
 def variable_of(name: str) -> str:
-    """The environment variable of a setting."""
+    """Name the environment variable of a setting."""
     return PREFIX + name.replace(".", "_").upper()
 
 
 def parse_size(name: str, text: str) -> int:
-    """`8GiB`, `500MB` or `12` in bytes. Raises ConfigError with that name."""
+    """Read `8GiB`, `500MB` or `12` as bytes. Raises ConfigError, for the setting `name`."""
     try:
         return _size(text)
     except _WrongValue as error:
@@ -167,7 +168,7 @@ def parse_size(name: str, text: str) -> int:
 
 
 def is_secret(setting: "Field[Any]") -> bool:
-    """Whether its value is shown nowhere, not even where it is wrong."""
+    """Whether the setting's value is never shown, not even where it is wrong."""
     return not setting.repr
 
 
@@ -176,7 +177,7 @@ def is_secret(setting: "Field[Any]") -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """A value as somebody wrote it, and where."""
+    """A value as it was written, and where."""
 
     value: object
     source: str
@@ -190,7 +191,7 @@ def _document(path: Path) -> dict[str, Any]:
 
 
 def _models_of(path: Path) -> dict[str, ModelSettings]:
-    """The tables `[models.NAME]`, which only a file can have."""
+    """Read the tables `[models.NAME]`, which only a file can have."""
     tables = _document(path).get(MODELS, {})
     if not isinstance(tables, dict) or not all(isinstance(t, dict) for t in tables.values()):
         raise ConfigError(MODELS, f"must hold one table for each model, in {path}")
@@ -246,7 +247,7 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Given]:
 
 
 class _WrongValue(Exception):
-    """What is wrong, without the value."""
+    """Says what is wrong with a value, without repeating it."""
 
 
 def _valid(name: str, given: Given) -> object:
@@ -260,7 +261,7 @@ def _valid(name: str, given: Given) -> object:
         return _parsed(key, given.value, hint)
     except _WrongValue as error:
         shown = "" if is_secret(setting) else f", not {given.value!r}"
-        # Without its cause, which would quote the value.
+        # `from None`: the cause would quote the value, which may be a secret.
         raise ConfigError(name, f"{error}{shown} (from {given.source})") from None
 
 
@@ -275,7 +276,7 @@ def _parsed(key: str, value: object, hint: Any) -> object:
 
 
 def _typed(value: object, hint: Any) -> object:
-    """Text may stand for any type; a value that has a type must have the right one."""
+    """Convert text to the wanted type; other values must have that type already."""
     adapter: TypeAdapter[object] = TypeAdapter(hint)
     if isinstance(value, str):
         return adapter.validate_python(_from_text(value, hint))
@@ -285,7 +286,7 @@ def _typed(value: object, hint: Any) -> object:
 
 
 def _from_text(text: str, hint: Any) -> object:
-    """`a,b` is a list and `name=value,other=value` a table, where one is wanted."""
+    """Read `a,b` as a list, or `name=value,other=value` as a table, where one is wanted."""
     if get_origin(hint) is None:
         return text
     items = [item.strip() for item in text.split(",") if item.strip()]
@@ -304,7 +305,7 @@ def _table(items: Sequence[str]) -> dict[str, str]:
 
 
 def _size(value: object) -> int:
-    """`8GiB`, `500MB`, or a whole number of bytes."""
+    """Read `8GiB`, `500MB`, or a whole number of bytes."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     match = _SIZE.fullmatch(value.strip().lower()) if isinstance(value, str) else None

@@ -1,4 +1,4 @@
-"""Where Keepwarm keeps its state."""
+"""Finds the folder in which Keepwarm keeps its state."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ import platformdirs
 
 
 def keepwarm_home() -> Path:
-    """`KEEPWARM_HOME`, or the platform's own folder for an application's data."""
+    """Return `KEEPWARM_HOME`, or the platform's folder for an application's data."""
     configured = os.environ.get("KEEPWARM_HOME")
     if configured:
         return Path(configured).expanduser()

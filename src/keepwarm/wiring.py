@@ -1,4 +1,4 @@
-"""Puts a server together: store and engines on their thread, the models, and the application."""
+"""Puts a server together: store and engines on their thread, models, and the application."""
 
 import itertools
 import shutil
@@ -31,14 +31,15 @@ STORE_FOLDER = "agents"
 TRANSFERS_FOLDER = "transfers"
 SHARE_OF_MEMORY = 4
 SWITCH_S = 0.0005
-"""How long the engine's thread may keep the event loop's from running; Python's own is 5 ms."""
+"""Python's switch interval: how long the engines' thread may keep the event loop's from running.
+Python's default is 5 ms."""
 
 
 class MLXSource:
     """Implements `ModelSource` with the embedded model, folders and hub ids."""
 
     def measure(self, model: Model) -> int:
-        """Fetches or converts the model where it is not here yet. Raises ModelLoadError."""
+        """Fetch or convert the model, and estimate its bytes. Raises ModelLoadError."""
         from keepwarm.home import keepwarm_home
         from keepwarm.mlx_backend.loading.loader import resolve
         from keepwarm.mlx_backend.memory import estimate_bytes
@@ -46,7 +47,7 @@ class MLXSource:
         return estimate_bytes(resolve(model.source, keepwarm_home()), model.settings.dtype)
 
     def load(self, model: Model) -> LoadedModel:
-        """Raises ModelLoadError. Closing it gives its memory back to the system."""
+        """Load the model; closing it gives its memory back to the system. Raises ModelLoadError."""
         from keepwarm.mlx_backend.loading.loader import load_model
         from keepwarm.mlx_backend.memory import release_memory
 
@@ -60,7 +61,7 @@ class MLXSource:
         return replace(loaded, close=close)
 
     def memory_bytes(self) -> int:
-        """Of the device, for weights and KV."""
+        """Return the device's memory, for weights and KV."""
         from keepwarm.mlx_backend.memory import device_bytes
 
         return device_bytes()
@@ -68,7 +69,7 @@ class MLXSource:
 
 @dataclass(frozen=True, slots=True)
 class RunningServer:
-    """The application with its engine running; `num_agents` were there when it was opened."""
+    """An application with its engine running; `num_agents` were there when it was opened."""
 
     app: ASGIApp
     engine: AsyncEngine
@@ -77,14 +78,14 @@ class RunningServer:
 
     @property
     def has_stopped_well(self) -> bool:
-        """Whether everything was saved by the shutdown that the application has had."""
+        """Whether the application has shut down and everything was saved."""
         return self.engine.has_stopped_well
 
 
 async def start_server(
     settings: Settings, home: Path, *, source: ModelSource | None = None
 ) -> RunningServer:
-    """Opens the home and loads the default model. Raises what opening and loading raise."""
+    """Open the home and load the default model. Raises what opening and loading raise."""
     sys.setswitchinterval(SWITCH_S)
     metrics = Metrics()
     source = source or MLXSource()
@@ -101,7 +102,7 @@ async def start_server(
             await models.load(models.registry.default.name)
         except ModelUnavailable as error:
             raise error.cause from None
-        # The home is ours now; what an earlier run left half sent is nobody's.
+        # The home is locked by now, so no other server uses the files that an earlier run left.
         shutil.rmtree(home / TRANSFERS_FOLDER, ignore_errors=True)
         agents = await engine.call(lambda fleet: fleet.agents())
         models.registry.remember(agent.model or settings.model.name for agent in agents)
@@ -114,7 +115,7 @@ async def start_server(
 
 
 def registry_of(settings: Settings) -> ModelRegistry:
-    """The default model, and those that have settings of their own."""
+    """List the default model, and those that have settings of their own."""
     name = settings.model.name
     known = dict(settings.models)
     default = known.pop(name, ModelSettings())
@@ -130,7 +131,7 @@ def registry_of(settings: Settings) -> ModelRegistry:
 def build_engine(
     settings: Settings, home: Path, source: ModelSource | None = None
 ) -> tuple[BlockPoolBatchEngine, Callable[[], None]]:
-    """One engine on the default model, in this thread, and what closes it and its store."""
+    """Build an engine on the default model, in this thread, and what closes it and its store."""
     source = source or MLXSource()
     with ExitStack() as opened:
         loaded = source.load(registry_of(settings).default)
@@ -143,7 +144,7 @@ def build_engine(
 
 
 def memory_budget(settings: Settings, memory_bytes: int) -> int:
-    """As configured, or a quarter of what the device has."""
+    """Return the bytes for KV: as configured, or a quarter of the device's memory."""
     return settings.memory.budget_bytes or memory_bytes // SHARE_OF_MEMORY
 
 
@@ -166,7 +167,7 @@ def _fleet_opener(
     weights = Weights()
 
     def open_fleet() -> tuple[Fleet, Callable[[], None]]:
-        """On the engines' thread. After a bug the same weights serve again."""
+        """Open the fleet, on the engines' thread; after a bug, over the weights that are loaded."""
         store = AgentCacheStore(home / STORE_FOLDER, config=settings.disk)
         with ExitStack() as opened:
             opened.callback(store.close)

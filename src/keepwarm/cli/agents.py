@@ -226,7 +226,7 @@ def import_agent(
     turns, tokens = counted(result["num_turns"], "turn"), counted(result["num_tokens"], "token")
     say(f"{result['agent_id']} is here, with {turns}, {tokens}")
     if result["num_dropped"]:
-        say("its memory is another model's; its next turn computes it anew")
+        say("its memory is another model's and is computed anew with its next turn")
     elif result["num_left_out"]:
         say("a part of its memory did not fit on the disk and is computed anew")
     _warn_unless(result["is_durable"])

@@ -1,4 +1,4 @@
-"""What commands print: text that is safe for a terminal, JSON, tables, spinners."""
+"""Prints for commands: text that is safe for a terminal, JSON, spinners."""
 
 import json
 import sys

@@ -1,1 +1,1 @@
-"""HTTP: translation only. Every dialect becomes one request, and one stream of events, and back."""
+"""HTTP, which only translates: every dialect to one kind of request, and events back to it."""

@@ -1,4 +1,4 @@
-"""What a route works with: the engine, the caller, and the one way to answer."""
+"""Gives a route what it works with: the engine, the caller, and the one way to answer."""
 
 import logging
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Which model answers a request, and that it stays in memory while it does."""
+"""Chooses the model that answers a request, and keeps it in memory meanwhile."""
 
 import logging
 from collections.abc import AsyncIterator

@@ -1,1 +1,1 @@
-"""How each client speaks: a request becomes the engine's, and its events become an answer."""
+"""The dialects of clients: a request becomes the engine's, and its events become an answer."""

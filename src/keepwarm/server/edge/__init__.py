@@ -1,1 +1,1 @@
-"""What a request meets before it is trusted: connection, guard, body."""
+"""The checks that every request passes first: its connection, its sender, its body."""

@@ -1,1 +1,1 @@
-"""For those who run the server: health, metrics, logs, the page."""
+"""Operating the server: health, metrics, logs, the page."""

@@ -1,4 +1,4 @@
-"""What Keepwarm adds to a reply of any dialect: headers, and the object `keepwarm`.
+"""Adds headers and the object `keepwarm` to the replies of every dialect.
 
 The object is in every reply, in a stream's last chunk. The headers come first, but are missing
 where a heartbeat had to begin the stream.

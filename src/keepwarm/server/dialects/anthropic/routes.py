@@ -21,7 +21,7 @@ router = APIRouter(route_class=BodyRoute, tags=["Anthropic"], responses=errors(A
 
 @router.post("/v1/messages", response_model=MessageReply, responses=STREAMS)
 async def messages(body: MessagesRequest, serving: ServingOf) -> Response:
-    """A reply to a conversation, streamed with `stream`."""
+    """Reply to a conversation, streamed with `stream`."""
     model = serving.model(body.model)
     translated = translate_messages(body, serving.caller, serving.config_for(model))
     encoder = MessagesEncoder(
@@ -38,7 +38,7 @@ async def messages(body: MessagesRequest, serving: ServingOf) -> Response:
 
 @router.post("/v1/messages/count_tokens", response_model=TokenCount)
 async def count_tokens(body: Conversation, serving: ServingOf) -> Response:
-    """How many tokens the prompt has; tools are not in it, as they are not in the prompt."""
+    """Count the prompt's tokens; tools do not count, because they are not in the prompt."""
     model = serving.model(body.model)
     conversation = messages_of(body, left_out=[])
     source = PromptSource(messages=conversation, continue_final_message=is_begun(conversation))

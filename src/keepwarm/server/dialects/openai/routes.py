@@ -33,13 +33,13 @@ Body = TypeVar("Body", bound=Sampled)
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAMS)
 async def chat_completions(body: ChatRequest, serving: ServingOf) -> Response:
-    """A reply to a conversation, streamed with `stream`."""
+    """Reply to a conversation, streamed with `stream`."""
     return await _answered(body, serving, translate_chat, ChatEncoder)
 
 
 @router.post("/v1/completions", response_model=TextCompletion, responses=STREAMS)
 async def completions(body: CompletionRequest, serving: ServingOf) -> Response:
-    """A continuation of bare text, whose special tokens count as such."""
+    """Continue bare text, in which special tokens count as such."""
     return await _answered(body, serving, translate_completion, TextEncoder)
 
 
