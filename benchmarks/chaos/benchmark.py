@@ -59,7 +59,7 @@ LARGE_DISK_BYTES = 4 << 30
 SMALL_RAM_BLOCKS = 24
 LARGE_RAM_BLOCKS = 400
 NUM_OPERATIONS = 500
-SETTLE_TIMEOUT_S = 20.0
+SETTLE_TIMEOUT_S = 120.0
 NEXT_TURN = Sizes(short=20, long=30, reply=12, agent=0, num_agents=0)
 MODEL_PHASES = (
     *(Phase.DECODE, Phase.COMMIT, Phase.RESTORE, Phase.WRITE, Phase.AFTER_RENAME),
@@ -369,7 +369,7 @@ def _run_child(
     spec: ChildSpec, hear: Any, *, kill_after_s: float | None = None
 ) -> tuple[int, Phase | None, str]:
     """The exit code, the phase in which it was hit, and the last of what it complained about."""
-    timeout_s = 60.0 if spec.world == FAKE else 300.0
+    timeout_s = 300.0 if spec.world == FAKE else 900.0
     hit: Phase | None = None
     with tempfile.TemporaryFile() as complaints:
         child = subprocess.Popen(

@@ -15,7 +15,7 @@ from keepwarm.store.catalog.catalog import Catalog
 from keepwarm.store.disk import files as record_files
 from stores import disk_bytes
 
-BUDGET_BYTES = 10 << 20
+BUDGET_BYTES = 8 << 20
 RAM_BLOCKS = 24
 QUOTA_BYTES = 500_000
 
@@ -79,6 +79,7 @@ def say(engine: BlockPoolBatchEngine, agent_id: str | None, token_ids: list[int]
     return ended[0]
 
 
+@pytest.mark.slow
 def test_a_load_of_ten_times_the_budget(tmp_path: Path, scales: Scales) -> None:
     """Agents come, talk, fork and go; a pinned one and its records stay."""
     num_written = 0
@@ -88,7 +89,7 @@ def test_a_load_of_ten_times_the_budget(tmp_path: Path, scales: Scales) -> None:
         say(engine, "pinned", pinned)
         engine.pin("pinned")
         settle(engine)
-        for number in range(170):
+        for number in range(136):
             name = f"agent-{number}"
             turn = say(engine, name, ids(2200, number))
             assert turn.durable, (number, store.health())

@@ -165,10 +165,11 @@ class ServerProcess:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait(PATIENCE_S)
 
-    def stop(self) -> int:
-        """Send SIGTERM, as `kill PID` does; return the exit code."""
+    def stop(self) -> None:
+        """Send SIGTERM, as `kill PID` does; the server must end with exit code 0."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(PATIENCE_S)
+        code = self.process.wait(PATIENCE_S)
+        assert code == 0, f"exit code {code}:\n{self.log.read_text()}"
 
 
 @contextmanager
@@ -182,7 +183,9 @@ def server_process(
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "keepwarm.cli.main", "serve", "--port", str(port), *arguments]
-    env = {**os.environ, "KEEPWARM_HOME": str(home), **(environment or {})}
+    # A server that is aborted leaves the stacks of its threads in the log.
+    faults = {"PYTHONFAULTHANDLER": "1"}
+    env = {**os.environ, **faults, "KEEPWARM_HOME": str(home), **(environment or {})}
     with log.open("ab") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=env)
     server = ServerProcess(f"http://127.0.0.1:{port}", process, log)

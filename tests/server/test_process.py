@@ -11,6 +11,8 @@ from waiting import PATIENCE_S
 
 pytest.importorskip("mlx.core")
 
+pytestmark = pytest.mark.slow
+
 STORY = "Tell me about rivers. " * 30
 
 
@@ -32,7 +34,7 @@ def test_an_agent_outlives_its_server(home: Path, tmp_path: Path) -> None:
         assert second["turn"] == 2
         assert second["usage"]["cached_tokens"] > num_first - 256 - 1
         num_second = second["usage"]["prompt_tokens"] + second["usage"]["completion_tokens"]
-        assert server.stop() == 0
+        server.stop()
     with server_process(home, log) as server, server.client() as client:
         third = say(client, "ada", "Go on.", temperature=0)
         assert third["turn"] == 3
@@ -58,7 +60,7 @@ def test_a_stop_lets_replies_end(home: Path, tmp_path: Path) -> None:
         reader = threading.Thread(target=read)
         reader.start()
         assert has_begun.wait(PATIENCE_S)
-        assert server.stop() == 0
+        server.stop()
         reader.join(PATIENCE_S)
         end = lines[lines.index("event: completed") + 1]
         assert json.loads(end.removeprefix("data: "))["durable"]
