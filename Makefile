@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+WORKERS ?= 2
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 # Linux needs an extra for the device; macOS has Metal in `mlx` itself.
@@ -13,7 +14,7 @@ else
 EXTRAS := dev
 endif
 
-.PHONY: serve demo test clients check bench file-map release-check install clean
+.PHONY: serve demo test test-fast coverage clients check bench file-map release-check install clean
 
 serve: $(STAMP)
 	$(BIN)/keepwarm serve
@@ -21,8 +22,21 @@ serve: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/keepwarm demo
 
+# Two tests at a time: one that needs a model, and one that mostly waits.
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+
+# What needs no model and no child process: two minutes.
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow" tests/unit tests/contract tests/docs tests/server/test_smoke.py
+
+# Which lines and branches the tests reach; tracing makes them slower by half.
+coverage: $(STAMP)
+	rm -rf .cache/coverage
+	$(BIN)/coverage run -m pytest -n $(WORKERS) --dist loadgroup
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report --fail-under=90
+	$(BIN)/coverage report --include='*/keepwarm/core/*,*/keepwarm/kv/*' --fail-under=95
 
 # Real clients, each installed into .cache/clients, against one server on SmolLM2.
 clients: $(STAMP)

@@ -19,6 +19,18 @@ settings.register_profile("keepwarm", deadline=None)
 settings.load_profile("keepwarm")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a file in one worker, and all that compute with the embedded model.
+
+    The model is loaded once, and MLX has no second pair of threads beside its own.
+    """
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        group = "model" if "keepwarm_home" in fixtures else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def keepwarm_home() -> Iterator[Path]:
     """One home for all runs, so that the embedded model is converted once per checkout."""

@@ -26,7 +26,7 @@ from keepwarm.bench.report import as_json
 SEED = 7
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.slow
 def test_twenty_kills_lose_nothing_and_break_nothing() -> None:
     result = run_chaos(chaos_plan(quick=True, seed=SEED))
     shown = "\n".join([*(f"{f.name}: {f.measured}" for f in result.figures), *result.notes])

@@ -147,7 +147,7 @@ def damage(draw: random.Random, path: Path) -> str | None:
     return None if data == before else how.__name__
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.slow
 def test_two_thousand_damages_are_found_and_no_answer_changes(home: Home, tmp_path: Path) -> None:
     """Each agent has one damaged record in each round; all speak at once from the disk."""
     found: Counter[str] = Counter()

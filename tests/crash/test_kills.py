@@ -4,8 +4,9 @@ import pytest
 
 from benchmarks.attack.kills import KillPlan, run
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.timeout(240)
+
 def test_what_was_acknowledged_is_there_after_a_kill() -> None:
     result = run(KillPlan(num_kills=20, seed=11))
     assert result.passed, "\n".join(

@@ -55,6 +55,7 @@ def test_the_page_of_files_names_every_file_of_the_package() -> None:
     assert script["page"]() == (ROOT / "docs" / "files.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("keepwarm_home")
 def test_the_readme_example_runs(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

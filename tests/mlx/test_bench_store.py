@@ -8,6 +8,8 @@ from benchmarks.store.benchmark import run_store, store_plan
 from keepwarm.bench.figures import Figure
 from keepwarm.core.ports import LoadedModel
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def figures(smollm2: LoadedModel) -> tuple[Figure, ...]:

@@ -10,6 +10,8 @@ from benchmarks.swap.house import ModelPair
 from keepwarm.bench.figures import Figure, FiguresResult
 from tiny_models import write_tiny_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def result(keepwarm_home: Path, tmp_path_factory: pytest.TempPathFactory) -> FiguresResult:

@@ -6,8 +6,9 @@ import pytest
 
 from benchmarks.chaos.benchmark import ChaosPlan, run_chaos
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.timeout(240)
+
 def test_a_kill_on_smollm2_loses_nothing(keepwarm_home: Path) -> None:
     result = run_chaos(ChaosPlan(num_kills=1, num_model_kills=1, seed=0))
     shown = "\n".join([*(f"{f.name}: {f.measured}" for f in result.figures), *result.notes])

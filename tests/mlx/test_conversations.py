@@ -16,6 +16,8 @@ from real_tokenizers import PACKAGES, real_tokenizer
 from servers import fake_server
 from templates import FAMILIES, byte_tokenizer, templated
 
+pytestmark = pytest.mark.slow
+
 CHAT = "/v1/chat/completions"
 REPLY = "Well."
 

@@ -9,8 +9,9 @@ import pytest
 
 pytest.importorskip("mlx_lm")
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.timeout(600)
+
 def test_agents_go_on_after_their_process_was_killed(keepwarm_home: Path) -> None:
     command = [sys.executable, "-m", "keepwarm.cli.main", "demo"]
 

@@ -13,6 +13,8 @@ from keepwarm.core.events import Completed, Delta, Event, FinishReason
 from keepwarm.core.ports import LoadedModel
 from keepwarm.engine.prompt.reply_text import ReplyText
 
+pytestmark = pytest.mark.slow
+
 BUDGET_BYTES = 1 << 30
 SYSTEM = {
     "role": "system",

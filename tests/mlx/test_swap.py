@@ -20,6 +20,8 @@ from keepwarm.wiring import MLXSource
 from servers import FakeServer, fake_server
 from tiny_models import write_tiny_model
 
+pytestmark = pytest.mark.slow
+
 A, B = "alpha", "beta"
 ONE_FITS_BYTES = 60 << 20
 """The tiny models need some 40 MiB each, most of it for attention over their whole context."""

@@ -9,6 +9,8 @@ from keepwarm import AgentCacheStore, BlockPool, BlockPoolBatchEngine
 from keepwarm.core.events import Completed
 from keepwarm.core.ports import LoadedModel
 
+pytestmark = pytest.mark.slow
+
 MESSAGE = {
     "role": "user",
     "content": "Tell me more. "

@@ -7,6 +7,8 @@ pytest.importorskip("mlx.core")
 from benchmarks.attack.hangups import MANY_TOKENS, HangUpPlan, run
 from benchmarks.server.process import STEP_S
 
+pytestmark = pytest.mark.slow
+
 PATIENCE_S = 100.0
 
 

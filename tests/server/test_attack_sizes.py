@@ -13,6 +13,8 @@ pytest.importorskip("mlx.core")
 from benchmarks.attack.sizes import MEBIBYTE, SizesPlan, run
 from benchmarks.server.process import FAKE
 
+pytestmark = pytest.mark.slow
+
 PLAN = SizesPlan(
     steady_s=1.0, num_times=1, header_bytes=32 * MEBIBYTE, sent_of_claim_bytes=32 * MEBIBYTE
 )

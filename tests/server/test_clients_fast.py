@@ -11,6 +11,8 @@ from clients import install, run_python
 from engines import TOKENIZER, FakeFactory
 from servers import MODEL, FakeServer, fake_server
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = {
     "openai": "openai_client.py",
     "anthropic": "anthropic_client.py",

@@ -15,6 +15,8 @@ from servers import ServerProcess, home_beside, server_process
 
 pytest.importorskip("mlx.core")
 
+pytestmark = pytest.mark.slow
+
 CASES = ("basic-response", "system-prompt", "multi-turn", "streaming-response", "streaming-usage")
 GREEDY = "server.default_temperature=0"
 

@@ -10,6 +10,8 @@ from servers import fake_server
 
 pytest.importorskip("mlx.core")
 
+pytestmark = pytest.mark.slow
+
 NUM_REQUESTS = 250
 
 

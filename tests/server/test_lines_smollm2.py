@@ -12,6 +12,8 @@ from servers import home_beside, server_process
 
 pytest.importorskip("mlx.core")
 
+pytestmark = pytest.mark.slow
+
 TALE = "A short tale about a river and the town that grew beside it. " * 12
 
 

@@ -149,6 +149,7 @@ def carried(value: Any) -> Any:
     return replace(value, **{**inner, **known})
 
 
+@pytest.mark.slow
 @given(agents())
 @settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
 def test_every_field_goes_through_a_bundle(state: AgentState) -> None:

@@ -4,6 +4,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
@@ -30,6 +31,8 @@ from keepwarm.core.errors import (
 )
 from keepwarm.core.events import Completed, Delta, Event, Failed, FinishReason
 from keepwarm.kv.verifier import VerifyReport
+
+pytestmark = pytest.mark.slow
 
 REFUSALS = (AgentBusy, AgentExists, InvalidRequest, QueueFull, UnknownAgent)
 SYSTEMS = ["x" * 290, "y" * 530, "short"]

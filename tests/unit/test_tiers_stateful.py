@@ -1,5 +1,6 @@
 """Random moves between the tiers: nothing is lost, nothing is doubled, and no KV is wrong."""
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -15,6 +16,8 @@ from keepwarm.core.stored import KVFamily
 from keepwarm.kv.generator_source import GeneratorSource
 from keepwarm.kv.tiers import Tiers
 from keepwarm.testing.generator import FAKE_LAYOUT
+
+pytestmark = pytest.mark.slow
 
 FAMILY = KVFamily("fake", FAKE_LAYOUT)
 ROW = RowId(1)

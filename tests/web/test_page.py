@@ -16,6 +16,8 @@ from browser import Page, browser_page
 from keepwarm.server.operations.routes import PAGE_POLICY
 from servers import FakeServer, fake_server
 
+pytestmark = pytest.mark.slow
+
 KEY = "sk-5a5a5a"
 EVIL = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
 VISIBLE = "!document.getElementById('content').hidden"
