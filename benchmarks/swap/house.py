@@ -16,7 +16,7 @@ from keepwarm.config import Settings, load_settings
 from keepwarm.core.ports import LoadedModel, Tokenizer
 from keepwarm.home import keepwarm_home
 from keepwarm.mlx_backend.loading.loader import resolve
-from keepwarm.mlx_backend.memory import estimate_bytes
+from keepwarm.mlx_backend.loading.memory_estimate import estimate_bytes
 from keepwarm.service.async_engine import AsyncEngine
 from keepwarm.service.model_registry import Model, ModelState
 from keepwarm.service.model_swapper import ModelSwapper

@@ -42,7 +42,7 @@ class MLXSource:
         """Fetch or convert the model, and estimate its bytes. Raises ModelLoadError."""
         from keepwarm.home import keepwarm_home
         from keepwarm.mlx_backend.loading.loader import resolve
-        from keepwarm.mlx_backend.memory import estimate_bytes
+        from keepwarm.mlx_backend.loading.memory_estimate import estimate_bytes
 
         return estimate_bytes(resolve(model.source, keepwarm_home()), model.settings.dtype)
 

@@ -4,12 +4,8 @@ from pathlib import Path
 from typing import Any
 
 # First: it prepares the BLAS before MLX is imported.
-from keepwarm.mlx_backend.loading.gguf import (
-    GGUFFacts,
-    build_tokenizer,
-    embedded_source,
-    tokenizer_config,
-)
+from keepwarm.mlx_backend.loading.embedded_model import embedded_source
+from keepwarm.mlx_backend.loading.gguf import GGUFFacts, build_tokenizer, tokenizer_config
 
 # isort: split
 import mlx.core as mx

@@ -36,7 +36,8 @@ def test_whatever_is_wrong_has_a_remedy(home: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(doctor, "_version", lambda dist: None)
     monkeypatch.setattr(doctor, "_available_bytes", lambda: 1)
     monkeypatch.setattr(doctor, "_ENOUGH_DISK_BYTES", 1 << 60)
-    monkeypatch.setattr("keepwarm.mlx_backend.loading.gguf.EMBEDDED_DIST", "no-such-package-here")
+    dist = "keepwarm.mlx_backend.loading.embedded_model.EMBEDDED_DIST"
+    monkeypatch.setattr(dist, "no-such-package-here")
 
     wrong = [finding for finding in examine(home) if finding.status is not Status.OK]
 

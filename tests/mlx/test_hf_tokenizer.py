@@ -19,7 +19,8 @@ from keepwarm.engine.prompt.continuation import Prompt, TextContinuation
 from keepwarm.engine.prompt.prompt_encoder import PromptEncoder
 from keepwarm.engine.prompt.reply_text import Reply, ReplyText
 from keepwarm.mlx_backend.text.detokenizer import bytes_of_token
-from keepwarm.mlx_backend.text.tokenizer import HFTokenizer, Shield
+from keepwarm.mlx_backend.text.special_tokens import Shield
+from keepwarm.mlx_backend.text.tokenizer import HFTokenizer
 
 # isort: split
 from mlx_lm.tokenizer_utils import TokenizerWrapper

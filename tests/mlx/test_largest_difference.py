@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from keepwarm.core.layout import CacheLayout, LayerLayout
-from keepwarm.mlx_backend.compute.arrays import KVPayload, largest_difference, unpack
+from keepwarm.mlx_backend.compute.payload import KVPayload, largest_difference, unpack
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

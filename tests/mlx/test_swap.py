@@ -15,7 +15,8 @@ import mlx.core as mx
 import pytest
 
 from keepwarm.mlx_backend.loading.loader import resolve
-from keepwarm.mlx_backend.memory import device_bytes, estimate_bytes
+from keepwarm.mlx_backend.loading.memory_estimate import estimate_bytes
+from keepwarm.mlx_backend.memory import device_bytes
 from keepwarm.wiring import MLXSource
 from servers import FakeServer, fake_server
 from tiny_models import write_tiny_model

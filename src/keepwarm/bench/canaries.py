@@ -9,7 +9,8 @@ import numpy as np
 from keepwarm.bench.lab import Case, Lab, Setting
 from keepwarm.bench.paths import first_turn, split_of
 from keepwarm.bench.recording import Recording, raw_kv
-from keepwarm.mlx_backend.compute.arrays import KVPayload, RawArray, RowSlab
+from keepwarm.mlx_backend.compute.payload import KVPayload, RawArray
+from keepwarm.mlx_backend.compute.slab import RowSlab
 
 Damage = Callable[[Lab, Setting, Case, RowSlab], KVPayload]
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keepwarm.bench.recording import Logits, Recording
-from keepwarm.mlx_backend.compute.arrays import RawArray
+from keepwarm.mlx_backend.compute.payload import RawArray
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,8 +25,9 @@ from keepwarm.core.ports import GREEDY, BatchGenerator, LoadedModel, RowId, RowI
 from keepwarm.core.stored import KVFamily
 from keepwarm.kv.generator_source import GeneratorSource
 from keepwarm.kv.tiers import Tiers
-from keepwarm.mlx_backend.compute.arrays import KVPayload, RawArray, RowSlab
+from keepwarm.mlx_backend.compute.payload import KVPayload, RawArray
 from keepwarm.mlx_backend.compute.row_batch import RowBatchGenerator
+from keepwarm.mlx_backend.compute.slab import RowSlab
 from keepwarm.testing.tokenizer import FakeTokenizer
 
 MAX_HOT_P95_S = 0.005

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from keepwarm.core.layout import CacheLayout
 from keepwarm.core.ports import Payload, RowId, RowInput, Slab
-from keepwarm.mlx_backend.compute.arrays import KVPayload, RawArray, RowSlab
+from keepwarm.mlx_backend.compute.payload import KVPayload, RawArray
 from keepwarm.mlx_backend.compute.row_batch import RowBatchGenerator
+from keepwarm.mlx_backend.compute.slab import RowSlab
 
 Logits = NDArray[np.float32]
 

@@ -9,7 +9,7 @@ from mlx import nn
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from keepwarm.bench.recording import Logits, Recording, choose_token
-from keepwarm.mlx_backend.compute.arrays import RawArray
+from keepwarm.mlx_backend.compute.payload import RawArray
 
 PREFILL_TOKENS = 2048
 """mlx-lm's own default."""

@@ -8,7 +8,7 @@ import numpy as np
 from keepwarm.bench.lab import Setting
 from keepwarm.bench.recording import raw_kv
 from keepwarm.core.layout import BLOCK_TOKENS, capacity_for
-from keepwarm.mlx_backend.compute.arrays import KVPayload, RawArray
+from keepwarm.mlx_backend.compute.payload import KVPayload, RawArray
 
 
 def round_trip_problem(setting: Setting, kv: Sequence[RawArray]) -> str | None:

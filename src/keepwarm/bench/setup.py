@@ -15,7 +15,7 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 from keepwarm.bench.lab import Lab, Turn
 from keepwarm.bench.recording import raw_kv
 from keepwarm.core.layout import CacheLayout
-from keepwarm.mlx_backend.compute.arrays import RawArray
+from keepwarm.mlx_backend.compute.payload import RawArray
 
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 

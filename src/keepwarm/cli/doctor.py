@@ -209,7 +209,11 @@ def _home(home: Path) -> Finding:
 
 def _embedded_model(home: Path) -> Finding:
     try:
-        from keepwarm.mlx_backend.loading.gguf import converted_folder, embedded_source, is_intact
+        from keepwarm.mlx_backend.loading.embedded_model import (
+            converted_folder,
+            embedded_source,
+            is_intact,
+        )
     except ImportError:
         return Finding("model", Status.ERROR, "cannot be examined without MLX", f"Run {_INSTALL}")
     try:

@@ -52,7 +52,7 @@ def pull(
     """Fetch a model's files, or convert the embedded one, without a server. Shows its size."""
     from keepwarm.home import keepwarm_home
     from keepwarm.mlx_backend.loading.loader import resolve
-    from keepwarm.mlx_backend.memory import estimate_bytes
+    from keepwarm.mlx_backend.loading.memory_estimate import estimate_bytes
 
     folder = resolve(name, keepwarm_home())
     needed_bytes = estimate_bytes(folder)

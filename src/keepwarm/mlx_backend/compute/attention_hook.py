@@ -1,7 +1,8 @@
-"""The seam in mlx-lm's models through which every row of a batch attends to its own slab.
+"""The hook in mlx-lm's models through which every row of a batch attends to its own slab.
 
-mlx-lm's models call `scaled_dot_product_attention` of their own module with the layer's cache. A
-cache that knows how to attend by itself is asked to; every other goes on to mlx-lm as before.
+mlx-lm's models (0.32.2) call `scaled_dot_product_attention` of their own module with the layer's
+cache. A cache that can attend by itself is asked to; any other goes on to mlx-lm as before.
+`seam_probe.py` finds out at load whether a model fits.
 """
 
 import sys
@@ -11,24 +12,26 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
-from keepwarm.mlx_backend.compute.arrays import LayerCache
+from keepwarm.mlx_backend.compute.slab import LayerCache
 
 _NAME = "scaled_dot_product_attention"
 _MARK = "_keepwarm_original"
 
 
 class OwnAttention:
-    """A layer's cache for one step that attends by itself: the base of all that use the seam.
+    """A layer's cache for one step that attends by itself.
 
-    It is what mlx-lm's models see of a cache: `offset`, `update_and_fetch` and `make_mask`.
+    mlx-lm's models use `offset`, `update_and_fetch` and `make_mask` of a cache.
     """
 
     offset: mx.array
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Take the step's keys and values, (rows, KV heads, tokens, dim)."""
         raise NotImplementedError
 
     def attend(self, queries: mx.array, scale: float) -> mx.array:
+        """The attention of queries (rows, heads, tokens, dim), in their shape."""
         raise NotImplementedError
 
     def make_mask(self, *_: object, **__: object) -> None:
@@ -57,7 +60,7 @@ class RowsLayer(OwnAttention):
 
 
 def append_rows(caches: Sequence[LayerCache], keys: mx.array, values: mx.array) -> None:
-    """Each row's new token (rows, heads, 1, dim) into its own slab; further rows are padding."""
+    """Append each row's new token (rows, heads, 1, dim) to its slab; further rows are padding."""
     num_rows = keys.shape[0]
     rows = zip(caches, mx.split(keys, num_rows), mx.split(values, num_rows), strict=False)
     for cache, key, value in rows:
@@ -65,11 +68,11 @@ def append_rows(caches: Sequence[LayerCache], keys: mx.array, values: mx.array) 
 
 
 def _attention(query: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-    """Of scaled queries, without a mask."""
+    """The attention of one row's scaled queries, without a mask."""
     if mx.default_device() != mx.cpu:
         return mx.fast.scaled_dot_product_attention(query, keys, values, scale=1.0)
-    # What mx.fast does on the CPU, less what it does for masks and grouped heads: with many short
-    # rows, the number of operations is what a step costs.
+    # What mx.fast does on the CPU (MLX 0.32.4), less what it does for masks and grouped heads: with
+    # many short rows, the number of operations is what a step costs.
     scores = mx.softmax(query @ keys.swapaxes(-1, -2), axis=-1, precise=True)
     return scores @ values
 

@@ -1,4 +1,4 @@
-"""Canonical shapes: the same bits whatever the chunks, the batch and the history, on the CPU.
+"""Canonical shapes: equal bits whatever the chunks, the batch and the history, on the CPU.
 
 A matrix product's last bits depend on its shape: MKL computes 1 to 3 rows in another way than 4 or
 more, and splits sums over keys by their number. So rows and query rows are padded to a multiple of
@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from keepwarm.mlx_backend import CPU_SETUP
-from keepwarm.mlx_backend.compute.arrays import LayerCache
 from keepwarm.mlx_backend.compute.attention_hook import OwnAttention, append_rows
+from keepwarm.mlx_backend.compute.slab import LayerCache
 
 ROW_MULTIPLE = 4
 KEY_MULTIPLE = 512
@@ -27,11 +27,12 @@ def why_not_promised() -> str:
 
 
 def round_up(number: int, multiple: int) -> int:
+    """The next multiple from `number` on."""
     return -(-number // multiple) * multiple
 
 
 class CanonicalChunk:
-    """One layer of a prefill: `num_tokens` real rows, the rest padding that nobody may see.
+    """One layer of a prefill: `num_tokens` real rows, and padding that no real row attends to.
 
     Padding rows are computed and dropped; they are never written to the slab. The mask is made
     once for all layers.
@@ -54,7 +55,7 @@ class CanonicalChunk:
 
 
 class CanonicalRows(OwnAttention):
-    """One layer of a decode step; rows beyond the caches are padding."""
+    """One layer of a decode step, a LayerCache for each real row; the rows behind are padding."""
 
     def __init__(
         self, caches: Sequence[LayerCache], offset: mx.array, masks: Sequence[mx.array]
@@ -94,7 +95,11 @@ def _attend(query: mx.array, cache: LayerCache, mask: mx.array, scale: float) ->
 
 
 def chunk_mask(start: int, num_tokens: int) -> mx.array:
-    """(padded rows, padded keys): a row sees all up to itself, a padding row all that is real."""
+    """(padded rows, padded keys), true where a row may attend.
+
+    A row attends to all up to itself, a padding row to all real ones: without any key, softmax
+    would give NaN.
+    """
     num_rows = round_up(num_tokens, ROW_MULTIPLE)
     last_seen = mx.minimum(mx.arange(num_rows), num_tokens - 1) + start
     num_keys = round_up(start + num_tokens, KEY_MULTIPLE)
@@ -102,6 +107,6 @@ def chunk_mask(start: int, num_tokens: int) -> mx.array:
 
 
 def row_mask(position: int) -> mx.array:
-    """(1, padded keys) for a row whose new token is at `position`."""
+    """(1, padded keys), true up to `position`, where the row's new token is."""
     num_keys = round_up(position + 1, KEY_MULTIPLE)
     return mx.arange(num_keys)[None] <= position

@@ -16,18 +16,12 @@ from keepwarm.core.errors import InvariantBroken
 from keepwarm.core.layout import CacheLayout
 from keepwarm.core.ports import Payload, RowId, RowInput, Slab
 from keepwarm.mlx_backend.compute import canonical
-from keepwarm.mlx_backend.compute.arrays import (
-    KVPayload,
-    LayerCache,
-    RowSlab,
-    SlabArrays,
-    copies_for,
-    cut,
-    largest_difference,
-    unpack,
-)
 from keepwarm.mlx_backend.compute.attention_hook import RowsLayer, open_seam
+from keepwarm.mlx_backend.compute.kv_copies import copies_for
+from keepwarm.mlx_backend.compute.kv_mover import KVMover
+from keepwarm.mlx_backend.compute.payload import KVPayload, cut, largest_difference, unpack
 from keepwarm.mlx_backend.compute.sampling import sample
+from keepwarm.mlx_backend.compute.slab import LayerCache, RowSlab
 
 Sampler = Callable[[mx.array, Sequence[RowInput]], mx.array]
 
@@ -35,11 +29,10 @@ Sampler = Callable[[mx.array, Sequence[RowInput]], mx.array]
 class RowBatchGenerator:
     """Implements `BatchGenerator` on an mlx-lm model whose layers all have a plain KVCache.
 
-    `deterministic` computes in canonical shapes: bit-identical whatever the chunks, the batch and
-    the history on the CPU with a BLAS that keeps its word (docs/adr/0001-blas-on-the-cpu.md);
-    elsewhere the shapes are as canonical, and a warning says that equal bits are not promised.
-    `sampler` takes logits (rows, vocabulary) and the rows' inputs. Must be used on the thread that
-    made the model.
+    `deterministic` computes in canonical shapes: on the CPU, with a reproducible BLAS, bits are
+    equal whatever the chunks, the batch and the history (docs/adr/0001-blas-on-the-cpu.md);
+    elsewhere a warning says that equal bits are not promised. `sampler` takes logits (rows,
+    vocabulary) and the rows' inputs. One thread must use it.
     """
 
     def __init__(
@@ -57,7 +50,7 @@ class RowBatchGenerator:
         self._layout = layout
         self._deterministic = deterministic
         self._sampler = sampler
-        self._arrays = SlabArrays(layout, copies_for(layout, mx.default_device()))
+        self._mover = KVMover(copies_for(layout, mx.default_device()))
         self._rows: dict[RowId, RowSlab] = {}
 
     def __repr__(self) -> str:
@@ -76,7 +69,7 @@ class RowBatchGenerator:
 
     def grow_slab(self, slab: Slab, capacity_tokens: int) -> Slab:
         larger = RowSlab(self._layout, capacity_tokens, self._padded(capacity_tokens))
-        self._arrays.grow(self._outside(slab), larger)
+        self._mover.grow(self._outside(slab), larger)
         return larger
 
     def trim(self, slab: Slab, num_tokens: int) -> None:
@@ -86,17 +79,17 @@ class RowBatchGenerator:
         outside.set_num_tokens(num_tokens)
 
     def extract(self, slab: Slab, start: int, stop: int) -> Payload:
-        return self._arrays.extract(_own(slab), start, stop)
+        return self._mover.extract(_own(slab), start, stop)
 
     def dismantle(self, slab: Slab, spans: Sequence[tuple[int, int]]) -> list[Payload]:
-        return list(self._arrays.dismantle(self._outside(slab), spans))
+        return list(self._mover.dismantle(self._outside(slab), spans))
 
     def reconstruct(self, slab: Slab, payloads: Sequence[Payload]) -> None:
         own = [_own_payload(payload) for payload in payloads]
-        self._arrays.reconstruct(self._outside(slab), own)
+        self._mover.reconstruct(self._outside(slab), own)
 
     def copy_span(self, source: Slab, target: Slab, start: int, stop: int) -> None:
-        self._arrays.copy_span(_own(source), self._outside(target), start, stop)
+        self._mover.copy_span(_own(source), self._outside(target), start, stop)
 
     def cut(self, payload: Payload, start: int, stop: int) -> Payload:
         return cut(_own_payload(payload), start, stop)
@@ -145,7 +138,7 @@ class RowBatchGenerator:
         self._model = None
 
     def _logits(self, inputs: Sequence[RowInput], slabs: Sequence[RowSlab]) -> mx.array:
-        """(rows, vocabulary): what follows the fed tokens, whose KV is appended to the slabs."""
+        """Feed one token to each slab, appending its KV; return logits (rows, vocabulary)."""
         ids = [item.token_id for item in inputs]
         if self._deterministic:
             return self._logits_canonical(ids, slabs)
@@ -171,17 +164,19 @@ class RowBatchGenerator:
         return logits[: len(slabs), -1]
 
     def _run(self, token_ids: Sequence[Sequence[int]], layers: Sequence[Any]) -> mx.array:
-        """The model over (rows, tokens); lazy, as all of MLX is until it is evaluated."""
+        """Build the model's graph over (rows, tokens); evaluating its result computes it."""
         if self._model is None:
             raise InvariantBroken("a row computes after the weights were released")
         return cast("mx.array", self._model(mx.array(cast("list[Any]", token_ids)), cache=layers))
 
     def _padded(self, capacity_tokens: int) -> int:
+        """How many tokens to allocate: canonical keys come in multiples."""
         if self._deterministic:
             return canonical.round_up(capacity_tokens, canonical.KEY_MULTIPLE)
         return capacity_tokens
 
     def _with_room(self, row: RowId, num_tokens: int) -> RowSlab:
+        """The row's slab. Raises InvariantBroken where the tokens would overflow it."""
         slab = self._row(row)
         if slab.num_tokens + num_tokens > slab.capacity_tokens:
             raise InvariantBroken(f"{num_tokens} more tokens overflow {slab!r}")
@@ -194,6 +189,7 @@ class RowBatchGenerator:
         return slab
 
     def _outside(self, slab: Slab) -> RowSlab:
+        """The slab as this generator's own. Raises InvariantBroken while its row is open."""
         own = _own(slab)
         if any(own is inside for inside in self._rows.values()):
             raise InvariantBroken(f"{own!r} was touched while its row is open")
@@ -201,7 +197,7 @@ class RowBatchGenerator:
 
 
 def _by_layer(slabs: Sequence[RowSlab]) -> list[tuple[LayerCache, ...]]:
-    """For each layer, the caches of all rows."""
+    """The caches of all rows, for each layer."""
     return list(zip(*(slab.layers for slab in slabs), strict=True))
 
 

@@ -1,7 +1,8 @@
-"""Choosing the next tokens of a batch: each row by its own settings and its own draw.
+"""Samples the next tokens of a batch: each row by its own settings and its own draw.
 
 A row's draw depends on its seed and on the ordinal of the token alone (Gumbel-max with a key for
-each token), so it is the same whatever else is in the batch and after any preemption.
+each token), so it is the same whatever else is in the batch and after any preemption. A grammar's
+mask over the vocabulary will be one more filter, before temperature.
 """
 
 from collections.abc import Sequence
@@ -16,9 +17,10 @@ _MASK = (1 << 64) - 1
 
 
 def sample(logits: mx.array, inputs: Sequence[RowInput]) -> mx.array:
-    """The next token of each row of `logits` (rows, vocabulary); one call where rows agree.
+    """Sample from `logits` (rows, vocabulary) one token for each row; rows that agree in one call.
 
-    Filters are mlx-lm's, in its order: top_p, min_p, top_k on log-probabilities, then temperature.
+    Filters are mlx-lm's (0.32.2), in its order: top_p, min_p, top_k on log-probabilities, then
+    temperature.
     """
     groups = _groups(inputs)
     if len(groups) == 1:
@@ -33,7 +35,7 @@ def sample(logits: mx.array, inputs: Sequence[RowInput]) -> mx.array:
 
 
 def _groups(inputs: Sequence[RowInput]) -> dict[Sampling, list[int]]:
-    """The rows by settings, the seed left out."""
+    """The rows by their settings, without the seed."""
     groups: dict[Sampling, list[int]] = {}
     for row, item in enumerate(inputs):
         groups.setdefault(replace(item.sampling, seed=0), []).append(row)
@@ -49,7 +51,7 @@ def _sample_alike(logits: mx.array, settings: Sampling, inputs: Sequence[RowInpu
 
 
 def _filtered(logits: mx.array, settings: Sampling) -> mx.array:
-    """Log-probabilities with what the settings rule out at minus infinity."""
+    """Log-probabilities, minus infinity for each token that the settings rule out."""
     scores = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     if 0.0 < settings.top_p < 1.0:
         scores = apply_top_p(scores, settings.top_p)

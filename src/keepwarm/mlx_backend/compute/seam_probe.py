@@ -1,4 +1,4 @@
-"""Does the seam fit this model? Two rows of different lengths, in one batch and each alone."""
+"""Probes whether a model's batched rows attend to their own slabs, with two rows of two lengths."""
 
 from collections.abc import Sequence
 from typing import cast
@@ -14,14 +14,15 @@ from keepwarm.mlx_backend.compute.sampling import sample
 
 _PROMPTS = ((1, 2, 3, 4, 5), (6, 7, 8))
 RELATIVE_TOLERANCE = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 2e-1}
-"""Of the logits' spread. Rows that see each other's KV, or none, differ by about the spread."""
+"""How much batched and single rows may differ, in parts of the logits' spread. Rows that see each
+other's KV, or none, differ by about the spread."""
 
 
 def check_seam(model: nn.Module, layout: CacheLayout, path: str) -> None:
-    """Raise UnsupportedModel when batched rows do not attend to their own slabs."""
+    """Raise UnsupportedModel when rows in one batch do not compute what each computes alone."""
     try:
         together = _logits(model, layout, _PROMPTS)
-    # What a model raises that wants to index, slice or format its cache's offset.
+    # A model raises these that indexes, slices or formats its cache's offset, an array here.
     except (TypeError, ValueError, AttributeError, IndexError) as error:
         raise _misfit(path, f"a batch of two rows raises {error!r}") from error
     alone = mx.concatenate([_logits(model, layout, [prompt]) for prompt in _PROMPTS])
@@ -45,7 +46,7 @@ def _number(array: mx.array) -> float:
 
 
 def _logits(model: nn.Module, layout: CacheLayout, prompts: Sequence[Sequence[int]]) -> mx.array:
-    """(rows, vocabulary) after each prompt's last token, decoded as one batch."""
+    """The logits (rows, vocabulary) after each prompt's last token, decoded as one batch."""
     seen: list[mx.array] = []
 
     def keep(logits: mx.array, inputs: Sequence[RowInput]) -> mx.array:

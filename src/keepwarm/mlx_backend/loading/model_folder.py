@@ -1,4 +1,4 @@
-"""What a model's folder must hold, checked before mlx-lm sees it, so that errors name the file."""
+"""A model's folder, checked before mlx-lm sees it, so that errors name the file at fault."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -8,7 +8,8 @@ from typing import Any
 from mlx_lm.utils import MODEL_REMAPPING
 
 from keepwarm.core.errors import ModelLoadError, UnsupportedModel
-from keepwarm.mlx_backend.loading.files import read_json_object, safetensors_problem
+from keepwarm.mlx_backend.loading.files import read_json_object
+from keepwarm.mlx_backend.loading.weight_file import problem_with
 
 _INDEX_NAME = "model.safetensors.index.json"
 _TOKENIZER_PATTERNS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
@@ -25,6 +26,7 @@ class ModelFolder:
 
     @classmethod
     def open(cls, path: Path) -> "ModelFolder":
+        """Check the folder. Raises ModelLoadError and UnsupportedModel."""
         if not path.is_dir():
             raise ModelLoadError(
                 str(path), "it is a file, not a model's folder", _remedy_for_file(path)
@@ -36,7 +38,7 @@ class ModelFolder:
 
     @property
     def eos_token_ids(self) -> list[int] | int | None:
-        """mlx-lm's rule: generation_config.json wins over config.json."""
+        """The ids that end a reply; generation_config.json wins over config.json, as in mlx-lm."""
         generation = self.path / "generation_config.json"
         if generation.exists():
             ids = _read_json(generation).get("eos_token_id")
@@ -47,9 +49,24 @@ class ModelFolder:
     @property
     def quantisation(self) -> str:
         """The quantisation's name in config.json, for messages."""
-        section = self.config.get("quantization") or self.config.get("quantization_config") or {}
-        method = section.get("quant_method") or section.get("mode") or "affine"
-        return str(method)
+        section = self._quantisation
+        return str(section.get("quant_method") or section.get("mode") or "affine")
+
+    def bits_of(self, tensor: str) -> int:
+        """How many bits a quantised weight has; one layer may differ from the others."""
+        section = self._quantisation
+        own = section.get(tensor.removesuffix(".weight"))
+        bits = own.get("bits") if isinstance(own, dict) else None
+        return int(bits or section.get("bits") or 4)
+
+    @property
+    def _quantisation(self) -> dict[str, Any]:
+        return self.config.get("quantization") or self.config.get("quantization_config") or {}
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, short enough to stand in another one."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _as_ids(ids: Any) -> list[int] | int | None:
@@ -110,7 +127,7 @@ def _sound_weight_files(path: Path) -> tuple[Path, ...]:
         )
     _require_all_shards(path, files)
     for file in files:
-        problem = safetensors_problem(file)
+        problem = problem_with(file)
         if problem is not None:
             raise ModelLoadError(str(file), problem, _FETCH_AGAIN)
     return tuple(files)

@@ -1,4 +1,4 @@
-"""Ids to text, one by one, never showing a part of a character."""
+"""Turns ids into text one by one, and never shows a part of a character."""
 
 import codecs
 from collections.abc import Collection
@@ -8,12 +8,12 @@ from tokenizers import Tokenizer
 
 REPLACEMENT = "\ufffd"
 
-# The longest character in UTF-8, and so the most tokens that can wait for its end.
 MAX_CHARACTER_BYTES = 4
+"""How long a character is in UTF-8 at most, and so how many tokens can wait for its end."""
 
 
 class ByteLevelDetokenizer:
-    """For byte-level vocabularies: every token is a run of bytes, and the text is their UTF-8.
+    """Detokenizes byte-level vocabularies: a token is a run of bytes, and the text is their UTF-8.
 
     Bytes that can no longer become a character are shown as U+FFFD at once.
     """
@@ -38,9 +38,9 @@ class ByteLevelDetokenizer:
 
 
 class WindowDetokenizer:
-    """For every other vocabulary: decodes the last tokens behind those that are out already.
+    """Detokenizes every other vocabulary: decodes the waiting tokens after those shown last.
 
-    The tokens behind give the context that decides on a leading space. Text that ends in U+FFFD
+    The tokens shown last are the context that decides on a leading space. Text that ends in U+FFFD
     waits for the rest of a character, but never for more tokens than a character has bytes.
     """
 
@@ -61,15 +61,15 @@ class WindowDetokenizer:
         if token_id in self._hidden_ids:
             return ""
         self._waiting.append(token_id)
-        behind = self._decode(self._context)
+        shown = self._decode(self._context)
         text = self._decode(self._context + self._waiting)
         if text.endswith(REPLACEMENT) and len(self._waiting) < MAX_CHARACTER_BYTES:
             return ""
         self._context, self._waiting = self._next_context(), []
-        return text[len(behind) :]
+        return text[len(shown) :]
 
     def _next_context(self) -> list[int]:
-        """Tokens without text of their own (a lone leading space) stay with those before them."""
+        """The waiting tokens, behind the old context where they have no text (a leading space)."""
         if self._decode(self._waiting):
             return self._waiting
         return self._context + self._waiting
@@ -79,12 +79,12 @@ class WindowDetokenizer:
 
 
 def has_text(tokenizer: Tokenizer, hidden_ids: Collection[int], token_id: int) -> bool:
-    """Whether the id is a token, and none of the hidden ones."""
+    """Whether the id is a token of the vocabulary, and not a hidden one."""
     return token_id not in hidden_ids and tokenizer.id_to_token(token_id) is not None
 
 
 def bytes_of_token(token: str) -> bytes:
-    """A token's bytes; an added token that is not written in the byte alphabet is plain text."""
+    """The bytes of a byte-level token; a token outside the byte alphabet (an added one) is text."""
     alphabet = byte_alphabet()
     if all(character in alphabet for character in token):
         return bytes(alphabet[character] for character in token)
@@ -93,7 +93,10 @@ def bytes_of_token(token: str) -> bytes:
 
 @lru_cache(maxsize=1)
 def byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins: visible Latin-1 characters are themselves, the rest moves up."""
+    """The byte of each of GPT-2's printable characters.
+
+    Visible Latin-1 characters stand for themselves, the other bytes for characters from U+0100 on.
+    """
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {

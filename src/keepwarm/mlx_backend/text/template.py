@@ -1,47 +1,43 @@
 """A model's chat template: foreign code, which may raise anything and write without end."""
 
-import json
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
 from functools import cached_property
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
 from transformers import PreTrainedTokenizerBase
 
 from keepwarm.core.errors import InvalidRequest, TemplateRefused
+from keepwarm.mlx_backend.text.template_environment import TemplateEnvironment
 
 FREE_CHARACTERS = 1 << 20
 CHARACTERS_PER_VALUE = 1 << 10
 CHARACTERS_PER_CHARACTER = 16
-"""What a template may write: so many in any case, and for each value and character of a message."""
-MAX_POWER = 1 << 10
+"""How many characters a template may write: FREE_CHARACTERS in any case, and more for each value
+and each character of the messages."""
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
-"""The names by which clients and templates know what was thought. The first is everybody's."""
+"""The fields by which clients and templates know reasoning; every template is given the first."""
 
 Apply = Callable[[list[Any], bool], Iterable[str]]
+"""Renders messages, with a generation prompt or without, piece by piece."""
 
 
 class ChatTemplate:
     """The template of transformers' fast tokenizer, or of mlx-lm's wrapper around it.
 
-    It is rendered as transformers renders it, but for a message whose `content` is None, which
-    stays so: templates tell a call of a tool by that. `render` can be called from any thread.
+    Rendered as transformers (5.23.0) renders it, except that a message's `content` None stays None:
+    templates recognise a tool call by that. Any thread may call `render`.
     """
 
     def __init__(self, owner: Any) -> None:
         self._owner = owner
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
-        """Raises TemplateRefused, whatever the template raises, and where it writes too much."""
+        """Render the messages. Whatever the template raises becomes TemplateRefused, as does text
+        beyond what these messages may need; InvalidRequest where there is no template.
+        """
         prepared = [_prepared(message) for message in messages]
         limit = _limit(prepared)
         written: list[str] = []
@@ -68,7 +64,7 @@ class ChatTemplate:
         given = dict(tokenizer.special_tokens_map)
         if self._owner is not tokenizer:
             given["enable_thinking"] = self._owner.has_thinking
-        compiled = _Environment.made().from_string(tokenizer.get_chat_template())
+        compiled = TemplateEnvironment.made().from_string(tokenizer.get_chat_template())
 
         def apply(messages: list[Any], add_generation_prompt: bool) -> Iterator[str]:
             return compiled.generate(
@@ -89,82 +85,10 @@ class ChatTemplate:
         )
 
 
-class _Environment(ImmutableSandboxedEnvironment):
-    """Transformers' own, in which no product is larger than a template may write."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    @classmethod
-    def made(cls) -> "_Environment":
-        environment = cls(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = _strftime_now
-        environment.globals["namespace"] = _namespace
-        return environment
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**" and _is_large(right, MAX_POWER):
-            raise OverflowError("a power is too large")
-        if operator == "*" and max(_length(left, right), _length(right, left)) > FREE_CHARACTERS:
-            raise OverflowError("a text is repeated too often")
-        return super().call_binop(context, operator, left, right)
-
-
-class _GenerationTag(Extension):
-    """`{% generation %}` marks an assistant's text for those who train. Here it is only text."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2's way
-
-    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Namespace(Namespace):
-    """Without names that Python itself looks for."""
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_name(name)
-        super().__setitem__(name, value)
-
-
-def _namespace(*pairs: Any, **attributes: Any) -> _Namespace:
-    for name in dict(*pairs, **attributes):
-        _check_name(name)
-    return _Namespace(*pairs, **attributes)
-
-
-def _check_name(name: object) -> None:
-    if str(name).startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"{name!r} is no name for an attribute")
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Jinja's own would escape what HTML escapes."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _raise_exception(message: object) -> None:
-    raise jinja2.TemplateError(str(message))
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().astimezone().strftime(form)
-
-
 def _prepared(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what is None, as templates ask for keys; what was thought under its known names."""
+    """The message without None values, as templates ask whether keys exist, and with its reasoning
+    under the names that templates ask for.
+    """
     prepared = {
         key: value for key, value in message.items() if value is not None or key == "content"
     }
@@ -175,6 +99,7 @@ def _prepared(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _limit(messages: Sequence[Any]) -> int:
+    """How many characters a template may write for these messages."""
     num_values = num_characters = 0
     unseen: list[Any] = list(messages)
     while unseen:
@@ -193,18 +118,8 @@ def _limit(messages: Sequence[Any]) -> int:
     )
 
 
-def _length(value: Any, times: Any) -> int:
-    """Of a text or list that is repeated so many times."""
-    is_repeated = isinstance(value, str | list | tuple) and isinstance(times, int)
-    return len(value) * times if is_repeated else 0
-
-
-def _is_large(value: Any, limit: int) -> bool:
-    return isinstance(value, int | float) and abs(value) > limit
-
-
 def _reason(error: Exception) -> str:
-    """Its own words where it means to refuse; otherwise what happened, and where."""
+    """The template's own words where it refuses on purpose; otherwise what failed, and where."""
     if type(error) is jinja2.TemplateError:
         return str(error)
     frames = traceback.extract_tb(error.__traceback__)
@@ -214,7 +129,7 @@ def _reason(error: Exception) -> str:
 
 
 def unwrapped(owner: Any) -> Any:
-    """Transformers' tokenizer."""
+    """Transformers' tokenizer, out of mlx-lm's wrapper if it is in one."""
     return owner if isinstance(owner, PreTrainedTokenizerBase) else owner._tokenizer
 
 

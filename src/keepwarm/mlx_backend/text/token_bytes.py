@@ -1,15 +1,19 @@
-"""How few tokens a text can have: a property of tokenizer.json."""
+"""A lower bound of a text's tokens, derived from tokenizer.json without encoding the text."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from keepwarm.mlx_backend.text.detokenizer import byte_alphabet
 
 Component = Mapping[str, Any]
+C = TypeVar("C", bound=Component)
+
+_SEQUENCES = ("normalizers", "pretokenizers", "decoders")
+"""The fields by which a component of type Sequence holds its parts."""
 
 SHRINKAGE = {"NFC": 4, "NFD": 4, "NFKC": 4, "NFKD": 4}
-"""At most so many times fewer bytes does Unicode's normalisation leave of a text.
+"""How many times shorter, in bytes, Unicode's normalisation can make a text at most.
 
 Measured over all characters: 3.5, 3, 4 and 4.
 """
@@ -19,9 +23,9 @@ _FALLBACK = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 
 @dataclass(frozen=True, slots=True)
 class TokenBytes:
-    """A token stands for `most` bytes at most, not counting those that the vocabulary lacks.
+    """How many bytes a token stands for at most, without the bytes that the vocabulary lacks.
 
-    A tokenizer drops what it lacks, or makes one unknown token of any amount of it.
+    A tokenizer drops the bytes that it lacks, or makes one unknown token of any number of them.
     """
 
     most: int
@@ -29,14 +33,14 @@ class TokenBytes:
 
     @classmethod
     def of(cls, spec: Component) -> "TokenBytes | None":
-        """None where text can vanish, so that there is no such number.
+        """Derive the bound from tokenizer.json; None where text can vanish, so that there is none.
 
-        By a normaliser that strips, a pre-tokenizer that drops white space, a vocabulary that is
-        not made of bytes, or a token that takes the white space beside it.
+        Text vanishes where a normaliser strips, a pre-tokenizer drops white space, the vocabulary
+        is not made of bytes, or a token absorbs the white space beside it.
         """
-        pre_tokenizers = list(_parts(spec["pre_tokenizer"]))
+        pre_tokenizers = list(parts(spec["pre_tokenizer"]))
         is_byte_level = any(part["type"] == "ByteLevel" for part in pre_tokenizers)
-        shrinkage = _shrinkage(_parts(spec["normalizer"]))
+        shrinkage = _shrinkage(parts(spec["normalizer"]))
         vocabulary = _vocabulary(spec["model"])
         added = [token for token in spec.get("added_tokens") or () if not token["special"]]
         if (
@@ -52,7 +56,7 @@ class TokenBytes:
         return cls(shrinkage * most, _lacking(vocabulary) if is_byte_level else b"")
 
     def least_tokens(self, text: str) -> int:
-        """No text has fewer."""
+        """A number of tokens that the text has at least."""
         if not self.lacking and text.isascii():
             return -(-len(text) // self.most)
         written = text.encode("utf-8", "surrogatepass").translate(None, self.lacking)
@@ -89,14 +93,15 @@ def _lacking(vocabulary: Collection[str]) -> bytes:
 
 
 def _vocabulary(model: Component) -> list[str]:
-    """Of BPE, which maps tokens to ids, or of Unigram, which lists them with their scores."""
+    """The tokens of BPE, which maps them to ids, or of Unigram, which lists them with scores."""
     tokens = model.get("vocab") or ()
     return list(tokens) if isinstance(tokens, Mapping) else [token for token, _ in tokens]
 
 
-def _parts(component: Component | None) -> Iterator[Component]:
-    """A component, and what it is a sequence of."""
+def parts(component: C | None) -> Iterator[C]:
+    """A component of tokenizer.json, and everything that it is a sequence of."""
     if component is not None:
         yield component
-        for part in component.get("pretokenizers", component.get("normalizers", ())):
-            yield from _parts(part)
+        for sequence in _SEQUENCES:
+            for part in component.get(sequence, ()):
+                yield from parts(part)

@@ -5,13 +5,9 @@ import numpy as np
 import pytest
 
 from keepwarm.core.layout import CacheLayout, LayerLayout
-from keepwarm.mlx_backend.compute.arrays import (
-    DeviceCopies,
-    HostCopies,
-    KVCopies,
-    RowSlab,
-    SlabArrays,
-)
+from keepwarm.mlx_backend.compute.kv_copies import DeviceCopies, HostCopies, KVCopies
+from keepwarm.mlx_backend.compute.kv_mover import KVMover
+from keepwarm.mlx_backend.compute.slab import RowSlab
 
 DTYPES = ["float32", "float16", "bfloat16"]
 
@@ -33,9 +29,9 @@ def noise(slab: RowSlab, num_tokens: int, dtype: str) -> None:
     mx.eval(slab.arrays())
 
 
-def arrays(kind: type[HostCopies] | type[DeviceCopies], dtype: str) -> SlabArrays:
+def arrays(kind: type[HostCopies] | type[DeviceCopies], dtype: str) -> KVMover:
     copies: KVCopies = kind(layout(dtype))
-    return SlabArrays(layout(dtype), copies)
+    return KVMover(copies)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
