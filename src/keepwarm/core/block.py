@@ -17,28 +17,28 @@ EXACT = "exact"
 
 
 def root_hash(*, fingerprint: str, lineage: str = EXACT, namespace: str = "") -> BlockHash:
-    """The parent of every first block. Other weights, lineages or namespaces share nothing."""
+    """Return the parent of every first block: other weights, lineages, namespaces share nothing."""
     parts = (fingerprint, lineage, namespace)
     framed = b"".join(len(p.encode()).to_bytes(4, "little") + p.encode() for p in parts)
     return BlockHash(hashlib.sha256(b"keepwarm-block-v1" + framed).digest())
 
 
 def child_hash(parent: BlockHash, token_ids: Sequence[int]) -> BlockHash:
-    """The name of the block that follows `parent` and holds `token_ids`."""
+    """Return the name of the block that follows `parent` and holds `token_ids`."""
     return BlockHash(hashlib.sha256(parent + array("I", token_ids).tobytes()).digest())
 
 
 def chain_hashes(parent: BlockHash, token_ids: Sequence[int]) -> Iterator[BlockHash]:
-    """One hash for each whole block of `token_ids`, which follow `parent`; computed lazily."""
+    """Yield the names of the whole blocks of `token_ids`, which follow `parent`, one at a time."""
     for start in range(0, len(token_ids) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
         parent = child_hash(parent, token_ids[start : start + BLOCK_TOKENS])
         yield parent
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading ids agree."""
+    """Return how many leading ids agree."""
     limit = min(len(a), len(b))
-    if limit and a[0] != b[0]:  # most lines that are asked are another conversation's
+    if limit and a[0] != b[0]:  # most comparisons are with another conversation's line
         return 0
     for start in range(0, limit, BLOCK_TOKENS):
         stop = min(start + BLOCK_TOKENS, limit)

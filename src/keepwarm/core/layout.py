@@ -1,8 +1,9 @@
-"""The shape of one token's KV, and so the size in bytes of a block."""
+"""The shape of one token's KV, and so the size of a block in bytes."""
 
 from dataclasses import dataclass
 
 BLOCK_TOKENS = 256
+"""How many tokens a block has: the unit of sharing, eviction, storage and budget."""
 
 _SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -10,7 +11,7 @@ _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True, slots=True)
 class LayerLayout:
-    """One attention layer's cache: keys are (1, num_kv_heads, tokens, key_dim), values alike."""
+    """One attention layer's cache: keys (1, num_kv_heads, tokens, key_dim), values alike."""
 
     num_kv_heads: int
     key_dim: int
@@ -54,7 +55,7 @@ class CacheLayout:
         return self.token_bytes * capacity_tokens
 
     def tensors(self, num_tokens: int) -> tuple[TensorSpec, ...]:
-        """What a payload of so many tokens consists of, in the order of its bytes."""
+        """Return the tensors of a payload of `num_tokens`, in the order of its bytes."""
         return tuple(
             TensorSpec(
                 name=f"layers.{index}.{part}",
@@ -68,10 +69,10 @@ class CacheLayout:
 
 
 def whole_blocks(num_tokens: int) -> int:
-    """How many blocks are filled completely."""
+    """Return how many blocks the first `num_tokens` fill completely."""
     return num_tokens // BLOCK_TOKENS
 
 
 def capacity_for(num_tokens: int) -> int:
-    """The slab capacity in tokens, a multiple of the block, that holds `num_tokens`."""
+    """Return the smallest slab capacity, in tokens, that holds `num_tokens`: whole blocks."""
     return -(-num_tokens // BLOCK_TOKENS) * BLOCK_TOKENS

@@ -10,8 +10,10 @@ from keepwarm.core.errors import ConfigError, InvariantBroken, PoolExhausted
 
 
 class Kind(StrEnum):
-    """What an allocation is: a line's slab, a block's own copy, a line's tail, a slab to reuse, a
-    copy on its way to the disk, a buffer for what comes from there.
+    """What an allocation pays for.
+
+    In order: a line's slab, a block's own copy, a line's tail, a slab to reuse, a copy on its way
+    to the disk, a buffer for KV that comes from there.
     """
 
     SLAB = "slab"
@@ -24,7 +26,7 @@ class Kind(StrEnum):
 
 @dataclass(slots=True, eq=False)
 class Allocation:
-    """Bytes taken from the budget, freed when nobody retains them any more."""
+    """Bytes taken from the budget, freed when their last holder has released them."""
 
     kind: Kind
     nbytes: int
@@ -46,19 +48,22 @@ class Neighbours(Protocol):
     """The other pools of one budget."""
 
     def used_bytes(self) -> int:
-        """What they take of it."""
+        """Return how many bytes of the budget they take."""
         ...
 
     def make_room(self, needed_bytes: int) -> None:
-        """Have them give up what rests, until so many bytes are free, if they can."""
+        """Ask them to free the memory of resting lines until `needed_bytes` of the budget are free.
+
+        They may not be able to; `free_bytes` says what came of it.
+        """
         ...
 
     def will_free(self) -> bool:
-        """Whether some of theirs comes free by itself: somebody runs, or is being saved."""
+        """Whether memory of theirs comes free by itself: a row ends, or KV has been saved."""
         ...
 
 
-class Nobody:
+class NoNeighbours:
     """Implements `Neighbours` for a pool that has its budget to itself."""
 
     def used_bytes(self) -> int:
@@ -89,7 +94,7 @@ class BlockPool:
         if budget_bytes <= 0:
             raise ConfigError("budget_bytes", f"must be positive, not {budget_bytes}")
         self.budget_bytes = budget_bytes
-        self.neighbours = neighbours or Nobody()
+        self.neighbours = neighbours or NoNeighbours()
         self.used_bytes = 0
         self.peak_bytes = 0
         self._live: set[Allocation] = set()
@@ -117,16 +122,17 @@ class BlockPool:
         allocation.nbytes = nbytes
 
     def reuse(self, allocation: Allocation, kind: Kind) -> None:
-        """The same memory serves as something else: a slab becomes a spare and comes back."""
+        """Let the memory serve as another kind: a slab becomes a spare, and comes back."""
         self._expect_live(allocation)
         allocation.kind = kind
 
     def retain(self, allocation: Allocation) -> None:
+        """Add a holder."""
         self._expect_live(allocation)
         allocation.count += 1
 
     def release(self, allocation: Allocation) -> None:
-        """One holder less; the bytes are free again when it was the last."""
+        """Remove a holder; the bytes are free again when it was the last."""
         self._expect_live(allocation)
         allocation.count -= 1
         if allocation.count == 0:
@@ -134,6 +140,7 @@ class BlockPool:
             self.used_bytes -= allocation.nbytes
 
     def snapshot(self) -> PoolSnapshot:
+        """Return the sums as they are now."""
         sizes: Counter[str] = Counter()
         for allocation in self._live:
             sizes[allocation.kind.value] += allocation.nbytes

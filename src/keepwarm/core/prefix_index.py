@@ -11,7 +11,7 @@ from keepwarm.core.ports import Payload
 class PrefixIndex:
     """All blocks by hash. A hash names its whole prefix, so a look-up goes through the parent.
 
-    A block lives as long as a line owns it and its KV is somewhere; the bytes of payloads are
+    A block exists while a line owns it and its KV is in memory; the bytes of payloads are
     allocations of the pool, retained once for each owner.
     """
 
@@ -33,7 +33,7 @@ class PrefixIndex:
         return self._blocks.get(block_hash)
 
     def longest_run(self, hashes: Iterable[BlockHash]) -> list[Block]:
-        """The blocks that exist for the first hashes, up to the first that does not."""
+        """Return the blocks of the first hashes, up to the first hash that has none."""
         run: list[Block] = []
         for block_hash in hashes:
             block = self._blocks.get(block_hash)
@@ -43,7 +43,7 @@ class PrefixIndex:
         return run
 
     def enter_slab(self, line: LineId, depth: int, block_hash: BlockHash) -> Block:
-        """The line's slab holds this block now; the line becomes its owner."""
+        """Note that the line's slab holds this block; the line becomes its owner."""
         block = self._blocks.get(block_hash)
         if block is None:
             block = self._blocks[block_hash] = Block(block_hash, depth)
@@ -52,7 +52,7 @@ class PrefixIndex:
         return block
 
     def retain(self, line: LineId, block: Block) -> None:
-        """The line's block table names this block."""
+        """Note that the line's block table names this block."""
         self._own(line, block)
 
     def attach_payload(self, block: Block, payload: Payload) -> None:
@@ -63,11 +63,11 @@ class PrefixIndex:
         block.payload, block.allocation = payload, allocation
 
     def leave_slab(self, line: LineId, block: Block) -> None:
-        """The line's slab no longer holds the block; the line still owns it."""
+        """Note that the line's slab no longer holds the block; the line still owns it."""
         block.slabs.remove(line)
 
     def disown(self, line: LineId, block: Block) -> None:
-        """The line's table no longer names the block; it goes with its last owner."""
+        """Note that the line's table no longer names the block; it goes with its last owner."""
         block.slabs.discard(line)
         block.owners.remove(line)
         if block.allocation is not None:
@@ -84,7 +84,7 @@ class PrefixIndex:
                 self._pool.release(allocation)
 
     def holders(self) -> dict[Allocation, tuple[int, int]]:
-        """The payloads' allocations as the index sees them, for the pool's check."""
+        """Return the payloads' allocations with their owners and bytes, for the pool's check."""
         return {
             block.allocation: (len(block.owners), block.payload.nbytes)
             for block in self._blocks.values()
@@ -92,7 +92,7 @@ class PrefixIndex:
         }
 
     def check(self) -> None:
-        """Every block is somewhere, owned, and owned by whoever holds it in a slab."""
+        """Raise InvariantBroken unless each block has KV, and owners, which its slabs belong to."""
         for key, block in self._blocks.items():
             if key != block.hash or not block.owners:
                 raise InvariantBroken(f"{block}: under another name, or without an owner")
