@@ -178,7 +178,7 @@ def test_an_export_beside_the_store_leaves_the_free_floor(
     with opened(tmp_path / "home") as store:
         engine = fake_engine(store=store)
         talk(engine)
-        engine.tiers.saver.offer_tails()
+        engine.tiers.saves.offer_tails()
         engine.tiers.save_some()
         settle(engine)
         monkeypatch.setattr(store._disk._budget, "free_floor_bytes", 1 << 60)

@@ -202,4 +202,4 @@ def check_is_empty(engine: BlockPoolBatchEngine) -> None:
     assert not engine.batch.running
     assert not engine._active
     lines = [line for agent in engine._book for line in agent.lines]
-    assert not [line for line in lines if line.in_use or line.blocks.busy]
+    assert not [line for line in lines if line.in_use or line.blocks.is_held]

@@ -228,7 +228,7 @@ class TestRoundTrip:
 
     def test_what_the_disk_did_not_take_is_left_out(self, homes: NewEngine, path: Path) -> None:
         one, two = homes("one"), homes("two")
-        one.tiers._store.accepts = lambda nbytes: False  # type: ignore[method-assign]
+        one._store.accepts = lambda nbytes: False  # type: ignore[method-assign]
         run(one, agent_id="ada", token_ids=ids(600), max_tokens=2)
         exported = one.export("ada", path, timeout_s=0.1)
         assert (exported.num_tokens, exported.num_left_out) == (0, 601)
@@ -243,8 +243,8 @@ class TestRoundTrip:
         one, two = homes("one"), homes("two")
         run(one, agent_id="ada", token_ids=ids(1000), max_tokens=2)
         one = homes("one")
-        store = one.tiers._store
-        records = store.plan(one.tiers._family, one.tiers._family.root, ids(1000))
+        store = one._store
+        records = store.plan(one.tiers.family_of(""), one.tiers.family_of("").root, ids(1000))
         name = records[1].hash.hex()
         file = tmp_path / "one" / "blocks" / name[:2] / f"{name}.safetensors"
         data = bytearray(file.read_bytes())
@@ -315,12 +315,12 @@ class TestPrivacy:
         prompt = [*ids(600), *first.token_ids, 1]
         one.export("ada", path)
         two.import_agent(path)
-        root = two.tiers._family.root
+        root = two.tiers.family_of("").root
         for move in (two.prefetch, two.demote, two.park):
             move("ada")
             drain(two)
-            assert not two._store.plan(two.tiers._family, root, prompt)
-            assert not two.tiers.index.longest_run(chain_hashes(root, prompt))
+            assert not two._store.plan(two.tiers.family_of(""), root, prompt)
+            assert not two.tiers.memory.index.longest_run(chain_hashes(root, prompt))
         turn = run(two, agent_id="ada", token_ids=prompt, max_tokens=3)
         assert turn.cache.cached_tokens == 602
         stranger = run(two, agent_id="bob", token_ids=prompt, max_tokens=3)

@@ -279,4 +279,4 @@ def test_a_deleted_agent_leaves_no_bytes() -> None:
     engine.delete("ada")
     assert engine.agents() == ()
     assert engine.snapshot().pool.num_by_kind.keys() <= {"spare"}
-    assert len(engine.tiers.index) == 0
+    assert len(engine.tiers.memory.index) == 0

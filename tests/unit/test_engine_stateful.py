@@ -292,7 +292,7 @@ class EngineMachine(RuleBasedStateMachine):
             for line in agent.lines:
                 line.transcript.check()
                 if not line.in_use and not self.engine._prefetches:
-                    assert not line.blocks.busy
+                    assert not line.blocks.is_held
         assert len(self.engine.batch.running) <= self.engine.config.max_rows
 
     def see_verified(self) -> None:

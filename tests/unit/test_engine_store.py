@@ -208,7 +208,7 @@ class TestParkAndPrefetch:
         engine = restart()
         run(engine, agent_id="ada", token_ids=ids(600), max_tokens=2)
         settle(engine)
-        family = engine.tiers._family
+        family = engine.tiers.family_of("")
         evicted = engine._store.plan(family, family.root, ids(256))
         engine._store.drop([record.hash for record in evicted])
         engine.park("ada")
@@ -318,7 +318,7 @@ def test_a_record_that_cannot_be_read_is_computed(tmp_path: Path) -> None:
     engine = fake_engine(store=store)
     run(engine, agent_id="ada", token_ids=ids(1000), max_tokens=2)
     engine.close()
-    records = store.plan(engine.tiers._family, engine.tiers._root, ids(1000))
+    records = store.plan(engine.tiers.family_of(""), engine.tiers.family_of("").root, ids(1000))
     store.unreadable.add(records[2].hash)
     engine = fake_engine(store=store)
     turn = run(engine, agent_id="ada", token_ids=ids(1000), max_tokens=2)

@@ -369,7 +369,7 @@ def test_what_a_file_says_is_looked_at_a_part_at_a_time(
         messages = [user("x" * 700), assistant("y" * 700)] * number
         run(engine, agent_id="ada", messages=[*messages, user("x" * 700)], max_tokens=5)
     finish(engine, export(engine, path))
-    store, family, tokenizer = engine._store, engine.tiers._family, TOKENIZER
+    store, family, tokenizer = engine._store, engine.tiers.family_of(""), TOKENIZER
     ticket = store.read_bundle(
         path, private_terms(family, tokenizer.fingerprint, tokenizer.vocab_size)
     )

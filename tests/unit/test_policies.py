@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keepwarm.core.agent import AgentBlocks
 from keepwarm.core.block import Block, BlockHash, LineId
 from keepwarm.core.errors import ConfigError
 from keepwarm.core.policies import (
@@ -27,6 +26,7 @@ from keepwarm.core.policies import (
 )
 from keepwarm.core.ports import GREEDY
 from keepwarm.core.sequence import TokenSequence
+from keepwarm.kv.line_table import LineBlocks
 from keepwarm.testing.generator import FakePayload, FakeSlab
 
 
@@ -36,10 +36,10 @@ class Payload:
     nbytes: int = 10
 
 
-def lines(*last_used: int) -> dict[LineId, AgentBlocks]:
+def lines(*last_used: int) -> dict[LineId, LineBlocks]:
     """Warm lines 1, 2, ... by when they were last used."""
     return {
-        LineId(number): AgentBlocks(LineId(number), last_used=used)
+        LineId(number): LineBlocks(LineId(number), last_used=used)
         for number, used in enumerate(last_used, start=1)
     }
 
@@ -55,7 +55,7 @@ def block(depth: int, *owners: int, slabs: Sequence[int] = ()) -> Block:
 
 
 def sequence(arrival: int, *, priority: int = 0, num_tokens: int = 2, held: int = 0) -> Any:
-    blocks = AgentBlocks(LineId(arrival), token_ids=list(range(held)))
+    blocks = LineBlocks(LineId(arrival), token_ids=list(range(held)))
     if held:
         blocks.tail = FakePayload(tuple(range(held)), 8)
     return TokenSequence(
@@ -95,8 +95,8 @@ class TestVictims:
         chosen = choose_victims(lines(1, 5, 9), [shared, lone], 20)
         assert chosen == [BlockVictim(lone, 10), BlockVictim(shared, 10)]
 
-    @pytest.mark.parametrize("why", ["busy", "pinned"])
-    def test_what_a_busy_or_pinned_line_owns_is_left(self, why: str) -> None:
+    @pytest.mark.parametrize("why", ["is_held", "pinned"])
+    def test_what_a_held_or_pinned_line_owns_is_left(self, why: str) -> None:
         known = lines(1, 2)
         setattr(known[LineId(1)], why, True)
         known[LineId(1)].tail = FakePayload((1,), 8)
@@ -112,7 +112,7 @@ def test_the_slab_that_rested_longest_is_demoted_first_and_a_pinned_one_last() -
     for line in known.values():
         line.slab = FakeSlab(256, 8)
     known[LineId(2)].pinned = True
-    known[LineId(4)].busy = True
+    known[LineId(4)].is_held = True
     known[LineId(5)].slab = None
     assert [line.line for line in demotion_order(known.values())] == [3, 1, 2]
 

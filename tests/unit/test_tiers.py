@@ -47,7 +47,7 @@ def test_a_line_that_is_being_restored_can_be_cut_anywhere() -> None:
         line = computed(tiers, ids(600))
         tiers.demote(line)
         tiers.make_hot(line, ids(700), 768)
-        tiers.restore(line, 1)
+        tiers.promotion.restore(line, 1)
         tiers.truncate(line, num_tokens)
         check(tiers)
         tiers.park(line)
@@ -60,7 +60,7 @@ def test_cutting_a_block_never_evicts_that_block() -> None:
     tiers.demote(line)
     tiers.make_room(BLOCK_BYTES)
     other = computed(tiers, ids(100, 1))
-    other.pinned = True
+    tiers.pin(other)
     tiers.demote(other)
     tiers.truncate(line, 500)
     check(tiers)

@@ -62,7 +62,7 @@ class TiersMachine(RuleBasedStateMachine):
 
     def _start(self, index: int, prompt: list[int], spare: int) -> bool:
         line = self.lines[index]
-        if line.busy:
+        if line.is_held:
             return False
         before = list(line.token_ids)
         num_known = self._longest_match(line, prompt)
@@ -70,30 +70,31 @@ class TiersMachine(RuleBasedStateMachine):
             self.tiers.make_hot(line, prompt, capacity_for(len(prompt) + spare))
         except PoolExhausted:
             assert line.token_ids == before
-            assert not line.busy
+            assert not line.is_held
             return False
         assert line.slab is not None
         assert line.token_ids == prompt[: line.num_tokens]
         assert line.num_tokens >= num_known // 256 * 256
-        assert line.busy
+        assert line.is_held
         self.wanted[line] = prompt
         return True
 
     def _longest_match(self, line: AgentBlocks, prompt: list[int]) -> int:
         """How many leading ids have KV somewhere: in this line, or in anybody's blocks."""
-        run = self.tiers.index.longest_run(chain_hashes(FAMILY.root, prompt))
+        run = self.tiers.memory.index.longest_run(chain_hashes(FAMILY.root, prompt))
         return max(common_prefix(line.token_ids, prompt), len(run) * BLOCK_TOKENS)
 
     @rule(index=indices, prompt=prompts)
     def start_at_any_cost(self, index: int, prompt: list[int]) -> None:
         line = self.lines[index]
         others = [other for other in self.lines if other is not line]
-        alone = not any(other.busy or other.pinned for other in others)
-        if line.busy:
+        alone = not any(other.is_held or other.pinned for other in others)
+        if line.is_held:
             return
         capacity = capacity_for(len(prompt))
         try:
-            self.tiers.make_hot_at_any_cost(line, prompt, capacity)
+            self.tiers.make_room_at_any_cost(line, capacity)
+            self.tiers.make_hot(line, prompt, capacity)
         except PoolExhausted:
             too_large = capacity * FAKE_LAYOUT.token_bytes > self.tiers.pool.budget_bytes
             assert too_large or not alone
@@ -106,10 +107,10 @@ class TiersMachine(RuleBasedStateMachine):
         """Restore, adopt and prefill as the batch does, for so many calls."""
         line = self.lines[index]
         for _ in range(num_calls):
-            if not line.busy or line.num_tokens - line.num_to_restore == len(self.wanted[line]):
+            if not line.is_held or line.num_tokens - line.num_to_restore == len(self.wanted[line]):
                 return
             if line.num_to_restore:
-                assert self.tiers.restore(line, 1) > 0
+                assert self.tiers.promotion.restore(line, 1) > 0
             elif not self.tiers.adopt_computed(line, self.wanted[line]):
                 self._prefill(line, 200)
 
@@ -125,7 +126,7 @@ class TiersMachine(RuleBasedStateMachine):
     @rule(index=indices, more=st.sampled_from([1, 256, 1024]))
     def reserve(self, index: int, more: int) -> None:
         line = self.lines[index]
-        if line.busy and line.slab is not None:
+        if line.is_held and line.slab is not None:
             capacity = line.slab.capacity_tokens
             try:
                 self.tiers.reserve(line, capacity_for(capacity + more))
@@ -139,7 +140,7 @@ class TiersMachine(RuleBasedStateMachine):
     @rule(index=indices)
     def park(self, index: int) -> None:
         line = self.lines[index]
-        if line.busy:
+        if line.is_held:
             held = list(line.token_ids)
             self.tiers.park(line)
             assert line.token_ids == held
@@ -148,7 +149,7 @@ class TiersMachine(RuleBasedStateMachine):
     @rule(index=indices)
     def demote(self, index: int) -> None:
         line = self.lines[index]
-        if line.slab is not None and not line.busy:
+        if line.slab is not None and not line.is_held:
             held = list(line.token_ids)
             self.tiers.demote(line)
             assert line.token_ids == held
@@ -168,7 +169,7 @@ class TiersMachine(RuleBasedStateMachine):
     @rule(index=indices, child=indices, num_tokens=lengths)
     def fork(self, index: int, child: int, num_tokens: int) -> None:
         parent = self.lines[index]
-        if index == child or self.lines[child].busy or parent.num_to_restore:
+        if index == child or self.lines[child].is_held or parent.num_to_restore:
             return
         self.forget(child)
         before = list(parent.token_ids)
@@ -181,7 +182,7 @@ class TiersMachine(RuleBasedStateMachine):
     def forget(self, index: int) -> None:
         line = self.lines[index]
         others = {other: list(other.token_ids) for other in self.lines if other is not line}
-        if not line.busy:
+        if not line.is_held:
             self.tiers.forget(line)
             self.lines[index] = self.tiers.new_line()
             for other, before in others.items():
@@ -193,15 +194,15 @@ class TiersMachine(RuleBasedStateMachine):
         if line.slab is not None:
             self.tiers.discard_slab(line)
             assert line.slab is None
-            assert not line.busy
+            assert not line.is_held
 
     @rule(index=indices, pinned=st.booleans())
     def pin(self, index: int, pinned: bool) -> None:
-        self.lines[index].pinned = pinned
+        self.tiers.pin(self.lines[index], pinned=pinned)
 
     @rule(num_blocks=st.integers(1, 16))
     def make_room(self, num_blocks: int) -> None:
-        held = {line: list(line.token_ids) for line in self.lines if line.pinned or line.busy}
+        held = {line: list(line.token_ids) for line in self.lines if line.pinned or line.is_held}
         needed = num_blocks * BLOCK_BYTES
         try:
             self.tiers.make_room(needed)

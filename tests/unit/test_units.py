@@ -94,7 +94,7 @@ def engine(store: AgentCacheStore) -> BlockPoolBatchEngine:
     engine = fake_engine(store=store)
     run(engine, agent_id="ada", token_ids=ids(256 * NUM_BLOCKS), max_tokens=2)
     run(engine, agent_id="eve", token_ids=ids(300, 1), max_tokens=2)
-    engine.tiers.saver.offer_tails()
+    engine.tiers.saves.offer_tails()
     engine.tiers.save_some()
     settle(engine)
     assert engine.flush()
@@ -110,7 +110,7 @@ def commit_and_fetch(engine: BlockPoolBatchEngine, store: AgentCacheStore) -> No
     """What somebody waits for: a turn that is committed, and KV that is read."""
     state = engine._states.state_of(engine._book.get("eve"))
     store.commit(state, lambda durable: None)
-    family = engine.tiers._family
+    family = engine.tiers.family_of("")
     (record, *_) = store.plan(family, family.root, ids(300, 1))
     buffer = bytearray(store.record_bytes(family, record.num_tokens))
     store.fetch(family, record, buffer, lambda data: None)
@@ -124,7 +124,7 @@ def test_a_turn_and_a_restore_wait_for_one_record_of_an_export(
 ) -> None:
     gate = Gate(monkeypatch)
     state = engine._states.state_of(engine._book.get("ada"))
-    ticket = store.write_bundle(engine.tiers._family, "fake", state, tmp_path / "ada")
+    ticket = store.write_bundle(engine.tiers.family_of(""), "fake", state, tmp_path / "ada")
     assert gate.is_there.wait(PATIENCE_S)
     commit_and_fetch(engine, store)
     gate.may_go.set()
@@ -142,8 +142,10 @@ def test_and_for_one_record_of_an_import(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     state = engine._states.state_of(engine._book.get("ada"))
-    answer_of(store, store.write_bundle(engine.tiers._family, "fake", state, tmp_path / "ada"))
-    family = engine.tiers._family
+    answer_of(
+        store, store.write_bundle(engine.tiers.family_of(""), "fake", state, tmp_path / "ada")
+    )
+    family = engine.tiers.family_of("")
     terms = BundleTerms(
         type(family)(family.fingerprint, family.layout, family.lineage, "import:1"), "fake", 256
     )
@@ -173,7 +175,7 @@ def test_an_export_has_a_unit_for_each_record(
             asked.append("read")
             return store._disk._files.read_into(*arguments)
 
-    family = engine.tiers._family
+    family = engine.tiers.family_of("")
     planned = store._index.plan(family.root, state.lines[0].transcript.token_ids)
     records = tuple((entry.record, family) for entry in planned)
     export = disk_store.Export(family, "fake", state, records)

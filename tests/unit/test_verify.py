@@ -413,9 +413,9 @@ def spoil(engine: BlockPoolBatchEngine, said: list[int], depth: int) -> None:
     """One wrong value in a block's record, which is otherwise as the store writes it."""
     store: AgentStore = engine._store
     record = records_of(engine, said)[depth]
-    buffer = bytearray(store.record_bytes(engine.tiers._family, record.num_tokens))
+    buffer = bytearray(store.record_bytes(engine.tiers.family_of(""), record.num_tokens))
     read: list[Any] = []
-    store.fetch(engine.tiers._family, record, buffer, read.append)
+    store.fetch(engine.tiers.family_of(""), record, buffer, read.append)
     hear(store, lambda: read)
     values = array("Q", bytes(read[0]))
     values[7] += 1
@@ -424,6 +424,8 @@ def spoil(engine: BlockPoolBatchEngine, said: list[int], depth: int) -> None:
     store.drop([record.hash])
     half = len(data) // 2
     saved: list[Saved] = []
-    store.save(engine.tiers._family, record, block, [data[:half], data[half:]], "ada", saved.append)
+    store.save(
+        engine.tiers.family_of(""), record, block, [data[:half], data[half:]], "ada", saved.append
+    )
     hear(store, lambda: saved)
     assert saved == [Saved.WRITTEN]

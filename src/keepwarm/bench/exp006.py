@@ -245,7 +245,7 @@ class _Bench:
     def holds_what_was_put_in(self) -> bool:
         """The first block is, bit for bit, what it was before all calls."""
         self._tiers.make_hot(self._line, self._ids, self._capacity)
-        self._tiers.restore(self._line)
+        self._tiers.promotion.restore(self._line)
         slab = cast("RowSlab", self._line.slab)
         back = raw_kv(self._generator.extract(slab, 0, BLOCK_TOKENS))
         put_in = _noise(self._shape.layout, seed=0).arrays
@@ -265,7 +265,7 @@ class _Bench:
         """What the engine does between admission and the first decode, and the first write."""
         self._tiers.make_hot(self._line, self._ids, self._capacity)
         if self._line.num_to_restore:
-            self._tiers.restore(self._line)
+            self._tiers.promotion.restore(self._line)
         slab = cast("RowSlab", self._line.slab)
         self._generator.open_row(self._ROW, slab)
         self._generator.decode([RowInput(self._ROW, 0, GREEDY, 0)])

@@ -19,13 +19,13 @@ class EngineConfig:
 
     max_rows: rows decoding, prefilling or restoring at once. max_waiting: requests queued beyond
     that. prefill_chunk_tokens: the longest chunk; it ends at a block's end at the latest.
-    idle_prefill_tokens: prefill per step when nobody decodes. max_step_stretch: how many times
+    idle_prefill_tokens: prefill per step when no row decodes. max_step_stretch: how many times
     longer a decode step may become through prefill beside it. reserve_reply_tokens: the part of the
-    reply for which memory is reserved at admission. restore_bytes_per_step: copied into slabs per
-    step while others decode. fresh_bytes_per_step: of a new slab's memory touched per step while
-    others decode. save_bytes_per_step: handed to the store per step. always_restore: from disk,
-    even where computing has been faster lately. max_side_lines: per agent. max_anonymous_lines:
-    kept in all.
+    reply for which memory is reserved at admission. restore_bytes_per_step: bytes copied into slabs
+    per step while others decode. fresh_bytes_per_step: bytes of a new slab's memory touched per
+    step while others decode. save_bytes_per_step: bytes handed to the store per step.
+    always_restore: read from disk even where computing has been faster lately. max_side_lines: side
+    lines kept for each agent. max_anonymous_lines: lines without an agent kept in all.
     """
 
     max_rows: int = 16
@@ -63,12 +63,12 @@ class EngineConfig:
 
 
 def reserve_capacity(*, num_tokens: int, reply_tokens: int, config: EngineConfig) -> int:
-    """Slab capacity to reserve at admission: the tokens and a stated part of the reply."""
+    """Return the slab capacity to reserve at admission: the tokens and a part of the reply."""
     return capacity_for(num_tokens + min(reply_tokens, config.reserve_reply_tokens))
 
 
 def grown_capacity(capacity_tokens: int, max_tokens: int) -> int:
-    """The next capacity of a slab that is full: an eighth more, at least a block, at most all.
+    """Return the next capacity of a full slab: an eighth more, at least a block, at most all.
 
     Growing copies the slab, so a long row grows by more than a block.
     """
@@ -77,9 +77,9 @@ def grown_capacity(capacity_tokens: int, max_tokens: int) -> int:
 
 
 def reply_room(limit_tokens: int, max_tokens: int | None) -> int:
-    """What a conversation must leave for the reply before its oldest turns are dropped.
+    """Return how many tokens a conversation must leave for the reply, or lose its oldest turns.
 
-    As asked for, at most half of all; an eighth where nothing was asked for.
+    As many as were asked for, at most half of the context; an eighth of it by default.
     """
     if max_tokens is None:
         return limit_tokens // 8
@@ -87,16 +87,16 @@ def reply_room(limit_tokens: int, max_tokens: int | None) -> int:
 
 
 def shortened_limit(limit_tokens: int) -> int:
-    """How long a conversation may be after turns were dropped.
+    """Return how many tokens a conversation may have after turns were dropped.
 
-    Half of all: what follows the gap is computed anew, so it should not happen at every turn.
+    Half of the context: what follows the gap is computed anew, so it must not happen at each turn.
     """
     return limit_tokens // 2
 
 
 def demotion_order(lines: Iterable[AgentBlocks]) -> list[AgentBlocks]:
-    """The hot lines at rest, the one that has rested longest first, pinned ones last."""
-    hot = (line for line in lines if line.slab is not None and not line.busy)
+    """Return the hot lines at rest: the one that has rested longest first, pinned ones last."""
+    hot = (line for line in lines if line.is_resting)
     return sorted(hot, key=lambda line: (line.pinned, line.last_used))
 
 
@@ -125,11 +125,11 @@ def choose_victims(
     needed_bytes: int,
     unsaved: Collection[LineId] = (),
 ) -> list[Victim]:
-    """What to forget to free `needed_bytes`: least recently used first, leaf before prefix.
+    """Choose what to forget for `needed_bytes`: least recently used first, leaf before prefix.
 
-    A prefix has all the owners of what follows it, so it was used no earlier; among equals the
-    deeper goes first. What a running or pinned line owns, and what a slab holds as well, is left.
-    Lines that have something in memory only (`unsaved`) lose theirs last.
+    A prefix has all the owners of what follows it, so its last use is no earlier; among equals the
+    deeper goes first. Blocks that a held or pinned line owns, or that a slab holds as well, stay.
+    Lines with KV that is in memory only (`unsaved`) lose theirs last.
     """
     aged: list[tuple[bool, int, float, Victim]] = [
         (line.line in unsaved, line.last_used, -math.inf, TailVictim(line, line.tail.nbytes))
@@ -155,11 +155,11 @@ def choose_victims(
 
 
 PASSES_PER_PRIORITY = 16
-"""A waiting request gains one priority each time so many others were admitted before it."""
+"""After how many admissions before it a waiting request gains one priority."""
 
 
 def admission_order(waiting: Iterable[TokenSequence]) -> list[TokenSequence]:
-    """Highest priority first, then first come; waiting raises the priority, so nobody starves."""
+    """Sort by priority, then by arrival; waiting raises the priority, so no request starves."""
     return sorted(
         waiting,
         key=lambda row: (-(row.priority + row.num_passed_over // PASSES_PER_PRIORITY), row.arrival),
@@ -167,7 +167,7 @@ def admission_order(waiting: Iterable[TokenSequence]) -> list[TokenSequence]:
 
 
 def choose_preempted(running: Sequence[TokenSequence]) -> TokenSequence | None:
-    """The lowest priority, youngest row; never the oldest, so that something always finishes."""
+    """Choose the youngest row of the lowest priority; never the oldest, so that rows finish."""
     if len(running) < 2:
         return None
     oldest = min(running, key=lambda row: row.arrival)
@@ -178,7 +178,7 @@ def choose_preempted(running: Sequence[TokenSequence]) -> TokenSequence | None:
 
 
 def next_chunk(row: TokenSequence, limit: int) -> Sequence[int]:
-    """The ids to prefill next: at most `limit`, never across the end of a block."""
+    """Return the ids to prefill next: at most `limit`, never across the end of a block."""
     start = row.blocks.num_tokens
     block_end = start - start % BLOCK_TOKENS + BLOCK_TOKENS
     return row.token_ids[start : min(start + limit, block_end, row.target_tokens)]
@@ -186,10 +186,10 @@ def next_chunk(row: TokenSequence, limit: int) -> Sequence[int]:
 
 @dataclass(slots=True)
 class RestoreCost:
-    """Whether bringing tokens from disk beats computing them, by what either has cost lately.
+    """Decides whether to read tokens from disk or to compute them, by what either cost lately.
 
-    Each way starts unknown and is then taken for worth trying. What is not chosen becomes cheaper
-    in memory by a tenth each time, so that one slow moment of a disk is not held against it.
+    Seconds per token; while one is unknown, the disk is tried. Each time it is not chosen it counts
+    as a tenth cheaper, so that one slow moment of a disk is not held against it.
     """
 
     prefill_token_s: float | None = None
@@ -220,8 +220,8 @@ class PrefillThrottle:
 
     The time that prefill may add to a step is `(max_step_stretch - 1)` times what a decode step has
     taken lately. After each step that used most of the budget it is corrected towards that: down by
-    at most a third, and up by a tenth, because a chunk that takes too long is seen only when
-    everybody has waited for it. So it follows a prompt that becomes dearer as it gets longer.
+    at most a third, and up by a tenth, because a chunk that takes too long is seen only after
+    every row has waited for it. So it follows a prompt that becomes dearer as it gets longer.
     """
 
     max_step_stretch: float
@@ -238,4 +238,5 @@ class PrefillThrottle:
 
     @property
     def num_tokens(self) -> int:
+        """How many tokens the next step may prefill."""
         return max(int(self.budget_tokens), 1)

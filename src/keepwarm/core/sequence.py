@@ -87,6 +87,15 @@ class TokenSequence:
         """Whether it is a prefetch that has no more to do, now that its line is restored."""
         return self.is_prefetch and not (self.may_compute and self.num_missing)
 
+    def note_cached(self, num_tokens: int, tier: Tier) -> None:
+        """Count tokens that were found after the admission and need not be computed.
+
+        Not after a preemption: then they are the sequence's own, computed before it.
+        """
+        if not self.num_preemptions and self.cached_tokens is not None:
+            self.cached_tokens += num_tokens
+            self.tier = tier
+
     def append(self, token_id: int) -> None:
         """Add a sampled token to the reply. Only the batch does."""
         self._token_ids.append(token_id)

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 
 from keepwarm.core.agent_store import AgentStore, NoStore
 from keepwarm.core.errors import EngineStopped, QueueFull
@@ -14,8 +13,8 @@ from keepwarm.engine.parts import EngineParts, Surroundings
 from keepwarm.engine.requests import GenerateRequest, PromptSource, ReceiptKey
 from keepwarm.engine.snapshot import EngineSnapshot
 from keepwarm.engine.turn.intake import Reading
-from keepwarm.kv.batch import Outcome
 from keepwarm.kv.generator_source import GeneratorSource
+from keepwarm.kv.outcomes import Outcome
 
 
 class BlockPoolBatchEngine:
@@ -57,9 +56,10 @@ class BlockPoolBatchEngine:
             recorded_as=recorded_as,
             request_ids=request_ids,
         )
-        parts = EngineParts(self._model, given, self, deterministic=deterministic)
+        parts = EngineParts(self._model, given, deterministic=deterministic)
         self.tiers = parts.tiers
         self.batch = parts.batch
+        self.background = parts.background
         self.intake = parts.intake
         self.commands = parts.commands
         self.moves = parts.moves
@@ -150,11 +150,11 @@ class BlockPoolBatchEngine:
             receipt_key=receipt_key,
         ).checked()
         self._book.check_stays(asked.agent_id)
-        if len(self.batch.waiting) >= self.config.max_waiting:
-            raise QueueFull(num_waiting=len(self.batch.waiting))
+        if self.batch.num_waiting >= self.config.max_waiting:
+            raise QueueFull(num_waiting=self.batch.num_waiting)
         wanted = self.intake.choose(asked, reading)
         if asked.agent_id is not None:
-            self.give_way(asked.agent_id)
+            self.background.give_way(asked.agent_id)
         return self._turns.begin(asked, wanted)
 
     def count_tokens(
@@ -233,8 +233,7 @@ class BlockPoolBatchEngine:
         """
         self.batch.suspend()
         try:
-            self._prefetches.call_off()
-            self._verifies.call_off("its model was put out of memory")
+            self.background.make_way("its model was put out of memory")
             self.tiers.put_all_away()
         except BaseException:
             self.batch.resume()
@@ -280,9 +279,9 @@ class BlockPoolBatchEngine:
 
         Exports and imports end here. Returns whether all KV was taken by the disk in time.
         """
-        self._verifies.call_off("the server stops")
+        self._verifies.cancel("the server stops")
         self._jobs.abandon(EngineStopped())
-        self.tiers.saver.offer_tails()
+        self.tiers.saves.offer_tails()
         until = time.monotonic() + timeout_s
         self._link.save_while(lambda: bool(len(self.tiers.saves)), until)
         is_saved = not len(self.tiers.saves)
@@ -290,20 +289,13 @@ class BlockPoolBatchEngine:
             self._transfers.log_unsaved()
         return self.flush(max(until - time.monotonic(), 1.0)) and is_saved
 
-    def make_way(self) -> bool:
-        """A request lacks memory or a row: end what no request waits for. Returns whether there was
-        anything.
-        """
-        has_prefetched = self._prefetches.call_off()
-        return self._verifies.call_off("a request needed the memory") or has_prefetched
-
     def snapshot(self) -> EngineSnapshot:
         return EngineSnapshot(
-            num_waiting=len(self.batch.waiting),
-            num_running=len(self.batch.running),
+            num_waiting=self.batch.num_waiting,
+            num_running=self.batch.num_running,
             pool=self.tiers.pool.snapshot(),
-            tiers=replace(self.tiers.counters),
-            batch=replace(self.batch.counters),
+            tiers=self.tiers.counters,
+            batch=self.batch.counters,
             store=self._store.health(),
             num_mended_spans=self.intake.num_mended_spans,
         )
@@ -315,11 +307,6 @@ class BlockPoolBatchEngine:
         self._store.check()
 
     # -- inside ----------------------------------------------------------------------------------
-
-    def give_way(self, agent_id: str) -> None:
-        """Something is asked of the agent: what goes on beside it ends where it is."""
-        self._prefetches.call_off(agent_id=agent_id)
-        self._verifies.call_off("something else was asked of the agent", agent_id)
 
     def _take_outcome(self, outcome: Outcome) -> None:
         active = self._active.get(outcome.sequence.request_id)
@@ -336,4 +323,4 @@ class BlockPoolBatchEngine:
     @property
     def _begun(self) -> tuple[int, int]:
         """Changes when something is begun, unless as much has ended."""
-        return len(self.batch.waiting), len(self._verifies)
+        return self.batch.num_waiting, len(self._verifies)

@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 from keepwarm.core.agent_store import AgentStore
 from keepwarm.core.events import Event
@@ -23,20 +22,13 @@ from keepwarm.engine.turn.building import Building
 from keepwarm.engine.turn.intake import Intake
 from keepwarm.engine.turn.prefetcher import Prefetcher
 from keepwarm.engine.turn.turns import Turns
+from keepwarm.kv.background import Background
 from keepwarm.kv.batch import Batch
 from keepwarm.kv.generator_source import GeneratorSource
 from keepwarm.kv.tiers import Tiers
 
 CANONICAL_LINEAGE = "exact-canonical"
 """Blocks computed in canonical shapes differ in their last bits: they have other hashes."""
-
-
-class Background(Protocol):
-    """Ends what goes on beside the requests: for one of them that needs room, or for an agent."""
-
-    def make_way(self) -> bool: ...
-
-    def give_way(self, agent_id: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +50,6 @@ class EngineParts:
         self,
         model: GeneratorSource,
         given: Surroundings,
-        background: Background,
         *,
         deterministic: bool,
     ) -> None:
@@ -68,23 +59,26 @@ class EngineParts:
         ids = given.request_ids or itertools.count(1)
         self.events: list[Event] = []
         self.jobs = Jobs()
+        self.background = background = Background()
         self.tiers = tiers = Tiers(given.pool, model, family=family, store=store)
         self.batch = batch = Batch(
             tiers,
             model,
+            background,
             config=config,
             clock=given.clock,
-            make_way=background.make_way,
         )
         self.states = states = AgentStates(
             store,
             tokenizer=facts.tokenizer.fingerprint,
             root_of=tiers.root_of,
             new_blocks=tiers.new_line,
+            pin=tiers.pin,
         )
         self.book = book = AgentBook(
             new_blocks=tiers.new_line,
             forget=tiers.forget,
+            pin=tiers.pin,
             load=states.load,
             give_way=background.give_way,
             max_side_lines=config.max_side_lines,
@@ -107,6 +101,8 @@ class EngineParts:
             link=link,
             alone_tokens=config.prefill_chunk_tokens,
         )
+        background.add(self.prefetches)
+        background.add(self.verifies)
         self.intake = Intake(facts, book, tiers)
         self.turns = Turns(
             facts.tokenizer,

@@ -417,7 +417,7 @@ class _Others:
     def make_room(self, needed_bytes: int) -> None:
         """Each in turn; none of them asks others in turn."""
         for engine in self._others():
-            engine.make_way()
+            engine.background.make_way()
             with suppress(PoolExhausted):
                 engine.tiers.make_room(needed_bytes, ask_others=False)
 

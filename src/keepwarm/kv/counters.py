@@ -1,11 +1,11 @@
-"""What tiers and batch have done so far, in numbers."""
+"""How often tiers and batch have done what they do, for people and metrics."""
 
 from dataclasses import dataclass
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class TierCounters:
-    """How often each move happened."""
+    """How often KV was moved, in slabs, blocks and tokens."""
 
     demotions: int = 0
     evicted_blocks: int = 0
@@ -14,7 +14,7 @@ class TierCounters:
     slab_growths: int = 0
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class BatchCounters:
     """What the batch has done so far."""
 

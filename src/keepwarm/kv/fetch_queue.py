@@ -15,7 +15,7 @@ from keepwarm.core.stored import KVFamily, Record
 from keepwarm.kv.generator_source import GeneratorSource
 
 MAX_AHEAD = 3
-"""Records read ahead of the one that is copied into the slab."""
+"""How many records of a line are read ahead, the one that is copied into the slab included."""
 
 
 @dataclass(slots=True, eq=False)
@@ -37,8 +37,9 @@ class _Reading:
 
 @dataclass(slots=True, eq=False)
 class _Fetch:
-    """A line's records: those to be asked for, and those that were; `end`: the first position
-    that is not wanted.
+    """A line's records that are still to be asked for, and those that were asked for.
+
+    `end` is the first position that is not wanted.
     """
 
     family: KVFamily
@@ -85,10 +86,11 @@ class FetchQueue:
         token_ids: Sequence[int],
         known_ids: Sequence[int],
     ) -> FetchPlan:
-        """What the store has behind `parent`, from the block at `depth` on.
+        """Find the records behind `parent`, from the block at `depth` on, that serve `token_ids`.
 
-        By what was asked for; or by what the line is known to have said, where that is longer: of a
-        record that goes on otherwise than asked for, the beginning serves.
+        `known_ids` are those of the line's conversation, under which the store has it: where they
+        lead further than `token_ids`, the last record goes on in another way than was asked for,
+        and its beginning serves.
         """
         start = depth * BLOCK_TOKENS
         wanted = self._store.plan(family, parent, token_ids[start:])
@@ -102,7 +104,7 @@ class FetchQueue:
         return FetchPlan(wanted, end)
 
     def begin(self, line: LineId, family: KVFamily, records: Iterable[Record], end: int) -> None:
-        """Read these into memory, for `next_arrival` to hand out in order, up to position `end`."""
+        """Read the records into memory; `next_arrival` hands them out in order, up to `end`."""
         self._fetches[line] = _Fetch(family, deque(records), end)
         self.read_ahead(line)
 
@@ -115,14 +117,14 @@ class FetchQueue:
         return fetch is not None and bool(fetch.reading) and not fetch.reading[0].has_arrived
 
     def next_depth(self, line: LineId) -> int | None:
-        """Of the block whose record comes next; None when nothing comes any more."""
+        """Return the depth of the block whose record comes next; None when nothing comes."""
         fetch = self._fetches.get(line)
         if fetch is None or not fetch.reading:
             return None
         return fetch.reading[0].record.depth
 
     def read_ahead(self, line: LineId) -> None:
-        """Ask for the next records, as far as there are buffers; for one at least, or give up."""
+        """Ask for the next records while there are buffers; without a single one, give up."""
         fetch = self._fetches[line]
         while fetch.to_read and len(fetch.reading) < MAX_AHEAD:
             buffer = self._take_buffer(fetch.family, fetch.to_read[0])
@@ -137,7 +139,7 @@ class FetchQueue:
             self._store.fetch(fetch.family, record, buffer.data, partial(self._take, reading))
 
     def _take(self, reading: _Reading, data: memoryview | None) -> None:
-        """The store has answered; the line may not wait for it any more."""
+        """Take the store's answer; the line may want nothing any more."""
         self._under_way.remove(reading)
         reading.data, reading.has_arrived = data, True
         fetch = self._fetches.get(reading.line)
@@ -145,7 +147,7 @@ class FetchQueue:
             self._give_back(reading)
 
     def next_arrival(self, line: LineId) -> Arrival | None:
-        """The line's next run of tokens; None when it is not there yet, or nothing follows.
+        """Return the line's next run of tokens; None when it has not come, or nothing follows.
 
         A record that could not be read ends the fetch: what is missing must be computed.
         """
@@ -163,19 +165,15 @@ class FetchQueue:
         return Arrival(record, payload)
 
     def done(self, line: LineId) -> None:
-        """The last arrival was copied: its buffer is free for the next read."""
-        fetch = self._fetches[line]
-        self._give_back(fetch.reading.popleft())
-        self.read_ahead_or_end(line)
-
-    def read_ahead_or_end(self, line: LineId) -> None:
+        """Note that the last arrival was copied, and use its buffer for the next read."""
+        self._give_back(self._fetches[line].reading.popleft())
         self.read_ahead(line)
         fetch = self._fetches.get(line)
         if fetch is not None and not fetch.reading and not fetch.to_read:
             self._end(line)
 
     def cancel(self, line: LineId) -> None:
-        """The line wants nothing more; what is still being read is dropped when it comes."""
+        """End the line's fetch; what is still being read is dropped when it comes."""
         if line in self._fetches:
             self._end(line)
 
@@ -185,6 +183,7 @@ class FetchQueue:
             self._pool.release(self._idle.pop().allocation)
 
     def holders(self) -> dict[Allocation, tuple[int, int]]:
+        """Return what is allocated for buffers, read into or idle, for the pool's check."""
         waiting = {id(r.buffer): r.buffer for f in self._fetches.values() for r in f.reading}
         reading = {id(r.buffer): r.buffer for r in self._under_way}
         idle = {id(buffer): buffer for buffer in self._idle}

@@ -1,4 +1,4 @@
-"""The model's generator: made from its weights, replaced after a failure, emptied and filled again.
+"""The model's generator: made of its weights, replaced after a failure, emptied and refilled.
 
 The generator is the port to the tensors (`core/ports.py`): it moves KV and runs the model.
 """

@@ -1,4 +1,4 @@
-"""Slabs from the budget: new ones, and those that were given back and can be written again."""
+"""Slabs from the budget: new ones, and spares that were given back and can be written again."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from keepwarm.core.ports import Slab
 from keepwarm.kv.generator_source import GeneratorSource
 
 MAX_SPARES = 2
-"""Slabs kept to be reused: fresh memory is several times slower to write than recycled."""
+"""How many slabs are kept to be reused: fresh memory is several times slower to write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,15 +19,21 @@ class PaidSlab:
 
 
 class SpareSlabs:
-    """Hands out slabs and keeps a few that were given back, as spares, within the budget."""
+    """Owns the spares, hands out slabs, and takes those that no line needs any more."""
 
     def __init__(self, pool: BlockPool, model: GeneratorSource) -> None:
         self._pool = pool
         self._model = model
         self._spares: list[PaidSlab] = []
 
+    def __repr__(self) -> str:
+        return f"SpareSlabs({[spare.slab.capacity_tokens for spare in self._spares]} tokens)"
+
     def take_spare(self, capacity_tokens: int) -> PaidSlab | None:
-        """The smallest spare that fits and is at most a quarter too large."""
+        """Return the smallest spare that fits and is at most a quarter too large, if there is one.
+
+        A larger one would keep memory from others for as long as the line runs.
+        """
         fitting = [
             spare
             for spare in self._spares
@@ -41,7 +47,7 @@ class SpareSlabs:
         return spare
 
     def new(self, capacity_tokens: int) -> PaidSlab:
-        """Raises PoolExhausted when the budget has no room; nothing is taken then."""
+        """Allocate a slab. Raises PoolExhausted when the budget has no room; nothing is taken."""
         generator = self._model.generator
         allocation = self._pool.allocate(Kind.SLAB, generator.slab_bytes(capacity_tokens))
         try:
@@ -50,18 +56,24 @@ class SpareSlabs:
             self._pool.release(allocation)
             raise
 
-    def keep(self, slab: Slab, allocation: Allocation) -> None:
-        """An emptied slab becomes a spare; the oldest one goes when there are too many."""
-        self._pool.reuse(allocation, Kind.SPARE)
-        self._spares.append(PaidSlab(slab, allocation))
+    def keep(self, paid: PaidSlab) -> None:
+        """Empty the slab and keep it as a spare; the oldest spare goes when there are too many."""
+        self._model.generator.trim(paid.slab, 0)
+        self._pool.reuse(paid.allocation, Kind.SPARE)
+        self._spares.append(paid)
         if len(self._spares) > MAX_SPARES:
             self._pool.release(self._spares.pop(0).allocation)
 
     def drop(self, needed_bytes: int) -> None:
-        """Free spares until so many bytes of the budget are free, or none is left."""
+        """Free spares until `needed_bytes` of the budget are free, or no spare is left."""
         while self._spares and self._pool.free_bytes < needed_bytes:
             self._pool.release(self._spares.pop(0).allocation)
 
+    def drop_all(self) -> None:
+        """Free every spare."""
+        while self._spares:
+            self._pool.release(self._spares.pop(0).allocation)
+
     def holders(self) -> dict[Allocation, tuple[int, int]]:
-        """What the spares are paid with: how often, and the bytes of each."""
+        """Return what the spares are paid with: how often, and the bytes of each."""
         return {spare.allocation: (1, spare.slab.nbytes) for spare in self._spares}

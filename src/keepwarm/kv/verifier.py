@@ -1,4 +1,4 @@
-"""Is the KV that an agent keeps the KV of its tokens? A cold run beside it, block by block."""
+"""A cold run beside an agent's line: is the KV that it keeps the KV of its tokens?"""
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,21 +10,21 @@ from keepwarm.core.agent_store import RecordStore
 from keepwarm.core.block import BlockHash
 from keepwarm.core.errors import GeneratorFailed, InvariantBroken
 from keepwarm.core.layout import BLOCK_TOKENS, capacity_for, whole_blocks
-from keepwarm.core.ports import Payload, RowId, Slab
+from keepwarm.core.ports import Payload, RowId
 from keepwarm.core.stored import Record
 from keepwarm.kv.generator_source import GeneratorSource
-from keepwarm.kv.line_table import busy
+from keepwarm.kv.line_table import slab_of
 from keepwarm.kv.tiers import Tiers
 
 SCRATCH_ROW = RowId(0)
-"""The batch numbers its rows from 1."""
+"""The row of the cold run; the batch numbers its own rows from 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class BlockCheck:
     """The largest difference of a block's KV, in memory and on disk, from that of a cold run.
 
-    None: it was not there. inf: something in it is no number.
+    None: there was none. inf: a value of it is no number.
     """
 
     depth: int
@@ -45,8 +45,8 @@ class BlockCheck:
 class VerifyReport:
     """What `verify` found out about an agent's main line; blocks that differ were dropped.
 
-    `num_compared` tokens of `num_tokens` had KV somewhere. `became_shared`: the agent was imported,
-    and its KV can be found by everyone now; `is_durable`: the disk has that as well.
+    `num_compared` tokens of `num_tokens` had KV in memory or on disk. `became_shared`: the agent
+    was imported, and other agents can find its KV now; `is_durable`: the disk has that as well.
     """
 
     agent_id: str
@@ -73,7 +73,7 @@ class VerifyReport:
 
 @dataclass(slots=True, eq=False)
 class ColdRun:
-    """A line's KV, computed anew in `scratch`, and how what is kept of it differs, so far.
+    """A line's KV, computed anew in `scratch`, and how the kept KV differs, so far.
 
     `records` are those of the line that the store had. Memory had `num_held` of the tokens.
     """
@@ -89,7 +89,7 @@ class ColdRun:
 
 
 class Pause(Enum):
-    """Why a verification lets others go on for now."""
+    """Why a verification lets the requests go on for now."""
 
     UNIT_DONE = "unit done"
     WAITS_FOR_DISK = "waits for disk"
@@ -100,7 +100,7 @@ UnitTokens = Callable[[], int]
 
 
 class Verifier:
-    """Computes cold runs and compares, on the engine's thread."""
+    """Computes cold runs and compares them with what memory and disk keep."""
 
     def __init__(self, tiers: Tiers, store: RecordStore, model: GeneratorSource) -> None:
         self._tiers = tiers
@@ -111,10 +111,10 @@ class Verifier:
     def cold_run(
         self, line: AgentBlocks, token_ids: Sequence[int], num_held: int
     ) -> Iterator[ColdRun]:
-        """Room for memory's first `num_held` of these tokens, and for what the store has of them.
+        """Prepare a cold run over the tokens that are kept: `num_held` in memory, or more on disk.
 
         Raises PoolExhausted when there is no room for a second copy of the line. `scratch` is
-        forgotten at the block's end unless it was taken.
+        forgotten when the `with` block ends, unless it was taken.
         """
         family = self._tiers.family_of(line.namespace)
         records = self._store.plan(family, family.root, token_ids)
@@ -122,24 +122,25 @@ class Verifier:
         buffer_bytes = [self._store.record_bytes(family, record.num_tokens) for record in records]
         copies_bytes = 2 * family.layout.block_bytes
         spare_bytes = copies_bytes + max(buffer_bytes, default=0)
-        scratch = self._new_scratch(line, num_tokens, spare_bytes)
+        capacity_tokens = capacity_for(max(num_tokens, 1))
+        scratch = self._tiers.new_scratch(line, capacity_tokens, spare_bytes)
         run = ColdRun(scratch, tuple(records), tuple(token_ids[:num_tokens]), num_held)
         try:
-            with self._tiers.paid(copies_bytes):
+            with self._tiers.copies.paid(copies_bytes):
                 yield run
         except GeneratorFailed:  # what the slab holds cannot be trusted, nor written again
             self._tiers.discard_slab(scratch)
             self._tiers.forget(scratch)
             raise
         finally:
-            if scratch.busy:
+            if scratch.is_held:
                 self._tiers.forget(scratch)
 
     def compare(self, run: ColdRun, line: AgentBlocks, unit_tokens: UnitTokens) -> Units:
-        """Compute block after block, and note how what is kept of it differs.
+        """Compute block after block, and note how the kept KV differs from it.
 
-        Pauses after each unit; `unit_tokens` says how much the next one may compute. Raises
-        GeneratorFailed.
+        Pauses after each unit; `unit_tokens` returns how many tokens the next one may compute.
+        Raises GeneratorFailed.
         """
         scratch, num_tokens = run.scratch, len(run.token_ids)
         with self._row(scratch):
@@ -152,10 +153,9 @@ class Verifier:
                 yield from self._compare_block(run, line, start, stop)
 
     def take(self, run: ColdRun) -> AgentBlocks:
-        """The scratch line as a line like any other, its blocks to be found by content."""
+        """Turn the scratch line into a line like any other, whose blocks are found by content."""
         scratch = run.scratch
-        token_ids, scratch.token_ids = scratch.token_ids, []
-        self._tiers.advance(scratch, token_ids)
+        self._tiers.advance(scratch, ())
         self._tiers.park(scratch)
         return scratch
 
@@ -163,8 +163,8 @@ class Verifier:
 
     def _compare_block(self, run: ColdRun, line: AgentBlocks, start: int, stop: int) -> Units:
         scratch, depth = run.scratch, start // BLOCK_TOKENS
-        computed = self._model.generator.extract(_slab_of(scratch), start, stop)
-        # Meanwhile a line that was put away may have left memory.
+        computed = self._model.generator.extract(slab_of(scratch), start, stop)
+        # Between two units a line that was put away may have left memory.
         held = self._copies_of(line, start, min(stop, run.num_held, line.num_tokens))
         in_memory = self._largest((computed, 0, copy) for copy in held)
         check = BlockCheck(depth, stop - start, in_memory, None)
@@ -180,26 +180,8 @@ class Verifier:
             check = replace(check, on_disk=max(arrived, check.on_disk or 0.0))
             run.checks[-1] = check
 
-    def _new_scratch(self, line: AgentBlocks, num_tokens: int, spare_bytes: int) -> AgentBlocks:
-        """A line with a slab of its own, for a cold run beside the line's KV, which stays.
-
-        `spare_bytes` more are free then. Whoever asked for it forgets it. Raises PoolExhausted.
-        """
-        scratch = self._tiers.new_line(line.agent_id)
-        scratch.busy = True
-        try:
-            with busy(line):
-                capacity = capacity_for(max(num_tokens, 1))
-                self._tiers.make_room(self._tiers.slab_bytes(capacity) + spare_bytes)
-                self._tiers.give_slab(scratch, capacity)
-                self._tiers.make_room(spare_bytes)
-        except BaseException:
-            self._tiers.forget(scratch)
-            raise
-        return scratch
-
     def _copies_of(self, line: AgentBlocks, start: int, stop: int) -> Iterator[Payload]:
-        """Of a resting line's positions within one block, wherever memory has them for it."""
+        """Yield a resting line's positions within one block, once for each place that has them."""
         if start >= stop:
             return
         generator = self._model.generator
@@ -210,7 +192,7 @@ class Verifier:
         if payload is not None:
             yield generator.cut(payload, 0, stop - start)
         elif line.slab is None:
-            yield self._tiers.read(line, start, stop)
+            yield self._tiers.copies.read(line, start, stop)
 
     def _compute(
         self, scratch: AgentBlocks, token_ids: Sequence[int], unit_tokens: UnitTokens
@@ -224,12 +206,12 @@ class Verifier:
                 raise
             except Exception as error:
                 raise GeneratorFailed(error) from error
-            scratch.token_ids.extend(chunk)
+            self._tiers.note_computed(scratch, chunk)
             start += len(chunk)
             yield Pause.UNIT_DONE
 
     def _largest(self, pairs: Iterable[tuple[Payload, int, Payload]]) -> float | None:
-        """Of computed KV, from a position on, and a copy of it that was kept."""
+        """The largest difference; a pair is computed KV, a start in it, and KV that was kept."""
         generator = self._model.generator
         differences = [
             generator.largest_difference(
@@ -240,7 +222,7 @@ class Verifier:
         return max(differences, default=None)
 
     def _arrived(self, scratch: AgentBlocks, computed: Payload) -> float | None:
-        """How the block's next record from the disk differs; a damaged one is the last: None."""
+        """How the block's next record from the disk differs; None for a damaged one, the last."""
         fetches = self._tiers.fetches
         arrival = fetches.next_arrival(scratch.line)
         if arrival is None:
@@ -251,16 +233,10 @@ class Verifier:
 
     @contextmanager
     def _row(self, scratch: AgentBlocks) -> Iterator[None]:
-        """The scratch slab in the batch, whose generator it is now."""
+        """Open a row for the scratch slab, and close it in the generator that opened it."""
         generator = self._model.generator
-        generator.open_row(SCRATCH_ROW, _slab_of(scratch))
+        generator.open_row(SCRATCH_ROW, slab_of(scratch))
         try:
             yield
         finally:
             generator.close_row(SCRATCH_ROW)
-
-
-def _slab_of(scratch: AgentBlocks) -> Slab:
-    if scratch.slab is None:
-        raise InvariantBroken(f"line {scratch.line} has no slab for its cold run")
-    return scratch.slab

@@ -9,7 +9,7 @@ from keepwarm.core.block import BlockHash, chain_hashes
 from keepwarm.core.layout import BLOCK_TOKENS, whole_blocks
 from keepwarm.core.stored import AgentState, LineState
 from keepwarm.core.transcript import Turn
-from keepwarm.engine.agents.book import Agent, Line
+from keepwarm.engine.agents.book import Agent, Line, Pin
 
 
 class AgentStates:
@@ -21,12 +21,14 @@ class AgentStates:
         *,
         tokenizer: str,
         root_of: Callable[[AgentBlocks], BlockHash],
-        new_blocks: Callable[[str | None], AgentBlocks],
+        new_blocks: Callable[[str | None, str | None], AgentBlocks],
+        pin: Pin,
     ) -> None:
         self._store = store
         self._tokenizer = tokenizer
         self._root_of = root_of
         self._new_blocks = new_blocks
+        self._pin = pin
 
     def state_of(self, agent: Agent) -> AgentState:
         """Of lines that run now, what they had before; of new ones nothing."""
@@ -60,10 +62,10 @@ class AgentStates:
         main = (
             self._line(mains[0], state.agent_id)
             if mains
-            else Line(self._new_blocks(state.agent_id))
+            else Line(self._new_blocks(state.agent_id, None))
         )
         main.messages = last.messages
-        main.blocks.pinned = state.settings.pinned
+        self._pin(main.blocks, pinned=state.settings.pinned)
         sides = [self._line(line, state.agent_id) for line in own if line.number]
         main.turns = _translated(last.turns, mains[0].turns if mains else ())
         return Agent(
@@ -77,10 +79,8 @@ class AgentStates:
         )
 
     def _line(self, state: LineState, agent_id: str) -> Line:
-        blocks = self._new_blocks(agent_id)
-        blocks.namespace = state.namespace
         return Line(
-            blocks,
+            self._new_blocks(agent_id, state.namespace),
             state.transcript,
             state.messages,
             number=state.number,

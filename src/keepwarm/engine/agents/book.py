@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from keepwarm.core.agent import AgentBlocks, Tier
 from keepwarm.core.block import common_prefix
@@ -119,6 +120,10 @@ class AgentView:
         return replace(self, tier=tier, held_tokens=num_stored)
 
 
+class Pin(Protocol):
+    def __call__(self, line: AgentBlocks, *, pinned: bool) -> None: ...
+
+
 class AgentBook:
     """Owns agents and lines. Blocks belong to the tiers; `new_blocks` and `forget` reach them.
 
@@ -132,6 +137,7 @@ class AgentBook:
         *,
         new_blocks: Callable[[str | None, str | None], AgentBlocks],
         forget: Callable[[AgentBlocks], None],
+        pin: Pin,
         load: Callable[[str], Agent | None],
         give_way: Callable[[str], None] = lambda agent_id: None,
         max_side_lines: int,
@@ -140,6 +146,7 @@ class AgentBook:
     ) -> None:
         self._new_blocks = new_blocks
         self._forget = forget
+        self._pin = pin
         self._load = load
         self.give_way = give_way
         self._max_side_lines = max_side_lines
@@ -212,13 +219,16 @@ class AgentBook:
 
     def open_line(self, agent_id: str | None, namespace: str = "") -> Line:
         """A new line: an anonymous one, the agent's main line, or a side line if it has that."""
-        line = Line(self._new_blocks(agent_id, namespace if agent_id is None else None))
+        agent = None if agent_id is None else self.find(agent_id)
+        if agent is not None:
+            namespace = agent.main.blocks.namespace
+        is_home = agent_id is not None and agent is None
+        line = Line(self._new_blocks(agent_id, None if is_home else namespace))
         if agent_id is None:
             self._anonymous.append(line)
-        elif (agent := self.find(agent_id)) is not None:
+        elif agent is not None:
             line.number = 1 + max(other.number for other in agent.lines)
             line.opened = 1 + max(other.opened for other in agent.lines)
-            line.blocks.namespace = agent.main.blocks.namespace
             agent.sides.append(line)
         else:
             self._agents[agent_id] = Agent(agent_id, line, model=self._model)
@@ -245,7 +255,7 @@ class AgentBook:
                 line.blocks = former.blocks
         for former in formers:
             self._forget(former.blocks)
-        new.main.blocks.pinned = new.settings.pinned
+        self._pin(new.main.blocks, pinned=new.settings.pinned)
         new.has_answered = old.has_answered
 
     def tidy(self, agent_id: str | None) -> None:
@@ -280,7 +290,7 @@ class AgentBook:
         ]
         line.turns.append(Turn(line.transcript.num_tokens, messages, receipt))
         agent.has_fixed_main |= is_appended
-        elect_main(agent)
+        elect_main(agent, self._pin)
         if agent.main is line:
             agent.model = self._model
             agent.has_answered = True
@@ -312,7 +322,7 @@ class AgentBook:
             self._forget(line.blocks)
 
 
-def elect_main(agent: Agent) -> None:
+def elect_main(agent: Agent, pin: Pin) -> None:
     """Make the conversation the main line: of the lines that went on, the one that began first.
 
     A client that asks for a title first, under the name of the conversation, opens the line of the
@@ -329,7 +339,8 @@ def elect_main(agent: Agent) -> None:
     agent.main = elected
     agent.foreign = _renumbered(agent.foreign, elected.number)
     former.number, elected.number = elected.number, 0
-    former.blocks.pinned, elected.blocks.pinned = False, agent.settings.pinned
+    pin(former.blocks, pinned=False)
+    pin(elected.blocks, pinned=agent.settings.pinned)
 
 
 def _renumbered(lines: Sequence[LineState], number: int) -> tuple[LineState, ...]:

@@ -103,7 +103,7 @@ class AgentCommands:
         if system is not None:
             messages = validate_messages([{"role": "system", "content": system}])
         line = Line(self._tiers.new_line(agent_id), messages=messages)
-        line.blocks.pinned = settings.pinned
+        self._tiers.pin(line.blocks, pinned=settings.pinned)
         agent = Agent(agent_id, line, settings=settings, model=self._recorded_as)
         return self._link.commit(self._book.add(agent))
 
@@ -239,7 +239,7 @@ class AgentCommands:
         if settings == agent.settings:
             return self._link.settle(agent)
         agent.settings = settings
-        agent.main.blocks.pinned = settings.pinned
+        self._tiers.pin(agent.main.blocks, pinned=settings.pinned)
         return self._link.commit(agent)
 
     def _end_deletion(self, agent: Agent, is_done: bool) -> None:
@@ -249,4 +249,4 @@ class AgentCommands:
 
     def _view(self, agent: Agent) -> AgentView:
         namespace = agent.main.blocks.namespace
-        return self._book.view(agent, lambda ids: self._tiers.saver.stored_tokens(ids, namespace))
+        return self._book.view(agent, lambda ids: self._tiers.saves.stored_tokens(ids, namespace))

@@ -258,7 +258,7 @@ class Transfers:
         except InvalidRequest:  # the name is what was damaged
             state = replace(state, agent_id=NAMELESS)
         written = yield from self._writing(state, path)
-        stored = self._tiers.saver.stored_tokens
+        stored = self._tiers.saves.stored_tokens
         own = [line for line in state.lines if line.tokenizer == self._tokenizer.fingerprint]
         num_stored = sum(stored(line.transcript.token_ids, line.namespace) for line in own)
         return ExportSummary(
@@ -271,11 +271,11 @@ class Transfers:
 
     def _saving(self, agent: Agent, timeout_s: float) -> Steps[None]:
         """Wait until the disk has taken the KV of what was said, unless it refuses or is slow."""
-        saver, until = self._tiers.saver, time.monotonic() + timeout_s
+        saves, until = self._tiers.saves, time.monotonic() + timeout_s
         names = [
-            name for line in agent.lines for name in saver.offer_first(line.blocks, line.num_held())
+            name for line in agent.lines for name in saves.offer_first(line.blocks, line.num_held())
         ]
-        while any(map(saver.queue.is_unsaved, names)) and time.monotonic() < until:
+        while any(map(saves.is_unsaved, names)) and time.monotonic() < until:
             if self._store.health().fault is not None:
                 return
             yield Pause.WAITING
@@ -303,11 +303,11 @@ class Transfers:
 
     def _num_unsaved(self, line: Line) -> int:
         """How many of the line's tokens have their KV in memory only."""
-        stored = self._tiers.saver.stored_tokens
+        stored = self._tiers.saves.stored_tokens
         return max(line.num_held() - stored(line.transcript.token_ids, line.blocks.namespace), 0)
 
     def _num_stored(self, line: LineState) -> int:
-        return self._tiers.saver.stored_tokens(line.transcript.token_ids, line.namespace)
+        return self._tiers.saves.stored_tokens(line.transcript.token_ids, line.namespace)
 
 
 def private_terms(family: KVFamily, tokenizer: str, vocab_size: int) -> BundleTerms:

@@ -85,7 +85,7 @@ class AgentVerifier:
         """
         imported = agent.main.blocks
         agent.main.blocks = self._verifier.take(cold)
-        agent.main.blocks.pinned = imported.pinned
+        self._tiers.pin(agent.main.blocks, pinned=imported.pinned)
         self._tiers.forget(imported)
         commit = self._link.commit(agent)
         self._store.drop([record.hash for record in cold.records], if_unused=True)
@@ -175,15 +175,15 @@ class Verifications:
         if job.generator is None:
             job.generator = self._model.generator
         elif job.generator is not self._model.generator:
-            self._call_off(job, "the model failed in another request's step")
+            self._interrupt(job, "the model failed in another request's step")
             return True
         return self._advance(job)
 
-    def call_off(self, reason: str, agent_id: str | None = None) -> bool:
+    def cancel(self, reason: str, agent_id: str | None = None) -> bool:
         """End all of them, or this agent's. Returns whether there was one."""
         found = [job for job in self._jobs if agent_id in (None, job.agent.agent_id)]
         for job in found:
-            self._call_off(job, reason)
+            self._interrupt(job, reason)
         return bool(found)
 
     def _advance(self, job: _Job) -> bool:
@@ -200,7 +200,7 @@ class Verifications:
             self._fail(job, error)
         return True
 
-    def _call_off(self, job: _Job, reason: str) -> None:
+    def _interrupt(self, job: _Job, reason: str) -> None:
         self._fail(job, VerifyInterrupted(job.agent.agent_id, reason))
 
     def _fail(self, job: _Job, error: Exception) -> None:

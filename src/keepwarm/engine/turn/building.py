@@ -51,7 +51,7 @@ class Building:
         agent = self._moves.take_over(state)
         agent.has_left = True
         line = agent.main
-        line.blocks.pinned = False  # until it comes
+        self._tiers.pin(line.blocks, pinned=False)  # until it comes
         history_ids = self._intake.reader.history_ids
         return BuildPlan(line, partial(history_ids, line.messages, line.transcript))
 
@@ -79,4 +79,4 @@ class Building:
 
     def call_off(self) -> None:
         """What has been computed stays."""
-        self._prefetches.call_off(only_computing=True)
+        self._prefetches.cancel_computing()

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from keepwarm.core.sequence import TokenSequence, prefetch_sequence
 from keepwarm.engine.agents.book import Line
-from keepwarm.kv.batch import Batch, Broken, Outcome, Restored
+from keepwarm.kv.batch import Batch
+from keepwarm.kv.outcomes import Broken, Outcome, Restored
 from keepwarm.kv.tiers import Tiers
 
 
@@ -54,18 +55,20 @@ class Prefetcher:
         self._batch.enqueue(sequence)
         return True
 
-    def call_off(self, *, only_computing: bool = False, agent_id: str | None = None) -> bool:
+    def cancel(self, reason: str, agent_id: str | None = None) -> bool:
         """End all of them, or this agent's. Returns whether there was one."""
-        found = [
-            prefetch
-            for prefetch in self._running.values()
-            if (prefetch.sequence.may_compute or not only_computing)
-            and agent_id in (None, prefetch.sequence.agent_id)
-        ]
-        for prefetch in found:
+        running = list(self._running.values())
+        return self._cancel([p for p in running if agent_id in (None, p.sequence.agent_id)])
+
+    def cancel_computing(self) -> None:
+        """End those that compute; what is only restored goes on."""
+        self._cancel([p for p in self._running.values() if p.sequence.may_compute])
+
+    def _cancel(self, prefetches: list[_Prefetch]) -> bool:
+        for prefetch in prefetches:
             self._batch.leave(prefetch.sequence)
             self._end(prefetch)
-        return bool(found)
+        return bool(prefetches)
 
     def take(self, outcome: Outcome) -> None:
         """A step of the batch brought it on, completed it, or broke it."""
@@ -75,9 +78,6 @@ class Prefetcher:
 
     def _end(self, prefetch: _Prefetch) -> None:
         del self._running[prefetch.sequence.request_id]
-        line = prefetch.line
-        if line.blocks.busy:
-            self._tiers.park(line.blocks)
         if prefetch.sequence.may_compute:
-            # Nobody asked for it: where memory is short it goes as early as it would have gone.
-            line.blocks.last_used = prefetch.last_used
+            # No request asked for it: where memory is short it goes as early as without it.
+            self._tiers.touch(prefetch.line.blocks, as_of=prefetch.last_used)

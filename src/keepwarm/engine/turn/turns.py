@@ -15,7 +15,8 @@ from keepwarm.engine.prompt.reply_text import ReplyText
 from keepwarm.engine.requests import Asked
 from keepwarm.engine.turn.active_request import ActiveRequest
 from keepwarm.engine.turn.intake import Wanted
-from keepwarm.kv.batch import Advanced, Batch, Broken, Opened, Outcome, Sampled
+from keepwarm.kv.batch import Batch
+from keepwarm.kv.outcomes import Advanced, Broken, Opened, Outcome, Sampled
 from keepwarm.kv.tiers import Tiers
 
 _log = logging.getLogger(__name__)
@@ -189,8 +190,6 @@ class Turns:
         self._emit(active.failed(RequestBroke(error)))
 
     def _close(self, active: ActiveRequest) -> None:
-        if active.line.blocks.busy:
-            self._tiers.park(active.line.blocks)
         active.line.in_use = False
         del self.active[active.request_id]
         self._book.tidy(active.agent_id)
