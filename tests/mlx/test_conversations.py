@@ -106,7 +106,7 @@ def test_all_that_was_said_is_in_the_prompt(model: tuple[str, LoadedModel], shap
     engine = fake_engine(tokenizer=loaded.tokenizer)
     request_id = engine.submit(messages=SHAPES[shape], max_tokens=1)
     active = engine._active[request_id]
-    text = "".join(span.text or "" for span in active.prompt.transcript.spans)
+    text = "".join(span.text or "" for span in active.wanted.prompt.transcript.spans)
     words = [message["content"] for message in SHAPES[shape] if message["content"]]
     lost = [word for word in words if word.strip() not in text]
     if "text that was said with tool calls left out" in active.adapted:
