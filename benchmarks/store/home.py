@@ -17,7 +17,9 @@ from keepwarm.core.ports import Message
 from keepwarm.core.stored import DEFAULT_SETTINGS, AgentState, KVFamily, LineState, Record
 from keepwarm.core.transcript import NO_TEXT, Span, Transcript, Turn
 from keepwarm.store.agent_cache_store import AgentCacheStore
-from keepwarm.store.catalog.catalog import Catalog, CatalogReader, RecordRow
+from keepwarm.store.catalog.catalog import Catalog
+from keepwarm.store.catalog.reader import CatalogReader
+from keepwarm.store.catalog.rows import RecordRow
 from keepwarm.store.disk.budget import DiskBudget
 from keepwarm.store.disk.disk_store import CATALOG_NAME
 from keepwarm.store.disk.files import RecordFiles

@@ -6,17 +6,20 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from engines import completed, drain, fake_engine, settle, step
 from keepwarm import AgentCacheStore, BlockPoolBatchEngine
 from keepwarm.core.agent_store import AgentStore
 from keepwarm.core.events import Completed
 from keepwarm.store.agent_cache_store import StoreConfig
+from keepwarm.store.disk.io_thread import Units
 from keepwarm.testing.clock import FakeClock
 from waiting import wait_until
 
 MEGABYTE = 1 << 20
+
+T = TypeVar("T")
 
 
 def hear(store: AgentStore, is_answered: Callable[[], object]) -> None:
@@ -27,6 +30,16 @@ def hear(store: AgentStore, is_answered: Callable[[], object]) -> None:
         store.poll()
 
     wait_until(is_answered, listen)
+
+
+def finish(units: Units[T]) -> T:
+    """Do long work at once."""
+    try:
+        while True:
+            next(units)
+    except StopIteration as end:
+        value: T = end.value
+        return value
 
 
 class HeldAnswers:

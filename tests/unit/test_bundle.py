@@ -54,11 +54,12 @@ from keepwarm.store.bundle.agent_json import (
     decode_agent,
     encode_agent,
 )
-from keepwarm.store.bundle.archive import Exported, Manifest, write_bundle
+from keepwarm.store.bundle.archive import write_bundle
+from keepwarm.store.bundle.manifest import Exported, Manifest
 from keepwarm.store.disk.record import encode
-from keepwarm.store.disk.units import finish
 from keepwarm.testing.generator import FAKE_LAYOUT
 from keepwarm.testing.tokenizer import FakeTokenizer
+from stores import finish
 
 NewEngine = Callable[..., BlockPoolBatchEngine]
 

@@ -29,15 +29,17 @@ from keepwarm.core.stored import (
     Record,
 )
 from keepwarm.core.transcript import NO_TEXT, Receipt, Span, Transcript, Turn
-from keepwarm.store.catalog import catalog as catalog_module
-from keepwarm.store.catalog import schema, seals
-from keepwarm.store.catalog.catalog import Catalog, CatalogReader, RecordRow, set_aside
+from keepwarm.store.catalog import recent, schema, seals
+from keepwarm.store.catalog.catalog import Catalog
 from keepwarm.store.catalog.errors import (
     CatalogCorrupt,
     CatalogTooNew,
     CatalogUnavailable,
     UnstorableMessage,
 )
+from keepwarm.store.catalog.reader import CatalogReader
+from keepwarm.store.catalog.rows import RecordRow
+from keepwarm.store.catalog.schema import set_aside
 
 FAMILY = KVFamily(
     "weights", CacheLayout((LayerLayout(3, 64, 64), LayerLayout(3, 64, 32)), "float32")
@@ -334,8 +336,8 @@ def test_turns_that_only_became_shorter_keep_their_messages(catalog: Catalog) ->
 def test_few_agents_and_tokens_are_remembered(
     catalog: Catalog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(catalog_module, "MAX_RECENT_AGENTS", 2)
-    monkeypatch.setattr(catalog_module, "MAX_RECENT_TOKENS", 1000)
+    monkeypatch.setattr(recent, "MAX_RECENT_AGENTS", 2)
+    monkeypatch.setattr(recent, "MAX_RECENT_TOKENS", 1000)
     for name in ("a", "b", "c"):
         catalog.commit(last(chat(name, 1)))
     assert [known.state.agent_id for known in catalog._recent] == ["b", "c"]

@@ -93,7 +93,7 @@ def finish(engine: BlockPoolBatchEngine, answer: "Future[Any]") -> Any:
 
 def quieten(engine: BlockPoolBatchEngine) -> None:
     """Until no job is left, and the store has done what it was told before."""
-    wait_until(lambda: not engine._jobs and not engine._store._bundles._jobs, lambda: go_on(engine))
+    wait_until(lambda: not engine._jobs and not engine._store._bundles, lambda: go_on(engine))
     settle(engine)
     assert engine.flush()
     for _ in range(4):  # work of many units lets what comes behind it go first
@@ -318,8 +318,8 @@ class TestCalledOff:
         run(engine, agent_id="ada", token_ids=ids(300), max_tokens=5)
         settle(engine)
         answer = export(engine, path)
-        wait_until(lambda: engine._store._bundles._jobs, lambda: step(engine))
-        wait_until(lambda: not engine._store._bundles._jobs, engine._link.hear)
+        wait_until(lambda: engine._store._bundles, lambda: step(engine))
+        wait_until(lambda: not engine._store._bundles, engine._link.hear)
         assert path.exists()
         assert answer.cancel()
         quieten(engine)
@@ -346,7 +346,7 @@ class TestTheEnd:
             engine = fake_engine(store=store)
             run(engine, agent_id="ada", token_ids=ids(900), max_tokens=5)
             answer = export(engine, path)
-            wait_until(lambda: store._bundles._jobs, lambda: step(engine))
+            wait_until(lambda: store._bundles, lambda: step(engine))
         assert list(path.parent.iterdir()) in ([], [path])
         assert not answer.done()
 

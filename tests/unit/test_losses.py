@@ -11,7 +11,7 @@ from keepwarm.core.stored import DEFAULT_SETTINGS, AgentState, LineState
 from keepwarm.core.transcript import Span, Transcript, Turn
 from keepwarm.store.catalog.catalog import Catalog
 from keepwarm.store.catalog.errors import CatalogUnavailable
-from keepwarm.store.commits import Change
+from keepwarm.store.changes import Change
 from keepwarm.store.losses import loss_of
 from stores import opened
 
@@ -34,7 +34,7 @@ def state_of(num_tokens: int, *turn_ends: int, tokenizer: str = "words") -> Agen
     ],
 )
 def test_what_is_lost(state: AgentState, committed: AgentState | None, said: str) -> None:
-    assert said in str(loss_of(Change(1, "ada", state), committed))
+    assert said in str(loss_of(Change("ada", state), committed))
 
 
 def test_a_store_that_closes_says_what_it_could_not_write(

@@ -25,10 +25,10 @@ from keepwarm.store.disk.record import (
     decode,
     encode,
     identity_of,
-    layout_digest,
     max_file_bytes,
     read_header,
 )
+from keepwarm.store.disk.tensors import layout_digest
 from keepwarm.store.errors import BadRecord, DamagedRecord, ForeignRecord
 
 DTYPES = ["float32", "float16", "bfloat16"]

@@ -1,4 +1,4 @@
-"""Work of many units on the store's thread: what comes meanwhile goes first; it can be ended."""
+"""Bundles on the store's thread: a turn and a restore wait for one record of one at most."""
 
 import threading
 from collections.abc import Callable
@@ -16,45 +16,10 @@ from keepwarm.store.bundle.export import export_agent
 from keepwarm.store.catalog.catalog import Catalog
 from keepwarm.store.disk import disk_store
 from keepwarm.store.disk.files import RecordFiles
-from keepwarm.store.disk.units import Units, UnitWork, finish
 from stores import hear
 from waiting import PATIENCE_S
 
 NUM_BLOCKS = 12
-
-
-def counting(number: int, ended: list[str]) -> Units[int]:
-    try:
-        for _ in range(number):
-            yield
-        return number
-    finally:
-        ended.append("ended")
-
-
-class TestUnitWork:
-    def test_a_unit_at_a_time(self) -> None:
-        again: list[UnitWork[int]] = []
-        ended: list[str] = []
-        work = UnitWork(counting(3, ended), called_off=lambda: -1, again=again.append)
-        assert [work() for _ in range(4)] == [None, None, None, 3]
-        assert again == [work] * 3
-        assert ended == ["ended"]
-
-    @pytest.mark.parametrize("num_units", [0, 1, 2])
-    def test_called_off(self, num_units: int) -> None:
-        again: list[UnitWork[int]] = []
-        ended: list[str] = []
-        work = UnitWork(counting(3, ended), called_off=lambda: -1, again=again.append)
-        for _ in range(num_units):
-            assert work() is None
-        work.call_off()
-        assert work() == -1
-        assert len(again) == num_units
-        assert ended == (["ended"] if num_units else [])
-
-    def test_all_at_once(self) -> None:
-        assert finish(counting(5, [])) == 5
 
 
 class Gate:

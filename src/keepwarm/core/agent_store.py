@@ -137,7 +137,7 @@ class BundleTicket(Generic[BundleAnswer]):
     """One bundle that the store is asked to write, read or store. `answer` is None until `poll`."""
 
     def __init__(self, cancel: Callable[[], object]) -> None:
-        """`cancel` stops the work and undoes what it has done, also after it has ended."""
+        """`cancel` stops the work, and undoes what it has done."""
         self.answer: BundleAnswer | None = None
         self.is_cancelled = False
         self._cancel = cancel
@@ -146,6 +146,12 @@ class BundleTicket(Generic[BundleAnswer]):
         """Answer the ticket, unless it was cancelled."""
         if not self.is_cancelled:
             self.answer = answer
+
+    def end(self, undo: Callable[[], object]) -> None:
+        """The work has ended: cancelling undoes it from now on, or now if it was cancelled."""
+        self._cancel = undo
+        if self.is_cancelled:
+            undo()
 
     def cancel(self) -> None:
         """Remove what was written of the file, or stored of the records; no answer follows."""

@@ -1,24 +1,24 @@
 """Room in the disk's budget, and in an agent's quota: which records go for it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 from keepwarm.core.block import BlockHash
-from keepwarm.store.disk.disk_store import REMOVALS_PER_COMMAND, DiskStore, Outcome
+from keepwarm.store.disk.disk_store import REMOVALS_PER_COMMAND, DiskStore
 from keepwarm.store.disk.io_thread import IOThread, Priority
 from keepwarm.store.health import DiskHealth
 from keepwarm.store.record_index import Entry, RecordIndex
 
 
 class DiskRoom:
-    """Decides it by the index, ahead of the files, which the I/O thread then removes.
+    """Decides by the index which records go, ahead of the files, which the I/O thread removes.
 
-    `other_bytes` is what else is in the folder, as the disk said last.
+    `other_bytes` is what else there is in the folder, as the disk said last.
     """
 
     def __init__(
         self,
-        thread: IOThread[Outcome],
+        thread: IOThread,
         disk: DiskStore,
         index: RecordIndex,
         *,
@@ -34,7 +34,7 @@ class DiskRoom:
         self._budget_bytes = budget_bytes
 
     def make(self, nbytes: int, maker: str | None, priority: Priority = Priority.SAVE) -> bool:
-        """Evict until the budget, and the maker's quota, have room. False when they cannot."""
+        """Evict until the budget, and the maker's quota, have room. Returns whether they have."""
         quota_bytes = self._index.usage.quota_of(maker)
         if maker is not None and quota_bytes is not None:
             over = self._index.bytes_of(maker) + nbytes - quota_bytes
@@ -46,14 +46,18 @@ class DiskRoom:
         used_bytes = self._index.num_bytes + self.other_bytes
         return used_bytes + nbytes <= self._room_for_records()
 
+    def drop(self, hashes: Iterable[BlockHash]) -> None:
+        """Forget these records, and remove the files of those that there were."""
+        self.remove([h for h in hashes if self._index.forget(h) is not None])
+
     def remove(self, hashes: Sequence[BlockHash], priority: Priority = Priority.SAVE) -> None:
-        """In the saves' own order: what is written next finds the room that this makes."""
+        """Remove the files in the order of the saves: the next one finds the room that this made."""
         for start in range(0, len(hashes), REMOVALS_PER_COMMAND):
             part = tuple(hashes[start : start + REMOVALS_PER_COMMAND])
             self._thread.post(priority, partial(self._disk.remove, part))
 
     def _room_for_records(self) -> int:
-        """Of the budget, what records may fill: the catalogue's log comes and goes beside them."""
+        """What records may fill of the budget: the catalogue's log comes and goes beside them."""
         return self._budget_bytes - min(16 << 20, self._budget_bytes // 8)
 
     def _evict(self, victims: Sequence[Entry], priority: Priority) -> None:

@@ -6,7 +6,7 @@ from keepwarm.core.block import common_prefix
 from keepwarm.core.errors import InvariantBroken
 from keepwarm.core.stored import AgentState, LineState
 from keepwarm.store.catalog.plan import common_start
-from keepwarm.store.commits import Change
+from keepwarm.store.changes import Change
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,8 @@ class RecordIndex:
         self._made_bytes: Counter[str] = Counter()
         self.usage = Usage()
         self.num_bytes = 0
+        self.clock = 0
+        """The highest `last_used` that was ever committed."""
 
     def __repr__(self) -> str:
         return f"RecordIndex({len(self._entries)} records, {self.num_bytes:,} bytes)"
@@ -116,6 +118,7 @@ class RecordIndex:
     def use(self, state: AgentState) -> None:
         """The agent was committed: its blocks were used when its lines were."""
         for line in state.lines:
+            self.clock = max(self.clock, line.last_used)
             for block_hash in line.block_hashes:
                 self.touch(block_hash, line.last_used)
         if self.usage.change(state):

@@ -7,16 +7,13 @@ bundle comes from anyone, so nothing is allocated by what it claims, and its rec
 in a namespace that nobody shares.
 """
 
-import hashlib
-import json
 import os
 import re
 import secrets
 import stat
-import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from io import SEEK_CUR
 from itertools import zip_longest
@@ -26,101 +23,30 @@ from typing import BinaryIO
 from keepwarm.core.block import BlockHash, child_hash
 from keepwarm.core.errors import BadBundle
 from keepwarm.core.layout import BLOCK_TOKENS
-from keepwarm.core.stored import (
-    AgentState,
-    Bundle,
-    BundleTerms,
-    KVFamily,
-    LineState,
-    Record,
-)
+from keepwarm.core.stored import AgentState, Bundle, BundleTerms, KVFamily, LineState, Record
 from keepwarm.store.bundle.agent_json import (
-    MAX_AGENT_BYTES,
-    MAX_NAME_CHARS,
     Unsound,
     are_token_ids,
     decode_agent,
     parse_json,
     require,
 )
-from keepwarm.store.disk.record import Decoded, decode, encode, layout_digest, max_file_bytes
-from keepwarm.store.disk.units import Units
+from keepwarm.store.bundle.manifest import (
+    MANIFEST_MEMBER,
+    MAX_RECORD_BYTES,
+    Exported,
+    Manifest,
+    manifest_of,
+)
+from keepwarm.store.bundle.tar import SIZE_FIELD, TAR_BLOCK, end_bytes, padding, tar_header
+from keepwarm.store.disk.io_thread import Units
+from keepwarm.store.disk.record import Decoded, decode, encode, max_file_bytes
+from keepwarm.store.disk.tensors import layout_digest
 from keepwarm.store.errors import BadRecord, ForeignRecord
 
-FORMAT = "keepwarm-agent"
-VERSION = 2
-"""Version 1 had no receipts; it is read still."""
-_READABLE = range(1, VERSION + 1)
-
-MAX_RECORDS = 1 << 16
-MAX_RECORD_BYTES = 1 << 30
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_BUNDLE_BYTES = 256 << 30
-
-_MANIFEST = "manifest.json"
-_AGENT = "agent.json"
-_TAR_BLOCK = tarfile.BLOCKSIZE
-_SIZE_FIELD = slice(124, 135)
 _OCTAL = re.compile(rb"[0-7]{11}")
-_NO_CHECKSUM = "0" * 64
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """What a bundle says about itself. `checksum` is over this, without it, and the agent."""
-
-    agent_id: str
-    fingerprint: str
-    lineage: str
-    layout: str
-    tokenizer: str
-    agent_bytes: int
-    record_bytes: tuple[int, ...]
-    checksum: str = _NO_CHECKSUM
-    version: int = VERSION
-
-    def render(self) -> bytes:
-        document = {"format": FORMAT, "version": self.version, **asdict(self)}
-        return json.dumps(document, indent=1).encode()
-
-    def sealed(self, agent: bytes) -> "Manifest":
-        """With the checksum that it must have beside this agent."""
-        digest = hashlib.sha256(replace(self, checksum=_NO_CHECKSUM).render() + agent)
-        return replace(self, checksum=digest.hexdigest())
-
-    def members(self) -> Iterator[tuple[str, int]]:
-        """Names and sizes of what follows the manifest."""
-        yield _AGENT, self.agent_bytes
-        for number, nbytes in enumerate(self.record_bytes):
-            yield f"records/{number:05}.safetensors", nbytes
-
-    def file_bytes(self) -> int:
-        sizes = [len(self.render()), self.agent_bytes, *self.record_bytes]
-        end = sum(_TAR_BLOCK + nbytes + _padding(nbytes, _TAR_BLOCK) for nbytes in sizes)
-        return end + _end_bytes(end)
-
-
-@dataclass(frozen=True, slots=True)
-class Exported:
-    """What goes into a bundle; `records` with their sizes, each behind the one before it."""
-
-    family: KVFamily
-    tokenizer: str
-    agent_id: str
-    agent: bytes
-    records: tuple[tuple[Record, int], ...]
-
-    def manifest(self) -> Manifest:
-        family = self.family
-        return Manifest(
-            agent_id=self.agent_id,
-            fingerprint=family.fingerprint,
-            lineage=family.lineage,
-            layout=layout_digest(family.layout),
-            tokenizer=self.tokenizer,
-            agent_bytes=len(self.agent),
-            record_bytes=tuple(nbytes for _, nbytes in self.records),
-        ).sealed(self.agent)
 
 
 # -- writing ---------------------------------------------------------------------------------------
@@ -136,21 +62,21 @@ def write_bundle(
     """
     manifest = exported.manifest()
     with _appearing(path) as file:
-        _write_member(file, _MANIFEST, manifest.render())
+        _write_member(file, MANIFEST_MEMBER, manifest.render())
         members = manifest.members()
         _write_member(file, next(members)[0], exported.agent)
         for (name, _), (record, _) in zip(members, exported.records, strict=True):
             _sync(file)
             yield
             _write_member(file, name, read(record.hash))
-        file.write(bytes(_end_bytes(file.tell())))
+        file.write(bytes(end_bytes(file.tell())))
     return manifest.file_bytes()
 
 
 def _write_member(file: BinaryIO, name: str, data: bytes | memoryview) -> None:
-    file.write(_tar_header(name, len(data)))
+    file.write(tar_header(name, len(data)))
     file.write(data)
-    file.write(bytes(_padding(len(data), _TAR_BLOCK)))
+    file.write(bytes(padding(len(data))))
 
 
 @contextmanager
@@ -300,20 +226,20 @@ class _BundleReader:
             if moved.record.hash not in names:  # lines of two namespaces may share it now
                 names.add(moved.record.hash)
                 yield moved
-        self._expect_zeros(_end_bytes(self._file.tell()))
+        self._expect_zeros(end_bytes(self._file.tell()))
 
     # -- inside ----------------------------------------------------------------------------------
 
     def _read_manifest(self) -> Manifest:
-        header = self._file.read(_TAR_BLOCK)
-        digits = _OCTAL.fullmatch(header[_SIZE_FIELD])
+        header = self._file.read(TAR_BLOCK)
+        digits = _OCTAL.fullmatch(header[SIZE_FIELD])
         nbytes = int(digits[0], 8) if digits else MAX_MANIFEST_BYTES + 1
         require(nbytes <= MAX_MANIFEST_BYTES, "it does not begin with a manifest, or a small one")
-        require(header == _tar_header(_MANIFEST, nbytes), "it is no bundle")
+        require(header == tar_header(MANIFEST_MEMBER, nbytes), "it is no bundle")
         data = self._file.read(nbytes)
-        manifest = _manifest_of(parse_json(data, "its manifest"))
+        manifest = manifest_of(parse_json(data, "its manifest"))
         require(data == manifest.render(), "its manifest is not written as Keepwarm writes it")
-        self._expect_zeros(_padding(nbytes, _TAR_BLOCK))
+        self._expect_zeros(padding(nbytes))
         return manifest
 
     def _read_agent(self) -> AgentState:
@@ -337,14 +263,14 @@ class _BundleReader:
         view = memoryview(buffer)[:nbytes]
         num_read = self._file.readinto(view)  # type: ignore[attr-defined]
         require(num_read == nbytes, "it ends too early")
-        self._expect_zeros(_padding(nbytes, _TAR_BLOCK))
+        self._expect_zeros(padding(nbytes))
         return view
 
     def _enter_member(self, max_bytes: int) -> int:
         name, nbytes = next(self._members)
         require(nbytes <= max_bytes, f"{name} has {nbytes:,} bytes; {max_bytes:,} may be")
-        header = self._file.read(_TAR_BLOCK)
-        require(header == _tar_header(name, nbytes), f"{name} is not where the manifest says")
+        header = self._file.read(TAR_BLOCK)
+        require(header == tar_header(name, nbytes), f"{name} is not where the manifest says")
         return nbytes
 
     def _expect_zeros(self, nbytes: int) -> None:
@@ -355,7 +281,7 @@ class _BundleReader:
         for _ in self.manifest.record_bytes:
             nbytes = self._enter_member(MAX_RECORD_BYTES)
             self._file.seek(nbytes, SEEK_CUR)
-            self._expect_zeros(_padding(nbytes, _TAR_BLOCK))
+            self._expect_zeros(padding(nbytes))
         yield from ()
 
     def _own_records(self) -> Iterator[Decoded]:
@@ -410,41 +336,3 @@ def _decode(raw: memoryview, families: dict[str, KVFamily]) -> Decoded:
         if error.field != "namespace" or error.found not in families:
             raise
         return decode(raw, families[error.found])
-
-
-def _manifest_of(document: object) -> Manifest:
-    names = [field.name for field in fields(Manifest) if field.name != "version"]
-    if not isinstance(document, dict) or list(document) != ["format", "version", *names]:
-        raise Unsound("its manifest does not have the keys of its format")
-    version = document["version"]
-    if document["format"] != FORMAT or type(version) is not int or version not in _READABLE:
-        raise Unsound(f"this Keepwarm reads versions 1 to {VERSION} of {FORMAT!r}")
-    sizes = document["record_bytes"]
-    for name in names:
-        if name not in ("agent_bytes", "record_bytes"):
-            value = document[name]
-            require(isinstance(value, str) and len(value) <= MAX_NAME_CHARS, f"{name} is no name")
-    require(isinstance(sizes, list) and len(sizes) <= MAX_RECORDS, "it has too many records")
-    require(are_token_ids(sizes, MAX_RECORD_BYTES), "a record's size is none")
-    require(are_token_ids([document["agent_bytes"]], MAX_AGENT_BYTES), "its agent is too large")
-    values = {name: document[name] for name in names if name != "record_bytes"}
-    return Manifest(**values, record_bytes=tuple(sizes), version=version)
-
-
-def _tar_header(name: str, nbytes: int) -> bytes:
-    entry = tarfile.TarInfo(name)
-    entry.size = nbytes
-    entry.mode = 0o600
-    return entry.tobuf(tarfile.USTAR_FORMAT)
-
-
-def _padding(nbytes: int, multiple: int) -> int:
-    return -nbytes % multiple
-
-
-def _end_bytes(end: int) -> int:
-    """Zeros that end a tar: at least two blocks, up to a whole record of the format."""
-    return 2 * _TAR_BLOCK + _padding(end + 2 * _TAR_BLOCK, tarfile.RECORDSIZE)
-
-
-__all__ = ["Exported", "Moved", "read_bundle", "read_records", "write_bundle"]

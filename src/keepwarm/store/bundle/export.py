@@ -11,10 +11,11 @@ from keepwarm.core.block import BlockHash
 from keepwarm.core.errors import BundleFailed
 from keepwarm.core.stored import AgentState, KVFamily, Record
 from keepwarm.store.bundle.agent_json import Unsound, decode_agent, encode_agent
-from keepwarm.store.bundle.archive import Exported, write_bundle
+from keepwarm.store.bundle.archive import write_bundle
+from keepwarm.store.bundle.manifest import Exported
 from keepwarm.store.disk.files import RecordFiles
+from keepwarm.store.disk.io_thread import Units
 from keepwarm.store.disk.record import decode, max_file_bytes
-from keepwarm.store.disk.units import Units
 from keepwarm.store.errors import BadRecord
 
 

@@ -6,44 +6,31 @@ survive the process, and a power cut may take the last of them.
 
 import logging
 import sqlite3
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import starmap
 from pathlib import Path
-from types import TracebackType
-from typing import Literal, Self
+from typing import Literal
 
 from keepwarm.core.block import BlockHash
 from keepwarm.core.errors import DamagedAgent, InvariantBroken
-from keepwarm.core.stored import AgentState, AgentSummary, KVFamily
+from keepwarm.core.stored import AgentState, KVFamily
 from keepwarm.store.bulk import without_gc
 from keepwarm.store.catalog import schema
 from keepwarm.store.catalog.check import check_tables
-from keepwarm.store.catalog.errors import CatalogCorrupt, CatalogUnavailable
-from keepwarm.store.catalog.load import (
-    UNREADABLE,
-    MainLine,
-    find_damaged,
-    read_agent,
-    read_main_line,
-    read_summaries,
-)
-from keepwarm.store.catalog.plan import CommittedAgent, RowIds, plan_commit
+from keepwarm.store.catalog.errors import CatalogUnavailable
+from keepwarm.store.catalog.load import UNREADABLE, read_agent
+from keepwarm.store.catalog.plan import RowIds, plan_commit
+from keepwarm.store.catalog.reader import CatalogConnection
+from keepwarm.store.catalog.recent import RecentAgents
 from keepwarm.store.catalog.rows import BlockUsage, RecordRow, decode_layout, encode_layout
-from keepwarm.store.catalog.salvage import salvage
-from keepwarm.store.catalog.schema import set_aside, translated
+from keepwarm.store.catalog.schema import translated
 from keepwarm.store.catalog.seals import COLUMNS, insert, seal_of, sealed, select, sound
-
-__all__ = ["Catalog", "CatalogReader", "RecordRow", "set_aside"]
 
 log = logging.getLogger("keepwarm.store")
 
 Synchronous = Literal["FULL", "NORMAL"]
-
-MAX_RECENT_AGENTS = 256
-MAX_RECENT_TOKENS = 2_000_000
-"""About 80 MB where nobody else holds the states."""
 
 _PUT_RECORD = insert("records")
 _RECORDS = f"SELECT created, {COLUMNS['records']}, seal FROM records ORDER BY created"
@@ -68,121 +55,7 @@ _MAX_ID = 1 << 40
 """Of agents and lines: larger ones are damage, and are not counted on from."""
 
 
-class _Connection:
-    """What both connections can do. Each belongs to the thread that opened it; SQLite checks."""
-
-    def __init__(self, path: Path, db: sqlite3.Connection) -> None:
-        self.path = path
-        self._db = db
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._db.close()
-
-    def names(self) -> list[str]:
-        with translated(self.path, "names"):
-            return [name for (name,) in self._db.execute("SELECT name FROM agents ORDER BY name")]
-
-    def summaries(self) -> list[AgentSummary]:
-        """All agents by name. Tokens and turns are those of the main line."""
-        with translated(self.path, "summaries"):
-            return read_summaries(self._db)
-
-    def models(self) -> dict[str, str]:
-        """By agent, the model that it talked to last."""
-        with translated(self.path, "models"):
-            return dict(self._db.execute("SELECT name, model FROM agents"))
-
-    def main_line(self, name: str) -> MainLine | None:
-        """As far as its KV is looked up by it. Raises DamagedAgent."""
-        try:
-            with self._snapshot("main_line"):
-                return read_main_line(self._db, name)
-        except CatalogCorrupt as error:
-            raise DamagedAgent(name, error.problem) from error
-
-    def load_agent(self, name: str) -> AgentState | None:
-        """What was committed last, equal to it. Raises DamagedAgent."""
-        found = self._read(name, "load_agent")
-        return None if found is None else found.state
-
-    def salvage_agent(self, name: str) -> AgentState:
-        """What can be read of a damaged agent. Raises DamagedAgent where that is nothing."""
-        with self._snapshot("salvage_agent"):
-            return salvage(self._db, name)
-
-    def _read(self, name: str, operation: str) -> CommittedAgent | None:
-        """A damaged page is a damage of those whose rows are on it."""
-        try:
-            with self._snapshot(operation):
-                return read_agent(self._db, name)
-        except CatalogCorrupt as error:
-            raise DamagedAgent(name, error.problem) from error
-
-    def find_damaged(self) -> dict[str, str]:
-        """Agents of which one knows without reading them that they cannot be read, and why."""
-        with self._snapshot("find_damaged"):
-            return find_damaged(self._db)
-
-    def load_pinned(self, damaged: dict[str, str]) -> list[AgentState]:
-        """The pinned agents. Those that cannot be read are entered among the damaged ones."""
-        with translated(self.path, "load_pinned"):
-            names = self._db.execute(
-                "SELECT name FROM agents WHERE pinned ORDER BY name"
-            ).fetchall()
-        states: list[AgentState] = []
-        for (name,) in names:
-            try:
-                state = self.load_agent(name)
-            except DamagedAgent as error:
-                damaged.setdefault(name, error.problem)
-            else:
-                states += [] if state is None else [state]
-        return states
-
-    def size_bytes(self) -> int:
-        """What the database, its log and its index take on disk."""
-        return schema.size_bytes(self.path)
-
-    @contextmanager
-    def _snapshot(self, operation: str) -> Iterator[None]:
-        """Everything read inside is of one moment."""
-        with translated(self.path, operation):
-            self._db.execute("BEGIN")
-            try:
-                yield
-            finally:
-                self._end_transaction()
-
-    def _end_transaction(self) -> None:
-        """Undo what was not committed; after some errors SQLite has done so itself."""
-        if self._db.in_transaction:
-            self._db.execute("ROLLBACK")
-
-
-class CatalogReader(_Connection):
-    """Reads beside the catalogue's owner, and sees what that has committed. It cannot write."""
-
-    def __repr__(self) -> str:
-        return f"CatalogReader({str(self.path)!r})"
-
-    @classmethod
-    def open(cls, path: Path) -> "CatalogReader":
-        """Of a catalogue that is open. Raises CatalogCorrupt, CatalogTooNew, CatalogUnavailable."""
-        return cls(path, schema.open_for_reading(path))
-
-
-class Catalog(_Connection):
+class Catalog(CatalogConnection):
     """The one connection that writes. It remembers what it committed, and writes only what is new.
 
     Nobody else may write to the file meanwhile; a state that was committed must not be changed.
@@ -190,7 +63,7 @@ class Catalog(_Connection):
 
     def __init__(self, path: Path, db: sqlite3.Connection) -> None:
         super().__init__(path, db)
-        self._recent = _RecentAgents()
+        self._recent = RecentAgents()
         self._ids = self._read_ids()
         self._families = self._read_families()
 
@@ -363,7 +236,7 @@ class Catalog(_Connection):
         with self._transaction("begin_records_anew", "NORMAL"):
             schema.begin_anew(self._db, ("records", "families", "line_blocks"))
         self._families = {}
-        self._recent = _RecentAgents()
+        self._recent = RecentAgents()
 
     def load_usage(self) -> BlockUsage:
         """Who uses which blocks, stored or not."""
@@ -459,33 +332,3 @@ class Catalog(_Connection):
 def _family_row(family_id: int, family: KVFamily) -> tuple[int, str, str, str, str]:
     layout = encode_layout(family.layout)
     return family_id, family.fingerprint, layout, family.lineage, family.namespace
-
-
-class _RecentAgents:
-    """What was committed last of the agents that were committed last, within two limits."""
-
-    def __init__(self) -> None:
-        self._agents: OrderedDict[str, CommittedAgent] = OrderedDict()
-        self._num_tokens: dict[str, int] = {}
-
-    def __len__(self) -> int:
-        return len(self._agents)
-
-    def __iter__(self) -> Iterator[CommittedAgent]:
-        return iter(self._agents.values())
-
-    def take(self, name: str) -> CommittedAgent | None:
-        """Hand it out and forget it: a commit that fails leaves nothing to believe."""
-        self._num_tokens.pop(name, None)
-        return self._agents.pop(name, None)
-
-    def put(self, agent: CommittedAgent) -> None:
-        """As the latest; the longest unused leave, but never this one."""
-        self._agents[agent.state.agent_id] = agent
-        self._num_tokens[agent.state.agent_id] = agent.num_tokens
-        while len(self._agents) > 1 and self._is_too_large():
-            self.take(next(iter(self._agents)))
-
-    def _is_too_large(self) -> bool:
-        num_tokens = sum(self._num_tokens.values())
-        return len(self._agents) > MAX_RECENT_AGENTS or num_tokens > MAX_RECENT_TOKENS

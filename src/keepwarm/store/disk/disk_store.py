@@ -5,7 +5,6 @@ Every command returns what came of it. A disk that refuses is an answer (`fault`
 
 import logging
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,18 +14,36 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from keepwarm.core.block import BlockHash
-from keepwarm.core.errors import BadBundle, BundleFailed, KeepwarmError
-from keepwarm.core.stored import AgentState, Bundle, BundleRead, BundleTerms, KVFamily, Record
+from keepwarm.core.errors import BadBundle, BundleFailed
+from keepwarm.core.stored import (
+    AgentState,
+    Bundle,
+    BundleRead,
+    BundleTerms,
+    BundleWritten,
+    KVFamily,
+    Record,
+)
 from keepwarm.store.bundle.archive import Moved, read_bundle, read_records
 from keepwarm.store.bundle.export import Export, export_agent
+from keepwarm.store.catalog.catalog import Catalog
 from keepwarm.store.catalog.errors import CatalogCorrupt, CatalogUnavailable, UnstorableMessage
 from keepwarm.store.catalog.opening import Opened, is_unclaimed, open_catalog
-from keepwarm.store.catalog.rows import BlockUsage, RecordRow
+from keepwarm.store.catalog.rows import RecordRow
 from keepwarm.store.disk.budget import DiskBudget
 from keepwarm.store.disk.files import BLOCKS_FOLDER, RecordFiles, StoredFile
 from keepwarm.store.disk.home_lock import HomeLock
+from keepwarm.store.disk.io_thread import Units
+from keepwarm.store.disk.outcomes import (
+    CommitDone,
+    Erased,
+    ExportDone,
+    FetchDone,
+    ImportDone,
+    Reconciled,
+    SaveDone,
+)
 from keepwarm.store.disk.record import decode, encode, read_header
-from keepwarm.store.disk.units import Units
 from keepwarm.store.errors import BadRecord, DiskTooFull, OverBudget
 
 log = logging.getLogger("keepwarm.store")
@@ -52,165 +69,61 @@ class Limits:
     set_aside_bytes: int
 
 
-_NOTHING = Opened([], BlockUsage(Counter(), {}), [], 0)
-
-
-@dataclass(frozen=True, slots=True)
-class OpenFailed:
-    error: Exception
-
-
-@dataclass(frozen=True, slots=True)
-class SaveDone:
-    """`file_bytes` None: nothing was written, because of the fault or because it was removed."""
-
-    record_hash: BlockHash
-    file_bytes: int | None
-    other_bytes: int
-    fault: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class FetchDone:
-    """`data` None: the record is gone, damaged (and set aside), or could not be read."""
-
-    ticket: int
-    record_hash: BlockHash
-    data: memoryview | None
-    is_lost: bool = False
-    damage: str | None = None
-    fault: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class CommitDone:
-    """`fault`: nothing was written, because the disk, or the budget on it, refused; `refusal`:
-    because it can never be written.
-    """
-
-    ticket: int
-    other_bytes: int
-    fault: str | None = None
-    refusal: str | None = None
-    is_over_budget: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Erased:
-    """Nothing of a deleted agent is left in the files; or `fault` says what the disk refused.
-
-    `ticket`: of its deletion, None where that was answered before.
-    """
-
-    ticket: int | None
-    other_bytes: int
-    fault: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Probed:
-    """Whether the disk takes writes, when there was nothing else to try it with."""
-
-    fault: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Reconciled:
-    """What a look at a part of the files has changed: records that were found, and lost ones."""
-
-    found: tuple[RecordRow, ...]
-    lost: tuple[BlockHash, ...]
-    is_last: bool
-
-
-@dataclass(frozen=True, slots=True)
-class ExportDone:
-    """`lost`: records that turned out to be gone, or damaged and set aside."""
-
-    ticket: int
-    file_bytes: int
-    num_records: int
-    lost: tuple[BlockHash, ...]
-    error: KeepwarmError | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class CheckDone:
-    """What a bundle that was checked turned out to be."""
-
-    ticket: int
-    read: BundleRead
-
-
-@dataclass(frozen=True, slots=True)
-class ImportDone:
-    """The records of a bundle that were stored, with their files' bytes.
-
-    After a fault those that were written before it stay; after an `error` none does.
-    """
-
-    ticket: int
-    stored: tuple[RecordRow, ...]
-    other_bytes: int
-    fault: str | None = None
-    error: KeepwarmError | None = None
-
-
-Outcome = (
-    Opened
-    | OpenFailed
-    | SaveDone
-    | FetchDone
-    | CommitDone
-    | Erased
-    | Probed
-    | Reconciled
-    | ExportDone
-    | CheckDone
-    | ImportDone
-)
-
-
 class DiskStore:
     """Owns the home's lock, the catalogue and the record files. Belongs to the I/O thread."""
 
     def __init__(
-        self, root: Path, limits: Limits, between: Callable[[], None] = lambda: None
+        self,
+        root: Path,
+        lock: HomeLock,
+        catalog: Catalog,
+        *,
+        files: RecordFiles,
+        budget: DiskBudget,
+        rows: Sequence[RecordRow],
+        between: Callable[[], None],
     ) -> None:
-        """Creates what is missing. A damaged catalogue is set aside and begun anew.
-
-        `between` is called while a record is being written, to let commits go before it.
-
-        Raises HomeInUse, CatalogTooNew, CatalogUnavailable and OSError.
-        """
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._root = root
+        self._lock = lock
+        self._catalog = catalog
+        self._files = files
+        self._budget = budget
         self._between = between
-        self._lock = HomeLock(root)
-        try:
-            was_used = (root / BLOCKS_FOLDER).is_dir()
-            self._catalog, self._opened = open_catalog(root / CATALOG_NAME, was_used=was_used)
-            self._budget = DiskBudget(
-                root,
-                budget_bytes=limits.budget_bytes,
-                free_floor_bytes=limits.free_floor_bytes,
-                other_bytes=self._catalog.size_bytes,
-            )
-            self._files = RecordFiles(
-                root, self._budget, max_set_aside_bytes=limits.set_aside_bytes
-            )
-        except BaseException:
-            self._lock.release()
-            raise
-        self._files.set_records_bytes(sum(row.file_bytes for row in self._opened.rows))
-        self._known = {row.hash: row.file_bytes for row in self._opened.rows}
+        self._files.set_records_bytes(sum(row.file_bytes for row in rows))
+        self._known = {row.hash: row.file_bytes for row in rows}
         self._unseen: set[BlockHash] = set(self._known)
         self._unwanted: set[BlockHash] = set()
         self._scan: Iterator[StoredFile] | None = None
 
-    def opened(self) -> Opened:
-        opened, self._opened = self._opened, _NOTHING
-        return replace(opened, other_bytes=self._other_bytes())
+    @classmethod
+    def open(
+        cls, root: Path, limits: Limits, between: Callable[[], None] = lambda: None
+    ) -> tuple["DiskStore", Opened]:
+        """Open a home, and return what its catalogue knows.
+
+        Creates what is missing; a damaged catalogue is set aside and begun anew. `between` is
+        called while a record is being written, to let commits go before it. Raises HomeInUse,
+        CatalogTooNew, CatalogUnavailable and OSError.
+        """
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = HomeLock(root)
+        try:
+            was_used = (root / BLOCKS_FOLDER).is_dir()
+            catalog, opened = open_catalog(root / CATALOG_NAME, was_used=was_used)
+            budget = DiskBudget(
+                root,
+                budget_bytes=limits.budget_bytes,
+                free_floor_bytes=limits.free_floor_bytes,
+                other_bytes=catalog.size_bytes,
+            )
+            files = RecordFiles(root, budget, max_set_aside_bytes=limits.set_aside_bytes)
+        except BaseException:
+            lock.release()
+            raise
+        disk = cls(
+            root, lock, catalog, files=files, budget=budget, rows=opened.rows, between=between
+        )
+        return disk, replace(opened, other_bytes=disk._other_bytes())
 
     def close(self) -> None:
         self._catalog.close()
@@ -228,21 +141,21 @@ class DiskStore:
     ) -> SaveDone:
         """Write the file, then name it in the catalogue. Only then does it exist."""
         if self._is_unwanted(record.hash):
-            return SaveDone(record.hash, None, self._other_bytes())
+            return SaveDone(None, self._other_bytes())
         try:
             parts = encode(family, record, token_ids, pieces)
             file_bytes = self._files.publish(record.hash, parts, self._between)
             if self._is_unwanted(record.hash):  # since it was begun
                 self._files.remove(record.hash)
-                return SaveDone(record.hash, None, self._other_bytes())
+                return SaveDone(None, self._other_bytes())
             row = RecordRow.of(record, family, file_bytes=file_bytes, maker=maker)
             self._catalog.add_records([row])
         except FAULTS as error:
             self._remove_unnamed(record.hash)
-            return SaveDone(record.hash, None, self._other_bytes(), self._describe(error))
+            return SaveDone(None, self._other_bytes(), self._describe(error))
         self._known[record.hash] = file_bytes
         self._unseen.discard(record.hash)
-        return SaveDone(record.hash, file_bytes, self._other_bytes())
+        return SaveDone(file_bytes, self._other_bytes())
 
     def _is_unwanted(self, record_hash: BlockHash) -> bool:
         """Whether it was removed before it was saved; that is forgotten now."""
@@ -256,7 +169,7 @@ class DiskStore:
             with suppress(OSError):
                 self._files.remove(record_hash)
 
-    def fetch(self, ticket: int, family: KVFamily, record: Record, buffer: bytearray) -> FetchDone:
+    def fetch(self, family: KVFamily, record: Record, buffer: bytearray) -> FetchDone:
         """Read and check. What is damaged is set aside, and the catalogue forgets it."""
         try:
             raw = self._files.read_into(record.hash, buffer)
@@ -265,15 +178,15 @@ class DiskStore:
                 # After a kill before the catalogue knew, a block's file may hold more of its
                 # tokens than the run that it replaced.
                 if decoded.record == record:
-                    return FetchDone(ticket, record.hash, decoded.data)
+                    return FetchDone(decoded.data)
                 raise BadRecord("it is another record than its name says")
             damage = "its file is gone"
         except BadRecord as error:
             damage = str(error)
         except OSError as error:
-            return FetchDone(ticket, record.hash, None, fault=self._describe(error))
+            return FetchDone(None, fault=self._describe(error))
         self._give_up(record.hash, damage)
-        return FetchDone(ticket, record.hash, None, is_lost=True, damage=damage)
+        return FetchDone(None, damage)
 
     def remove(self, hashes: Sequence[BlockHash]) -> None:
         """First out of the catalogue: a name without a file would be a lie.
@@ -305,7 +218,7 @@ class DiskStore:
 
     # -- bundles ---------------------------------------------------------------------------------
 
-    def export(self, ticket: int, path: Path, export: Export) -> Units[ExportDone]:
+    def export(self, path: Path, export: Export) -> Units[ExportDone]:
         """Write an agent and those of its records that are sound into one file."""
         lost: dict[BlockHash, str] = {}
         check_room = partial(self._check_room_beside, path)
@@ -314,15 +227,15 @@ class DiskStore:
                 path, export, self._files, lost, check_room
             )
         except BundleFailed as error:
-            return ExportDone(ticket, 0, 0, tuple(lost), error)
+            return ExportDone(BundleWritten(error=error), tuple(lost))
         except DiskTooFull as error:
-            return ExportDone(ticket, 0, 0, tuple(lost), BundleFailed(path, str(error)))
+            return ExportDone(BundleWritten(error=BundleFailed(path, str(error))), tuple(lost))
         except OSError as error:
-            return ExportDone(ticket, 0, 0, tuple(lost), _refused(path, error))
+            return ExportDone(BundleWritten(error=_refused(path, error)), tuple(lost))
         finally:
             for record_hash, reason in lost.items():
                 self._give_up(record_hash, reason)
-        return ExportDone(ticket, file_bytes, num_records, tuple(lost))
+        return ExportDone(BundleWritten(file_bytes, num_records), tuple(lost))
 
     def _check_room_beside(self, path: Path, nbytes: int) -> None:
         """What is written beside the store leaves to others what the store leaves them."""
@@ -334,18 +247,16 @@ class DiskStore:
         with suppress(OSError):
             path.unlink(missing_ok=True)
 
-    def read_bundle(self, ticket: int, path: Path, terms: BundleTerms) -> Units[CheckDone]:
+    def read_bundle(self, path: Path, terms: BundleTerms) -> Units[BundleRead]:
         try:
             bundle = yield from read_bundle(path, terms)
         except BadBundle as error:
-            return CheckDone(ticket, BundleRead(error=error))
+            return BundleRead(error=error)
         except OSError as error:
-            return CheckDone(ticket, BundleRead(error=_refused(path, error)))
-        return CheckDone(ticket, BundleRead(bundle))
+            return BundleRead(error=_refused(path, error))
+        return BundleRead(bundle)
 
-    def import_records(
-        self, ticket: int, bundle: Bundle, num_records: int, maker: str
-    ) -> Units[ImportDone]:
+    def import_records(self, bundle: Bundle, num_records: int, maker: str) -> Units[ImportDone]:
         """Store the first records of a bundle, which is checked again while it is read."""
         family = bundle.terms.family
         rows: list[RecordRow] = []
@@ -357,17 +268,13 @@ class DiskStore:
                 yield
             are_wanted = True
         except BadBundle as error:
-            return ImportDone(ticket, (), self._other_bytes(), error=error)
+            return ImportDone((), self._other_bytes(), error=error)
         except FAULTS as refused:
             are_wanted, fault = True, self._describe(refused)
         finally:
             if not are_wanted:
                 self.remove([row.hash for row in rows])
-        return ImportDone(ticket, tuple(rows), self._other_bytes(), fault)
-
-    def import_called_off(self, ticket: int, error: BundleFailed) -> ImportDone:
-        """When what had been stored is gone again."""
-        return ImportDone(ticket, (), self._other_bytes(), error=error)
+        return ImportDone(tuple(rows), self._other_bytes(), fault)
 
     def _import_record(self, moved: Moved, family: KVFamily, maker: str) -> RecordRow:
         parts = moved.parts(family)
@@ -383,15 +290,15 @@ class DiskStore:
 
     # -- agents ----------------------------------------------------------------------------------
 
-    def commit(self, ticket: int, state: AgentState) -> CommitDone:
-        return self._committing(ticket, lambda: self._catalog.commit(state))
+    def commit(self, state: AgentState) -> CommitDone:
+        return self._committing(lambda: self._catalog.commit(state))
 
-    def delete_agent(self, ticket: int, agent_id: str, *, is_damaged: bool) -> CommitDone:
+    def delete_agent(self, agent_id: str, *, is_damaged: bool) -> CommitDone:
         """Its rows are gone for good; what they leave in the file is for `erase`."""
         delete = partial(self._catalog.delete_agent, agent_id, scrub=False, is_damaged=is_damaged)
-        return self._committing(ticket, delete)
+        return self._committing(delete)
 
-    def erase(self, ticket: int | None) -> Erased:
+    def erase(self) -> Erased:
         """Write the catalogue anew, without what was deleted from it."""
         try:
             if self._catalog.needs_scrub:
@@ -399,30 +306,33 @@ class DiskStore:
                 self._budget.require(self._catalog.size_bytes())
                 self._catalog.scrub()
         except FAULTS as error:
-            return Erased(ticket, self._other_bytes(), self._describe(error))
-        return Erased(ticket, self._other_bytes())
+            return Erased(self._other_bytes(), self._describe(error))
+        return Erased(self._other_bytes())
 
-    def probe(self, record_bytes: int) -> Probed:
-        """Write something like a record and something like a commit, and take them back."""
+    def probe(self, record_bytes: int) -> str | None:
+        """Write something like a record and something like a commit, and take them back.
+
+        Returns what the disk refused, if anything.
+        """
         try:
             self._files.probe(record_bytes)
             self._budget.require(COMMIT_BYTES)
             self._catalog.probe()
         except FAULTS as error:
-            return Probed(self._describe(error))
-        return Probed()
+            return self._describe(error)
+        return None
 
-    def _committing(self, ticket: int, write: Callable[[], None]) -> CommitDone:
+    def _committing(self, write: Callable[[], None]) -> CommitDone:
         try:
             self._budget.require(COMMIT_BYTES)
             write()
         except UnstorableMessage as error:
-            return CommitDone(ticket, self._other_bytes(), refusal=str(error))
+            return CommitDone(self._other_bytes(), refusal=str(error))
         except FAULTS as error:
             is_over = isinstance(error, OverBudget)
             fault = self._describe(error)
-            return CommitDone(ticket, self._other_bytes(), fault, is_over_budget=is_over)
-        return CommitDone(ticket, self._other_bytes())
+            return CommitDone(self._other_bytes(), fault, is_over_budget=is_over)
+        return CommitDone(self._other_bytes())
 
     # -- reconciling -----------------------------------------------------------------------------
 

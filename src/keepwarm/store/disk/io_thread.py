@@ -4,16 +4,27 @@ import heapq
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Generic, TypeVar
+from functools import partial
+from typing import NoReturn, TypeVar
 
-Outcome = TypeVar("Outcome")
+from keepwarm.core.errors import KeepwarmError
+
+T = TypeVar("T")
+
+Units = Generator[None, None, T]
+"""Long work that pauses after each unit, at most a record, and ends with a value.
+
+Closing it undoes what it has begun.
+"""
+
+Delivery = Callable[[], object]
 
 
 class Priority(IntEnum):
-    """What goes first. A command handles at most one record, so nobody waits long."""
+    """What goes first. A command handles at most one record, so the next one never waits long."""
 
     COMMIT = 0
     RESTORE = 1
@@ -23,48 +34,113 @@ class Priority(IntEnum):
 
 
 @dataclass(order=True, slots=True)
-class _Queued(Generic[Outcome]):
+class _Command:
+    """`run` returns what `deliver` is to call, if anything; `lost` is called instead of that."""
+
     priority: Priority
     number: int
-    command: Callable[[], Outcome | None] = field(compare=False)
+    run: Callable[[], Delivery | None] = field(compare=False)
+    lost: Delivery = field(compare=False)
 
 
-class IOThread(Generic[Outcome]):
-    """Runs commands in the order of their priorities; of equal ones, first come first.
+class IOThread:
+    """Runs commands in the order of their priorities, equal ones in the order of their posting.
 
-    `post`, `take` and `wait` are for one other thread. A command that raises ends the thread:
-    what a disk may do is its commands' affair, and anything else is a bug that `failure` shows.
+    One other thread posts, and `deliver` calls there what each command's value goes to. A command
+    that raises ends the thread, for what a disk may do is a value: anything else is a bug, which
+    `failure` shows, and every command that is not done is lost.
     """
 
     def __init__(self, name: str) -> None:
-        self._queue: list[_Queued[Outcome]] = []
+        self._queue: list[_Command] = []
         self._numbers = itertools.count()
         self._changed = threading.Condition()
-        self._outcomes: deque[Outcome] = deque()
+        self._running: list[_Command] = []
+        self._done: deque[Delivery] = deque()
         self._arrived = threading.Event()
-        self._stopping = False
+        self._is_stopping = False
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def post(self, priority: Priority, command: Callable[[], Outcome | None]) -> None:
-        with self._changed:
-            heapq.heappush(self._queue, _Queued(priority, next(self._numbers), command))
-            self._changed.notify()
+    def post(self, priority: Priority, command: Callable[[], object]) -> None:
+        """Run a command whose end nothing waits for."""
 
-    def take(self) -> list[Outcome]:
-        """The outcomes that have come, in order."""
+        def run() -> None:
+            command()
+
+        self._push(priority, run)
+
+    def ask(
+        self,
+        priority: Priority,
+        command: Callable[[], T],
+        then: Callable[[T], object],
+        *,
+        lost: Delivery = lambda: None,
+    ) -> None:
+        """Run the command; `deliver` calls `then` with its value, or `lost` after a failure."""
+        self._push(priority, lambda: partial(then, command()), lost)
+
+    def ask_units(
+        self, priority: Priority, units: Units[T], then: Callable[[T], object], *, lost: Delivery
+    ) -> Callable[[], None]:
+        """Run long work a unit at a time, each behind what was posted before its turn.
+
+        Returns what cancels it: the work is closed then, and `deliver` calls `lost`.
+        """
+        cancelled = threading.Event()
+
+        def run() -> Delivery | None:
+            if cancelled.is_set():
+                units.close()
+                return lost
+            try:
+                next(units)
+            except StopIteration as end:
+                return partial(then, end.value)
+            self._push(priority, run, lost)
+            return None
+
+        self._push(priority, run, lost)
+        return cancelled.set
+
+    def call(self, command: Callable[[], T]) -> T:
+        """Run the command before all others and wait for it.
+
+        A KeepwarmError or OSError of it is raised here, and the thread goes on.
+        """
+        ends: list[Callable[[], T]] = []
+
+        def run() -> Callable[[], T]:
+            try:
+                value = command()
+            except (KeepwarmError, OSError) as error:
+                return partial(_raise, error)
+            return lambda: value
+
+        self.ask(Priority.COMMIT, run, ends.append)
+        while not ends and self.failure is None:
+            self.wait(1.0)
+            self.deliver()
+        if self.failure is not None:
+            raise self.failure
+        return ends[0]()
+
+    def deliver(self) -> None:
+        """Call, on this thread and in order, what the values go to that have come."""
         self._arrived.clear()
-        taken: list[Outcome] = []
-        while self._outcomes:
-            taken.append(self._outcomes.popleft())
-        return taken
+        while self._done:
+            self._done.popleft()()
+        if self.failure is not None:
+            for command in self._take_undone():
+                command.lost()
 
     def wait(self, timeout_s: float) -> None:
-        """Until an outcome is there or the thread has died, at most so long."""
-        if not self._outcomes and self.failure is None:
+        """Wait until there is something to deliver or the thread has died, at most `timeout_s`."""
+        if not self._done and self.failure is None:
             self._arrived.wait(timeout_s)
 
     def stop(self, timeout_s: float | None) -> bool:
@@ -73,36 +149,61 @@ class IOThread(Generic[Outcome]):
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
-    def _note_stop(self) -> None:
-        self._stopping = True
-
     def run_commits(self) -> None:
-        """For a long command, on the thread itself: do the commits that have come meanwhile."""
-        while (queued := self._next_commit()) is not None:
-            self._do(queued)
+        """Do the commits that have come meanwhile: for a long command, on the thread itself."""
+        while (command := self._next_commit()) is not None:
+            self._do(command)
 
-    def _next_commit(self) -> _Queued[Outcome] | None:
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _push(
+        self,
+        priority: Priority,
+        run: Callable[[], Delivery | None],
+        lost: Delivery = lambda: None,
+    ) -> None:
+        with self._changed:
+            heapq.heappush(self._queue, _Command(priority, next(self._numbers), run, lost))
+            self._changed.notify()
+
+    def _note_stop(self) -> None:
+        self._is_stopping = True
+
+    def _next_commit(self) -> _Command | None:
         with self._changed:
             if self._queue and self._queue[0].priority is Priority.COMMIT:
                 return heapq.heappop(self._queue)
         return None
 
-    def _do(self, queued: _Queued[Outcome]) -> None:
-        outcome = queued.command()
-        if outcome is not None:
-            self._outcomes.append(outcome)
+    def _do(self, command: _Command) -> None:
+        self._running.append(command)
+        delivery = command.run()
+        self._running.pop()
+        if delivery is not None:
+            self._done.append(delivery)
             self._arrived.set()
 
     def _run(self) -> None:
         try:
-            while not self._stopping:
+            while not self._is_stopping:
                 self._do(self._next())
         except BaseException as error:  # noqa: BLE001 - the top of the thread: say why it ended
             self.failure = error
             self._arrived.set()
 
-    def _next(self) -> _Queued[Outcome]:
+    def _next(self) -> _Command:
         with self._changed:
             while not self._queue:
                 self._changed.wait()
             return heapq.heappop(self._queue)
+
+    def _take_undone(self) -> list[_Command]:
+        with self._changed:
+            undone = [*self._running, *sorted(self._queue)]
+            self._running.clear()
+            self._queue.clear()
+        return undone
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error

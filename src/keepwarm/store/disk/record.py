@@ -5,11 +5,10 @@ on. A record has exactly one encoding: a reader renders the header again from th
 compares the bytes, so there is nothing in a header that is not checked.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from io import SEEK_END
 from typing import Any, BinaryIO, TypeGuard
@@ -18,8 +17,17 @@ import xxhash
 
 from keepwarm.core.block import BlockHash, child_hash, root_hash
 from keepwarm.core.errors import InvariantBroken
-from keepwarm.core.layout import BLOCK_TOKENS, CacheLayout, LayerLayout
+from keepwarm.core.layout import BLOCK_TOKENS
 from keepwarm.core.stored import KVFamily, Record
+from keepwarm.store.disk.tensors import (
+    TensorPlan,
+    layout_digest,
+    layout_of,
+    tensor_plan,
+    tensors_json,
+    to_json,
+    total_bytes,
+)
 from keepwarm.store.errors import DamagedRecord, ForeignRecord
 
 FORMAT = "keepwarm-record-1"
@@ -30,8 +38,6 @@ _LENGTH_BYTES = 8
 _ALIGNMENT = 64
 _HASH_BYTES = 32
 _MAX_UINT32 = 2**32 - 1
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_to_json = json.JSONEncoder(separators=(",", ":")).encode
 _json_decoder = json.JSONDecoder()
 
 # Format and checksum come first in every header, so the checksum's place is a constant.
@@ -84,27 +90,11 @@ class Decoded:
     data: memoryview
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """What the layout gives for a number of tokens."""
-
-    piece_bytes: tuple[int, ...]
-    data_bytes: int
-    tensors_json: str
-
-
 def identity_of(family: KVFamily) -> Identity:
     """What the files of this family say about it."""
     return Identity(
         family.fingerprint, family.lineage, family.namespace, layout_digest(family.layout)
     )
-
-
-@lru_cache(maxsize=64)
-def layout_digest(layout: CacheLayout) -> str:
-    """A name for the layout: equal layouts, equal digests."""
-    canonical = json.dumps(asdict(layout), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 @lru_cache(maxsize=512)
@@ -119,7 +109,7 @@ def max_file_bytes(family: KVFamily, num_tokens: int) -> int:
         start=BLOCK_TOKENS - num_tokens,
         stop=BLOCK_TOKENS,
     )
-    plan = _plan(family.layout, num_tokens)
+    plan = tensor_plan(family.layout, num_tokens)
     token_ids = (_MAX_UINT32,) * BLOCK_TOKENS
     head = _render(identity_of(family), record, token_ids, _NO_CHECKSUM, plan.tensors_json)
     return len(head) + plan.data_bytes
@@ -140,7 +130,7 @@ def encode(
     problem = _contradiction(identity, record, token_ids)
     if problem:
         raise InvariantBroken(f"{record!r} cannot be stored: {problem}")
-    plan = _plan(family.layout, record.num_tokens)
+    plan = tensor_plan(family.layout, record.num_tokens)
     _expect_fit(plan, pieces)
     head = _render(identity, record, token_ids, _NO_CHECKSUM, plan.tensors_json)
     if len(head) > _LENGTH_BYTES + MAX_HEADER_BYTES:
@@ -163,7 +153,7 @@ def decode(raw: memoryview, family: KVFamily) -> Decoded:
     _verify_checksum(raw)
     identity, record, token_ids = _parse_facts(metadata)
     _refuse_foreign(identity, identity_of(family))
-    plan = _plan(family.layout, record.num_tokens)
+    plan = tensor_plan(family.layout, record.num_tokens)
     if head != _render(identity, record, token_ids, metadata["checksum"], plan.tensors_json):
         raise DamagedRecord(f"its header is not that of {record.num_tokens} tokens of its layout")
     if len(raw) != head_bytes + plan.data_bytes:
@@ -184,34 +174,14 @@ def read_header(file: BinaryIO) -> Header:
     metadata = _parse_metadata(head)
     identity, record, token_ids = _parse_facts(metadata)
     tensors = _parse_tensors(head)
-    file_bytes = len(head) + _total_bytes(tensors)
-    rendered = _render(identity, record, token_ids, metadata["checksum"], _tensors_json(tensors))
+    file_bytes = len(head) + total_bytes(tensors)
+    rendered = _render(identity, record, token_ids, metadata["checksum"], tensors_json(tensors))
     if head != rendered:
         raise DamagedRecord("its header is not written as Keepwarm writes it")
     if file.seek(0, SEEK_END) != file_bytes:
         raise DamagedRecord(f"it has {file.tell():,} bytes instead of {file_bytes:,}")
     family = _family_of(identity, tensors, record.num_tokens)
     return Header(identity, record, token_ids, metadata["checksum"], file_bytes, family)
-
-
-# 64 plans of a large model are a megabyte; whole blocks need one for each layout.
-@lru_cache(maxsize=64)
-def _plan(layout: CacheLayout, num_tokens: int) -> _Plan:
-    described: dict[str, Any] = {}
-    offset = 0
-    for tensor in layout.tensors(num_tokens):
-        described[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": tensor.shape,
-            "data_offsets": (offset, offset + tensor.nbytes),
-        }
-        offset += tensor.nbytes
-    piece_bytes = tuple(tensor.nbytes for tensor in layout.tensors(num_tokens))
-    return _Plan(piece_bytes, offset, _tensors_json(described))
-
-
-def _tensors_json(tensors: dict[str, Any]) -> str:
-    return "".join(f",{_to_json(name)}:{_to_json(spec)}" for name, spec in tensors.items())
 
 
 def _render(
@@ -231,14 +201,14 @@ def _render(
         "depth": str(record.depth),
         "start": str(record.start),
         "stop": str(record.stop),
-        "tokens": _to_json(token_ids),
+        "tokens": to_json(token_ids),
         "fingerprint": identity.fingerprint,
         "lineage": identity.lineage,
         "namespace": identity.namespace,
         "encoding": identity.encoding,
         "layout": identity.layout,
     }
-    header = f"{_OPENING}{_to_json(metadata)}{tensors_json}}}".encode()
+    header = f"{_OPENING}{to_json(metadata)}{tensors_json}}}".encode()
     padding = -(_LENGTH_BYTES + len(header)) % _ALIGNMENT
     length = len(header) + padding
     return length.to_bytes(_LENGTH_BYTES, "little") + header + b" " * padding
@@ -260,7 +230,7 @@ def _verify_checksum(raw: memoryview) -> None:
         raise DamagedRecord(f"its {len(raw):,} bytes do not have the checksum that it names")
 
 
-def _expect_fit(plan: _Plan, pieces: Sequence[memoryview]) -> None:
+def _expect_fit(plan: TensorPlan, pieces: Sequence[memoryview]) -> None:
     sizes = tuple(piece.nbytes for piece in pieces)
     if sizes != plan.piece_bytes:
         raise InvariantBroken(f"pieces of {sizes} bytes for tensors of {plan.piece_bytes}")
@@ -370,50 +340,14 @@ def _parse_tensors(head: bytes) -> dict[str, Any]:
     return {name: spec for name, spec in header.items() if name != "__metadata__"}
 
 
-def _total_bytes(tensors: dict[str, Any]) -> int:
-    """The bytes of all tensors, which follow one another from 0 on."""
-    end = 0
-    for name, spec in tensors.items():
-        match spec:
-            case {
-                "dtype": str(),
-                "shape": list(shape),
-                "data_offsets": [begin, stop],
-                **others,
-            } if not others and _are_counts([*shape, begin, stop]) and begin == end <= stop:
-                end = stop
-            case _:
-                raise DamagedRecord(f"its tensor {name!r} is not one that follows the last")
-    return end
-
-
 def _family_of(identity: Identity, tensors: dict[str, Any], num_tokens: int) -> KVFamily:
     """The family whose layout has these tensors; the header names only the layout's digest."""
-    layout = _layout_of(tensors)
+    layout = layout_of(tensors)
     if layout is None or layout_digest(layout) != identity.layout:
         raise DamagedRecord("its tensors are not those of the layout that it names")
-    if _plan(layout, num_tokens).tensors_json != _tensors_json(tensors):
+    if tensor_plan(layout, num_tokens).tensors_json != tensors_json(tensors):
         raise DamagedRecord(f"its tensors are not those of {num_tokens} tokens")
     return KVFamily(identity.fingerprint, layout, identity.lineage, identity.namespace)
-
-
-def _layout_of(tensors: dict[str, Any]) -> CacheLayout | None:
-    """The only layout that could have these tensors."""
-    specs = list(tensors.values())
-    if not specs or len(specs) % 2 or any(len(spec["shape"]) != 3 for spec in specs):
-        return None
-    dtype = _DTYPES.get(specs[0]["dtype"])
-    if dtype is None:
-        return None
-    layers = tuple(
-        LayerLayout(keys["shape"][0], keys["shape"][2], values["shape"][2])
-        for keys, values in zip(specs[::2], specs[1::2], strict=True)
-    )
-    return CacheLayout(layers, dtype)
-
-
-def _are_counts(values: Sequence[object]) -> bool:
-    return all(type(value) is int and value >= 0 for value in values)
 
 
 def _header_text(head: bytes) -> str:
