@@ -1,4 +1,4 @@
-"""What lies on disk: records of KV, and agents as data. Values only; the bytes are elsewhere."""
+"""Records of KV, agents as data and bundles: the values that engines and store exchange."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from keepwarm.core.transcript import Transcript, Turn
 
 @dataclass(frozen=True)
 class KVFamily:
-    """What KV must have in common to be interchangeable: the root of a chain of blocks."""
+    """The facts that KV must share to be interchangeable: they name the root of its blocks."""
 
     fingerprint: str
     layout: CacheLayout
@@ -51,7 +51,7 @@ class Record(NamedTuple):
     def of_run(
         cls, parent: BlockHash, depth: int, token_ids: Sequence[int], *, start: int = 0
     ) -> "Record":
-        """The run from `start` on of the block that follows `parent` and holds `token_ids`."""
+        """Return the run from `start` on of the block behind `parent` that holds `token_ids`."""
         before = child_hash(parent, token_ids[:start]) if start else parent
         return cls(child_hash(parent, token_ids), before, parent, depth, start, len(token_ids))
 
@@ -61,17 +61,17 @@ class Record(NamedTuple):
 
     @property
     def first_position(self) -> int:
-        """Of its first token in the line."""
+        """The position of its first token in the line."""
         return self.depth * BLOCK_TOKENS + self.start
 
     @property
     def end_position(self) -> int:
-        """Behind its last token in the line."""
+        """The position behind its last token in the line."""
         return self.depth * BLOCK_TOKENS + self.stop
 
 
 class Overflow(StrEnum):
-    """What a stateful agent does when its conversation outgrows the context.
+    """What an agent does when its conversation outgrows the context.
 
     It refuses the message, or forgets its oldest turns and keeps its system prompt.
     """
@@ -85,10 +85,10 @@ MAX_QUOTA_BYTES = 1 << 62
 
 @dataclass(frozen=True, slots=True)
 class AgentSettings:
-    """What people decide about an agent.
+    """The settings of an agent.
 
-    `quota_bytes`: of its own blocks on disk, None: any. `overflow`: what happens when its
-    conversation outgrows the model's context.
+    `quota_bytes` bounds what its own blocks take on disk; None: nothing does. `overflow`: what
+    happens when its conversation outgrows the model's context.
     """
 
     pinned: bool = False
@@ -98,7 +98,7 @@ class AgentSettings:
     overflow: Overflow = Overflow.ERROR
 
     def of_fork(self) -> "AgentSettings":
-        """A fork behaves like its parent; what it must keep in memory is decided for each agent."""
+        """Return a fork's settings: its parent's, but pins are decided for each agent."""
         return replace(self, pinned=False)
 
 
@@ -114,8 +114,8 @@ class LineState:
     """A line as it is committed. Line 0 is the agent's main line.
 
     `tokenizer` names the tokenizer whose ids the transcript holds: the same line may be there once
-    for each. `block_hashes` are those of its whole blocks, in order. `last_used` orders lines.
-    `namespace`: of its KV; a line that came in a bundle has one of its own until it is verified.
+    for each. `block_hashes` name its whole blocks, in order. `last_used` orders lines.
+    `namespace` is its KV's; a line that came in a bundle has one of its own until it is verified.
     """
 
     number: int
@@ -129,7 +129,7 @@ class LineState:
 
     @property
     def key(self) -> LineKey:
-        """What tells the agent's lines apart."""
+        """The key that tells the agent's lines apart."""
         return self.number, self.tokenizer
 
 
@@ -137,7 +137,7 @@ class LineState:
 class AgentState:
     """An agent as it is committed, whole, its lines by their keys; the store writes what is new.
 
-    `model`: the name of the one that it talked to last; empty for the server's default one.
+    `model` is the name of the model that it talked to last; empty for the server's default one.
     `has_fixed_main`: messages were appended to its main line, which therefore stays the main line.
     """
 
@@ -161,7 +161,7 @@ class AgentState:
 class AgentSummary:
     """An agent as a listing shows it. `is_private`: its main line is not verified yet.
 
-    `damage`: why it cannot be read; what else is said of it means nothing then.
+    `damage`: why it cannot be read; all else but its name means nothing then.
     """
 
     agent_id: str
@@ -177,7 +177,7 @@ class AgentSummary:
 
 @dataclass(frozen=True, slots=True)
 class BundleTerms:
-    """What an engine can use of a bundle: KV that fits this family, lines of this tokenizer.
+    """What an engine can use of a bundle: KV of this family, and lines of this tokenizer.
 
     `family` has the namespace that the bundle's KV gets; its other facts must be the bundle's own.
     """
@@ -191,9 +191,9 @@ class BundleTerms:
 class Bundle:
     """A bundle that was read and checked to its end; nothing of it is stored yet.
 
-    `records` are named as they will be stored, each behind the one before it; `num_dropped` are
-    those of another family. Lines of the terms' tokenizer have the terms' namespace where there are
-    records; `last_used` and `block_hashes` are for the engine to set.
+    `records` are named as they will be stored, each behind the one before it; `num_dropped` more
+    are of another family. Lines of the terms' tokenizer have the terms' namespace where there are
+    records; the engine sets `last_used` and `block_hashes`.
     """
 
     path: Path
@@ -243,8 +243,8 @@ class BundleStored:
 class StoreHealth:
     """The store at one moment, for people and metrics.
 
-    `fault` is what the disk last refused, until a write succeeds again. `notices` are what was lost
-    or damaged, as long as that matters.
+    `fault` says what the disk last refused, until a write succeeds again. `notices` say what was
+    lost or damaged, as long as that matters.
     """
 
     fault: str | None = None

@@ -54,11 +54,11 @@ MAX_PROBE_BYTES = 16 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreConfig:
-    """What the store may take.
+    """How many bytes the store may take.
 
     disk_budget_bytes: all of its files together, at every moment. free_floor_bytes: what it leaves
-    free on the disk for others. queue_bytes: of KV that waits to be written, at most; beyond that
-    blocks stay in memory. set_aside_bytes: of damaged files kept to be looked at.
+    free on the disk for others. queue_bytes: the KV that waits to be written; beyond that blocks
+    stay in memory. set_aside_bytes: damaged files that are kept for people to look at.
     """
 
     disk_budget_bytes: int = 20 << 30
@@ -74,7 +74,7 @@ class StoreConfig:
                 raise ConfigError(key, f"must not be negative, as {getattr(self, key)} is")
 
     def limits(self) -> Limits:
-        """Of what is set aside, an eighth of the budget at most."""
+        """Return the disk's limits; what is set aside takes an eighth of the budget at most."""
         return Limits(
             self.disk_budget_bytes,
             self.free_floor_bytes,

@@ -1,4 +1,4 @@
-"""Many objects at once."""
+"""Making many objects at once, without the garbage collector."""
 
 import gc
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def without_gc() -> Iterator[None]:
-    """Without the garbage collector, which would look for garbage among 100,000 new objects."""
+    """Keep the garbage collector from looking through 100,000 new objects again and again."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

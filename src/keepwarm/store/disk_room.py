@@ -1,4 +1,4 @@
-"""Room in the disk's budget, and in an agent's quota: which records go for it."""
+"""Room in the disk's budget and in an agent's quota, and which records are evicted for it."""
 
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -51,7 +51,7 @@ class DiskRoom:
         self.remove([h for h in hashes if self._index.forget(h) is not None])
 
     def remove(self, hashes: Sequence[BlockHash], priority: Priority = Priority.SAVE) -> None:
-        """Remove the files in the order of the saves: the next one finds the room that this made."""
+        """Remove the files in the order of the saves: the next one finds their room."""
         for start in range(0, len(hashes), REMOVALS_PER_COMMAND):
             part = tuple(hashes[start : start + REMOVALS_PER_COMMAND])
             self._thread.post(priority, partial(self._disk.remove, part))

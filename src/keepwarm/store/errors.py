@@ -1,4 +1,4 @@
-"""What the store refuses, each with the facts it was decided on."""
+"""Errors of the store, each with the facts that it was decided on."""
 
 from keepwarm.core.errors import KeepwarmError
 
@@ -39,7 +39,7 @@ class OverBudget(KeepwarmError):
 
 
 class DiskTooFull(KeepwarmError):
-    """Writing would leave less of the disk free than others were promised. Nothing was written."""
+    """Writing would leave less of the disk free than others were promised: nothing was written."""
 
     def __init__(self, *, needed_bytes: int, free_bytes: int, floor_bytes: int) -> None:
         super().__init__(

@@ -11,9 +11,9 @@ from keepwarm.store.changes import Change
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """So many turns, and so many tokens of the main line; neither: settings, or turns taken back.
+    """The turns, and tokens of the main line, that the disk does not have of an agent.
 
-    `is_whole`: the disk has nothing of the agent.
+    Neither: its settings changed, or turns were taken back. `is_whole`: the disk has nothing of it.
     """
 
     agent_id: str
@@ -32,7 +32,7 @@ class Loss:
 
 
 def loss_of(change: Change, committed: AgentState | None) -> Loss:
-    """What there is in the change that the catalogue does not have."""
+    """Return what the change has and the committed state, if there is one, does not."""
     if change.state is None:
         raise InvariantBroken(f"a deletion of {change.agent_id!r} is nothing to lose")
     main = _last_main(change.state)
@@ -48,5 +48,5 @@ def loss_of(change: Change, committed: AgentState | None) -> Loss:
 
 
 def _last_main(state: AgentState) -> LineState:
-    """The main line in the tokenizer that it was used with last."""
+    """Return the main line in the tokenizer that it was used with last."""
     return max(state.mains, key=lambda line: (line.last_used, len(line.turns)))

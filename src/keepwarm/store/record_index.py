@@ -1,4 +1,4 @@
-"""Which records lie on disk, what follows what, who uses them and what may go first."""
+"""Which records lie on disk, how they follow one another, and which may be evicted first."""
 
 import heapq
 from collections import Counter, defaultdict
@@ -16,7 +16,7 @@ from keepwarm.store.usage import Usage
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """A record on disk, or on its way there. `maker` is the agent that it counts against."""
+    """A record on disk, or on its way there; its bytes count against the agent `maker`."""
 
     record: Record
     file_bytes: int
@@ -27,9 +27,9 @@ class Entry:
 
 
 class RecordIndex:
-    """All records by hash, as a tree through `Record.before`. Belongs to the engine's thread.
+    """Owns all records by hash, as a tree through `Record.before`. For the engines' thread.
 
-    A record whose predecessor was lost stays: it is reachable again when that is saved again.
+    A record stays when the one before it is lost: it can be reached again once that is saved anew.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class RecordIndex:
     # -- finding ---------------------------------------------------------------------------------
 
     def plan(self, parent: BlockHash, token_ids: Sequence[int]) -> list[Entry]:
-        """The records that follow `parent` and hold the first of `token_ids`, in order."""
+        """Return the records that follow `parent` and hold the first of `token_ids`, in order."""
         found: list[Entry] = []
         for start in range(0, len(token_ids), BLOCK_TOKENS):
             ids = token_ids[start : start + BLOCK_TOKENS]
@@ -75,7 +75,11 @@ class RecordIndex:
         tail_ids: Sequence[int],
         roots: Sequence[BlockHash],
     ) -> int:
-        """How many of a line's first tokens there are, by its blocks and the ids behind them."""
+        """Return how many of a line's first tokens are stored.
+
+        The line is known by its whole blocks, and the ids behind them; `roots` are where it may
+        begin.
+        """
         whole = list(takewhile(self._chain, block_hashes))
         num_tokens = len(whole) * BLOCK_TOKENS
         if len(whole) < len(block_hashes):
@@ -84,7 +88,7 @@ class RecordIndex:
         return num_tokens + max((run[-1].record.stop for run in runs if run), default=0)
 
     def runs_of_block(self, parent: BlockHash, token_ids: Sequence[int]) -> list[Entry]:
-        """The records that hold the most of one block's first tokens, in order."""
+        """Return the records that hold the most of one block's first tokens, in order."""
         if len(token_ids) == BLOCK_TOKENS:
             runs = self._chain(child_hash(parent, token_ids))
             if runs:
@@ -97,7 +101,7 @@ class RecordIndex:
         return []
 
     def _chain(self, record_hash: BlockHash) -> list[Entry]:
-        """The record and those before it in its block; empty when one of them is missing."""
+        """Return the record and those before it in its block; empty where one is missing."""
         runs: list[Entry] = []
         entry = self._entries.get(record_hash)
         while entry is not None:
@@ -110,24 +114,24 @@ class RecordIndex:
     # -- changing --------------------------------------------------------------------------------
 
     def load(self, entries: Iterable[Entry]) -> None:
-        """The records of a store that is being opened."""
+        """Enter the records of a store that is being opened."""
         with without_gc():
             for entry in entries:
                 self._enter(entry)
 
     def use(self, state: AgentState) -> None:
-        """The agent was committed: its blocks were used when its lines were."""
+        """Take an agent that was committed: its blocks were used when its lines were."""
         for line in state.lines:
             self.clock = max(self.clock, line.last_used)
             for block_hash in line.block_hashes:
                 self.touch(block_hash, line.last_used)
         if self.usage.change(state):
-            self._leaves = None  # what nobody pins any more may be anywhere in the tree
+            self._leaves = None  # what is no longer pinned may be anywhere in the tree
 
     def disuse(self, agent_id: str) -> list[Entry]:
-        """The agent is gone: forget what it made or used and nobody else uses.
+        """Forget the records of a deleted agent: those that it made or used, and no other uses.
 
-        What others use of it stays, as nobody's.
+        What others use of it stays without a maker. Returns the forgotten ones.
         """
         hashes = self.usage.forget(agent_id)
         self._leaves = None  # what it had pinned may be anywhere in the tree
@@ -137,7 +141,7 @@ class RecordIndex:
         used = [found for block_hash in hashes if (found := self.get(block_hash)) is not None]
         own = [e for e in {*made, *used} if not self.usage.is_used(e.record.hash)]
         own.sort(key=lambda entry: entry.record.stop, reverse=True)
-        # The beginning of a block that somebody else went on with is named by no table.
+        # No table names the beginning of a block that another agent went on with: followers do.
         return [
             entry
             for entry in own
@@ -165,14 +169,14 @@ class RecordIndex:
         self._count(entry, entry.file_bytes)
 
     def confirm(self, entry: Entry, file_bytes: int) -> None:
-        """It is on disk, and this is what it takes."""
+        """Note that the record is on disk, and what its file takes."""
         self._count(entry, file_bytes - entry.file_bytes)
         entry.file_bytes = file_bytes
         entry.is_saved = True
         self._offer(entry)
 
     def bytes_of(self, maker: str) -> int:
-        """What the records take that this agent made."""
+        """Return the bytes of the records that this agent made."""
         return self._made_bytes[maker]
 
     def _count(self, entry: Entry, nbytes: int) -> None:
@@ -181,7 +185,7 @@ class RecordIndex:
             self._made_bytes[entry.maker] += nbytes
 
     def forget(self, record_hash: BlockHash) -> Entry | None:
-        """The record is gone, or about to go."""
+        """Forget a record that is gone, or about to go. None: it was not known."""
         entry = self._entries.pop(record_hash, None)
         if entry is None:
             return None
@@ -210,7 +214,7 @@ class RecordIndex:
             entry.last_used = max(entry.last_used, last_used)
 
     def offer(self, record_hash: BlockHash) -> None:
-        """After a reader, a user or a pin has gone: it may be evicted again."""
+        """Note that a reader, a user or a pin has gone: the record may be evicted now."""
         entry = self._entries.get(record_hash)
         if entry is not None:
             self._offer(entry)
@@ -218,9 +222,9 @@ class RecordIndex:
     # -- evicting --------------------------------------------------------------------------------
 
     def choose_victims(self, needed_bytes: int) -> list[Entry]:
-        """Forget records of so many bytes: least recently used first, leaf before prefix.
+        """Forget records of `needed_bytes`: least recently used first, leaf before prefix.
 
-        Fewer when nothing else may go: what is pinned, being read or being written stays.
+        What is pinned, being read or being written stays, so it may be fewer bytes.
         """
         if self._leaves is None:
             self._leaves = [(e.last_used, e.record.hash) for e in self if self._is_evictable(e)]
@@ -241,7 +245,7 @@ class RecordIndex:
         return victims
 
     def choose_victims_of(self, maker: str, needed_bytes: int) -> list[Entry]:
-        """The same among the records that one agent made."""
+        """Forget records of `needed_bytes` among those that one agent made, as `choose_victims`."""
         victims: list[Entry] = []
         freed = 0
         while freed < needed_bytes:
@@ -266,7 +270,7 @@ class RecordIndex:
             heapq.heappush(self._leaves, (entry.last_used, entry.record.hash))
 
     def check(self) -> None:
-        """Sums and counts agree with the records."""
+        """Raise InvariantBroken unless sums and counts agree with the records."""
         entries = list(self)
         partial = Counter(
             (e.record.parent, e.record.stop) for e in entries if e.record.stop < BLOCK_TOKENS

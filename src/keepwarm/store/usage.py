@@ -1,4 +1,4 @@
-"""Which lines use which blocks, and what their agents' owners have decided about them."""
+"""Which lines use which blocks, and what was decided about their agents: pins and quotas."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ class _Tables:
 
 
 class Usage:
-    """Counts users of blocks, whether these are stored or not. Agents come when they are used."""
+    """Counts the users of blocks, stored or not. An agent's tables are known once it is used."""
 
     def __init__(self) -> None:
         self._num_users: Counter[BlockHash] = Counter()
@@ -35,18 +35,18 @@ class Usage:
         self._agents: dict[str, _Tables] = {}
 
     def load(self, num_users: Counter[BlockHash]) -> None:
-        """The users of all committed lines, whose agents `know` will bring one by one."""
+        """Take the counts of all committed lines, whose agents `know` brings one by one."""
         self._num_users = num_users
 
     def know(self, state: AgentState) -> None:
-        """The tables of an agent whose lines have been counted by `load`."""
+        """Take the tables of an agent whose lines were counted by `load`."""
         if state.agent_id not in self._agents:
             tables = self._agents[state.agent_id] = _Tables.of(state)
             if tables.settings.pinned:
                 self._num_pins.update(tables.hashes())
 
     def change(self, state: AgentState) -> bool:
-        """The agent's tables are these now. Returns whether anything is pinned no more."""
+        """Take the agent's new tables. Returns whether anything stopped being pinned."""
         old = self._agents.get(state.agent_id, _Tables(DEFAULT_SETTINGS, {}))
         new = self._agents[state.agent_id] = _Tables.of(state)
         added, removed = _differences(old, new)
@@ -60,7 +60,7 @@ class Usage:
         return old.settings.pinned and (bool(removed) or not new.settings.pinned)
 
     def forget(self, agent_id: str) -> list[BlockHash]:
-        """The agent is gone. Returns the blocks of its tables."""
+        """Forget an agent that is gone. Returns the blocks of its tables."""
         old = self._agents.pop(agent_id, None)
         if old is None:
             return []
@@ -74,7 +74,7 @@ class Usage:
         return block_hash in self._num_users
 
     def is_pinned(self, block_hash: BlockHash, maker: str | None) -> bool:
-        """Because a pinned agent uses it, or made it."""
+        """Whether a pinned agent uses the block, or made it."""
         if block_hash in self._num_pins:
             return True
         tables = self._agents.get(maker) if maker is not None else None
@@ -85,7 +85,7 @@ class Usage:
         return None if tables is None else tables.settings.quota_bytes
 
     def check(self) -> None:
-        """The pins are those of the pinned agents' tables; no count is less than one."""
+        """Raise InvariantBroken unless pins and counts agree with the agents' tables."""
         pins = Counter(
             block_hash
             for tables in self._agents.values()
@@ -93,12 +93,12 @@ class Usage:
             for block_hash in tables.hashes()
         )
         if pins != self._num_pins:
-            raise InvariantBroken("blocks are pinned by nobody, or not by who pins them")
+            raise InvariantBroken("the pins are not those of the pinned agents' tables")
         if any(count < 1 for count in self._num_users.values()):
-            raise InvariantBroken("a block has fewer users than none")
+            raise InvariantBroken("a block is counted with no user")
 
     def _take(self, counts: Counter[BlockHash], hashes: list[BlockHash]) -> None:
-        """One less of each."""
+        """Count each of the hashes down by one."""
         counts.subtract(hashes)
         for block_hash in set(hashes):
             if counts[block_hash] == 0:
@@ -106,7 +106,7 @@ class Usage:
 
 
 def _differences(old: _Tables, new: _Tables) -> tuple[list[BlockHash], list[BlockHash]]:
-    """Blocks that the new tables name beyond the old ones, and the reverse."""
+    """Return the blocks that only the new tables name, and those that only the old ones do."""
     added: list[BlockHash] = []
     removed: list[BlockHash] = []
     for key in old.hashes_of.keys() | new.hashes_of.keys():
@@ -118,7 +118,7 @@ def _differences(old: _Tables, new: _Tables) -> tuple[list[BlockHash], list[Bloc
 
 
 def _num_shared(a: tuple[BlockHash, ...], b: tuple[BlockHash, ...]) -> int:
-    """A chain that has the same hash at a depth is the same up to there."""
+    """Return how many leading hashes are equal: chains with one hash in common share all before."""
     length = min(len(a), len(b))
     while length and a[length - 1] != b[length - 1]:
         length -= 1

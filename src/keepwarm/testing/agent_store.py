@@ -1,4 +1,4 @@
-"""A store that keeps everything in memory and answers with the next `poll`."""
+"""A store of agents that keeps everything in memory and answers with the next `poll`."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -36,7 +36,7 @@ class _Kept:
 
 @dataclass(frozen=True, slots=True)
 class _Bundled:
-    """What an exported agent's file would hold."""
+    """The content of the file that an export would write."""
 
     family: KVFamily
     tokenizer: str
@@ -51,9 +51,8 @@ class _Bundled:
 class MemoryAgentStore:
     """Implements `AgentStore`. An engine that is given it again finds what another one left.
 
-    `refuses` plays a disk that takes nothing; `unreadable` holds records that cannot be read, and
-    `damaged` agents that cannot.
-    Bundles are no files: stores that are given the same `bundles` see one another's.
+    `refuses` plays a disk that takes nothing; `unreadable` holds records, and `damaged` agents,
+    that cannot be read. Bundles are no files: stores with the same `bundles` share them.
     """
 
     def __init__(self, bundles: dict[Path, _Bundled] | None = None) -> None:
@@ -247,7 +246,7 @@ class MemoryAgentStore:
     def _answered(
         self, answer: BundleAnswer, undo: Callable[[], object] = lambda: None
     ) -> BundleTicket[BundleAnswer]:
-        """A ticket for what was done at once; cancelling it undoes that."""
+        """Return a ticket for what was done at once; cancelling it undoes that."""
         ticket: BundleTicket[BundleAnswer] = BundleTicket(undo)
         self._answers.add(ticket.put, answer)
         return ticket
@@ -257,7 +256,7 @@ class MemoryAgentStore:
         return self.plan(own, own.root, line.transcript.token_ids)
 
     def _used(self) -> set[BlockHash]:
-        """What committed lines name."""
+        """Return the blocks that committed lines name."""
         return {
             block_hash
             for state in self._agents.values()
@@ -269,10 +268,10 @@ class MemoryAgentStore:
         self._answers.deliver()
 
     def wait(self, timeout_s: float) -> None:
-        """There is never anything to wait for."""
+        """Return at once: every answer is due at the next `poll`."""
 
     def ask_again(self) -> None:
-        """It never pauses."""
+        """Do nothing: it never pauses."""
 
     def health(self) -> StoreHealth:
         return StoreHealth(
@@ -282,7 +281,7 @@ class MemoryAgentStore:
         )
 
     def check(self) -> None:
-        """A dictionary contradicts itself in no way."""
+        """Do nothing: dictionaries do not contradict themselves."""
 
     def _runs_of_block(self, parent: BlockHash, token_ids: Sequence[int]) -> list[Record]:
         for stop in range(len(token_ids), 0, -1):
@@ -302,7 +301,7 @@ class MemoryAgentStore:
 
 
 def _moved(bundled: _Bundled, family: KVFamily) -> Iterator[tuple[Record, bytes]]:
-    """The bundle's records under the names that they have in that family, with their data."""
+    """Yield the bundle's records under their names in that family, with their data."""
     kept = MemoryAgentStore()
     kept._kept = bundled.kept
     for line in bundled.state.lines:

@@ -1,4 +1,4 @@
-"""An agent as JSON, and back from JSON that nobody vouches for.
+"""An agent as JSON, and back from JSON that may be hostile.
 
 Messages lie in a table of nodes, each with the one before it, because every turn repeats those of
 the turns before. What decoding needs beyond the text's own size is bounded before it is parsed.
@@ -56,7 +56,7 @@ Conversation = tuple[Message, ...] | None
 
 
 class Unsound(Exception):
-    """What is wrong with a bundle's content; becomes a BadBundle where its path is known."""
+    """A bundle's content is unsound; becomes a BadBundle where its path is known."""
 
 
 def require(condition: bool, problem: str) -> None:
@@ -68,7 +68,7 @@ def require(condition: bool, problem: str) -> None:
 
 
 def encode_agent(state: AgentState) -> bytes:
-    """Raises TypeError, ValueError or RecursionError for a message that is no JSON."""
+    """Encode an agent. Raises TypeError, ValueError or RecursionError for what is no JSON."""
     document = {
         "agent_id": state.agent_id,
         "settings": asdict(state.settings),
@@ -105,7 +105,7 @@ def _turn_row(turn: Turn, head: int | None) -> list[Any]:
 
 
 def decode_agent(data: bytes) -> AgentState:
-    """Everything in it checked but the range of token ids, which depends on the tokenizer.
+    """Decode and check an agent, but for the range of token ids: that is the tokenizer's.
 
     Block hashes and times of use are left out. Raises Unsound.
     """
@@ -125,7 +125,7 @@ def decode_agent(data: bytes) -> AgentState:
 
 
 def parse_json(data: bytes, what: str) -> object:
-    """Raises Unsound for all that is no JSON, or too deep."""
+    """Parse JSON. Raises Unsound for what is no JSON, or too deep."""
     try:
         text = data.decode()
         document: object = json.loads(text, parse_constant=_refuse_constant)
@@ -139,7 +139,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 class _Budget:
-    """How much more of something may come."""
+    """Counts down how much more of something may come."""
 
     def __init__(self, num_left: int) -> None:
         self._num_left = num_left
@@ -213,7 +213,7 @@ def are_token_ids(values: Sequence[object], largest: int) -> TypeGuard[Sequence[
 
 
 def _conversations(value: object) -> tuple[list[int], Callable[[int], Conversation]]:
-    """How long the conversation is that each node ends, and a function from nodes to those."""
+    """Return the length of the conversation that each node ends, and a function to these."""
     tree, lengths, num_children = MessageTree(), [0], Counter[int]()
     for node, row in enumerate(_list(value, "messages"), 1):
         before, message = _row(row, 2, "a message's row")
@@ -250,7 +250,7 @@ def _turns(
 
 
 def _whole_row(value: object) -> list[Any]:
-    """A turn's row; in bundles of version 1 it had no receipt."""
+    """Return a turn's row, which had no receipt in bundles of version 1."""
     row = _list(value, "a turn")
     return _row([*row, None] if len(row) == 2 else row, 3, "a turn")
 

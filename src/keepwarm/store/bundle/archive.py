@@ -4,7 +4,7 @@
 it. A reader renders every tar header, and the manifest, again from the facts it expects and
 compares the bytes: no name, link, device or extension of the tar format is ever interpreted. A
 bundle comes from anyone, so nothing is allocated by what it claims, and its records are named anew,
-in a namespace that nobody shares.
+in a namespace that no other agent has.
 """
 
 import os
@@ -55,10 +55,10 @@ _OCTAL = re.compile(rb"[0-7]{11}")
 def write_bundle(
     path: Path, exported: Exported, read: Callable[[BlockHash], bytes | memoryview]
 ) -> Units[int]:
-    """Make the file appear whole, private and synced, replacing one of that name; its bytes.
+    """Make the file appear whole, private and synced, replacing one of that name.
 
-    A member is a unit, synced by itself, or the last one would wait for the disk to take them all.
-    What `read` raises passes through, as an OSError does; nothing is left then.
+    Returns its bytes. Errors of `read` and OSErrors pass through, and nothing is left then. Each
+    member is a unit and synced by itself, or the last would wait for the disk to take them all.
     """
     manifest = exported.manifest()
     with _appearing(path) as file:
@@ -81,7 +81,7 @@ def _write_member(file: BinaryIO, name: str, data: bytes | memoryview) -> None:
 
 @contextmanager
 def _appearing(path: Path) -> Iterator[BinaryIO]:
-    """A new file beside `path` that takes its place, synced, when the block ends well."""
+    """Open a new file beside `path` that takes its place, synced, when the block ends well."""
     temporary = path.parent / f".keepwarm-{secrets.token_hex(8)}.tmp"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(temporary, flags, 0o600)
@@ -90,6 +90,8 @@ def _appearing(path: Path) -> Iterator[BinaryIO]:
             yield file
             _sync(file)
         temporary.replace(path)
+        # The data was synced before the rename, and the folder after it: a power cut in between
+        # leaves the old file or the new one, and the answer comes when it is the new one for good.
         _sync_folder(path.parent)
     except BaseException:
         with suppress(OSError):
@@ -131,7 +133,7 @@ def read_bundle(path: Path, terms: BundleTerms) -> Units[Bundle]:
 
 
 def read_records(bundle: Bundle) -> Iterator["Moved"]:
-    """The records of a bundle that was read, checked again. Raises BadBundle and OSError.
+    """Yield the records of a bundle that was read, checked again. Raises BadBundle and OSError.
 
     Their data lies in a buffer that the next one is read into.
     """
@@ -162,7 +164,7 @@ class Moved:
     data: memoryview
 
     def parts(self, family: KVFamily) -> list[bytes | memoryview]:
-        """The record's file in that family."""
+        """Return the parts of the record's file in that family."""
         pieces, start = [], 0
         for tensor in family.layout.tensors(self.record.num_tokens):
             pieces.append(self.data[start : start + tensor.nbytes])
@@ -205,7 +207,7 @@ class _BundleReader:
         )
 
     def state(self, *, has_records: bool) -> AgentState:
-        """The agent, its own lines in the importer's namespace where there is KV in it."""
+        """Return the agent, its own lines in the importer's namespace where it has KV."""
         namespace = self._terms.family.namespace if has_records else ""
         lines = (
             replace(line, namespace=namespace if self._is_own_line(line) else "")
@@ -214,7 +216,7 @@ class _BundleReader:
         return replace(self._agent, lines=tuple(lines))
 
     def records(self) -> Iterator[Moved]:
-        """Each record of the importer's family, once; and the end of the file is checked."""
+        """Yield each record of the importer's family once; then check the end of the file."""
         seen: set[BlockHash] = set(self._roots())
         names: set[BlockHash] = set()
         for decoded in self._own_records() if self.is_own else self._skipped_records():
@@ -258,7 +260,7 @@ class _BundleReader:
         return line.tokenizer == self._terms.tokenizer
 
     def _next_member(self, buffer: bytearray) -> memoryview:
-        """The next member, into a buffer that has room for what the manifest says of it."""
+        """Read the next member into a buffer that has room for what the manifest says of it."""
         nbytes = self._enter_member(len(buffer))
         view = memoryview(buffer)[:nbytes]
         num_read = self._file.readinto(view)  # type: ignore[attr-defined]
@@ -277,7 +279,7 @@ class _BundleReader:
         require(self._file.read(nbytes) == bytes(nbytes), "there is something between its parts")
 
     def _skipped_records(self) -> Iterator[Decoded]:
-        """None of them can be used here; only that they are where they should be is checked."""
+        """Yield nothing: the records cannot be used here, and only their places are checked."""
         for _ in self.manifest.record_bytes:
             nbytes = self._enter_member(MAX_RECORD_BYTES)
             self._file.seek(nbytes, SEEK_CUR)
@@ -297,7 +299,7 @@ class _BundleReader:
                 raise Unsound(f"a record in it cannot be used: {error}") from error
 
     def _families(self) -> dict[str, KVFamily]:
-        """What its lines' records may be of, by namespace."""
+        """Return the families that its lines' records may be of, by namespace."""
         names = {line.namespace for line in self._agent.lines if self._is_own_line(line)}
         return {name: replace(self._terms.family, namespace=name) for name in {"", *names}}
 
@@ -314,7 +316,7 @@ class _BundleReader:
 
     @cached_property
     def _places(self) -> dict[tuple[int, BlockHash], list[_Place]]:
-        """All blocks of the agent's own lines, by depth and by their parents' hashes."""
+        """Return all blocks of the agent's own lines, by depth and parent's hash."""
         places: dict[tuple[int, BlockHash], list[_Place]] = {}
         families = self._families()
         for line in filter(self._is_own_line, self._agent.lines):
@@ -328,7 +330,7 @@ class _BundleReader:
 
 
 def _decode(raw: memoryview, families: dict[str, KVFamily]) -> Decoded:
-    """A record of one of these families, which differ by their namespaces. Raises BadRecord."""
+    """Decode a record of one of these families, which differ by namespace. Raises BadRecord."""
     first = next(iter(families.values()))
     try:
         return decode(raw, first)

@@ -1,4 +1,4 @@
-"""What of an agent goes into a bundle: its state, and the records that are sound when it is read.
+"""Exporting an agent: its state, and the records that are sound when they are read.
 
 A record that is gone or damaged is left out with all that follows it, and the file begun anew.
 """
@@ -21,9 +21,9 @@ from keepwarm.store.errors import BadRecord
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """An agent and its records, those of each line in order, with the family that they are of.
+    """An agent to export, and its records with their families, each line's in order.
 
-    `family` is that of the model, whatever namespaces its lines have.
+    `family` is the model's, whatever namespaces the lines have.
     """
 
     family: KVFamily
@@ -48,11 +48,11 @@ def export_agent(
     lost: dict[BlockHash, str],
     check_room: Callable[[int], None],
 ) -> Units[tuple[int, int]]:
-    """Write the bundle; the number of its records and its bytes.
+    """Write the bundle. Returns the number of its records, and its bytes.
 
-    Adds to `lost` what could not be used, and why. `check_room` is asked whether so many bytes may
-    be written, and what it raises passes through. Raises BundleFailed for an agent that no import
-    would take, and OSError.
+    Adds to `lost` what could not be used, and why. `check_room` may raise for the bytes that will
+    be written, which passes through. Raises BundleFailed for an agent that no import would take,
+    and OSError.
     """
     agent = yield from _encoded(path, export.state)
     while True:
@@ -90,7 +90,7 @@ def _write(
 
 
 def _reachable(export: Export, missing: Collection[BlockHash]) -> Iterator[Record]:
-    """Those that follow one another from a root on."""
+    """Yield the records that follow one another from a root on."""
     known = {family.root for _, family in export.records}
     for record, _ in export.records:
         if record.before in known and record.hash not in missing:
@@ -113,7 +113,7 @@ def _read_sound(
 
 
 def _encoded(path: Path, state: AgentState) -> Units[bytes]:
-    """The agent as an import will take it: what is exported can be imported."""
+    """Encode the agent, and check that an import will take it."""
     try:
         data = encode_agent(state)
         yield
@@ -127,6 +127,6 @@ def _encoded(path: Path, state: AgentState) -> Units[bytes]:
 
 
 def _plain(state: AgentState) -> AgentState:
-    """Without what means nothing elsewhere."""
+    """Return the agent without what means nothing on another machine."""
     lines = (replace(line, block_hashes=(), last_used=0) for line in state.lines)
     return replace(state, lines=tuple(lines), model="", has_fixed_main=False)

@@ -31,7 +31,7 @@ _NO_CHECKSUM = "0" * 64
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a bundle says about itself. `checksum` is over this, without it, and the agent."""
+    """The facts about a bundle. `checksum` covers the agent and these facts without itself."""
 
     agent_id: str
     fingerprint: str
@@ -48,12 +48,12 @@ class Manifest:
         return json.dumps(document, indent=1).encode()
 
     def sealed(self, agent: bytes) -> "Manifest":
-        """With the checksum that it must have beside this agent."""
+        """Return it with the checksum that it must have beside this agent."""
         digest = hashlib.sha256(replace(self, checksum=_NO_CHECKSUM).render() + agent)
         return replace(self, checksum=digest.hexdigest())
 
     def members(self) -> Iterator[tuple[str, int]]:
-        """Names and sizes of what follows the manifest."""
+        """Yield the names and sizes of the members behind the manifest."""
         yield AGENT_MEMBER, self.agent_bytes
         for number, nbytes in enumerate(self.record_bytes):
             yield f"records/{number:05}.safetensors", nbytes
@@ -66,7 +66,7 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What goes into a bundle; `records` with their sizes, each behind the one before it."""
+    """The content of a bundle; `records` with their sizes, each behind the one before it."""
 
     family: KVFamily
     tokenizer: str

@@ -19,5 +19,5 @@ def padding(nbytes: int, multiple: int = TAR_BLOCK) -> int:
 
 
 def end_bytes(end: int) -> int:
-    """Zeros that end a tar: at least two blocks, up to a whole record of the format."""
+    """Return how many zeros end a tar: two blocks or more, up to a whole record of the format."""
     return 2 * TAR_BLOCK + padding(end + 2 * TAR_BLOCK, tarfile.RECORDSIZE)

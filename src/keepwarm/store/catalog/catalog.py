@@ -1,4 +1,4 @@
-"""The catalogue: agents as data, and which records of KV lie on disk, in one SQLite database.
+"""The catalogue in one SQLite database: agents as data, and which records of KV lie on disk.
 
 Agents are durable when `commit` returns. Records are rows about files that may be lost: they
 survive the process, and a power cut may take the last of them.
@@ -52,13 +52,13 @@ _ORPHANS = (
     ),
 )
 _MAX_ID = 1 << 40
-"""Of agents and lines: larger ones are damage, and are not counted on from."""
+"""Larger ids of agents and lines are damage, and new ids do not follow them."""
 
 
 class Catalog(CatalogConnection):
     """The one connection that writes. It remembers what it committed, and writes only what is new.
 
-    Nobody else may write to the file meanwhile; a state that was committed must not be changed.
+    Nothing else may write to the file meanwhile; a state that was committed must not be changed.
     """
 
     def __init__(self, path: Path, db: sqlite3.Connection) -> None:
@@ -89,8 +89,8 @@ class Catalog(CatalogConnection):
     def commit(self, state: AgentState) -> None:
         """Make the agent what the state says. When this returns, a power cut changes nothing.
 
-        Rows of it that turn out to be damaged are written anew. Raises CatalogUnavailable, and then
-        nothing of it is kept; UnstorableMessage.
+        Rows that turn out to be damaged are written anew. Raises UnstorableMessage, and
+        CatalogUnavailable; nothing of the state is kept then.
         """
         name = state.agent_id
         try:
@@ -108,11 +108,11 @@ class Catalog(CatalogConnection):
         self._recent.put(plan.committed)
 
     def delete_agent(self, name: str, *, scrub: bool = True, is_damaged: bool = False) -> None:
-        """Remove every trace of the agent. Its records stay, as nobody's.
+        """Remove every trace of the agent. Its records stay, without a maker.
 
         Without `scrub`, which takes as long as copying the whole file, traces stay until it is
-        called. After CatalogUnavailable a second call finishes the work. Rows of a damaged agent
-        may say that they are of nobody: those go as well.
+        called. After CatalogUnavailable a second call finishes the work. A damaged agent may have
+        left rows that name no line or agent: `is_damaged` removes those as well.
         """
         self._recent.take(name)
         with self._transaction("delete_agent", "FULL"):
@@ -131,13 +131,13 @@ class Catalog(CatalogConnection):
 
     @property
     def needs_scrub(self) -> bool:
-        """Whether traces of deleted agents may be left; it is remembered in the file."""
+        """Whether traces of deleted agents may be left, which the file remembers."""
         with translated(self.path, "needs_scrub"):
             query = "SELECT 1 FROM chores WHERE chore = ?"
             return self._db.execute(query, (_SCRUB,)).fetchone() is not None
 
     def scrub(self) -> None:
-        """Leave nothing in the file and its log but the rows that are there."""
+        """Write the file anew, so that it and its log have nothing but the rows that are there."""
         # secure_delete overwrites a deleted row, but not the copies that SQLite (3.40) leaves in
         # the unused middle of a page when it moves rows to another. Only VACUUM ends those.
         with translated(self.path, "scrub"):
@@ -148,7 +148,7 @@ class Catalog(CatalogConnection):
             self._db.execute("DELETE FROM chores WHERE chore = ?", (_SCRUB,))
 
     def probe(self) -> None:
-        """Whether the disk would take a commit. Raises CatalogUnavailable where it does not."""
+        """Write and remove a row as a commit would. Raises CatalogUnavailable."""
         for query in (
             "INSERT OR IGNORE INTO chores (chore) VALUES (?)",
             "DELETE FROM chores WHERE chore = ?",
@@ -159,7 +159,7 @@ class Catalog(CatalogConnection):
     # -- records ---------------------------------------------------------------------------------
 
     def add_records(self, rows: Iterable[RecordRow]) -> None:
-        """In one transaction that is not synced. A record that is known already is replaced."""
+        """Add records in one transaction that is not synced. Known ones are replaced."""
         rows = list(rows)
         if not rows:
             return
@@ -175,7 +175,7 @@ class Catalog(CatalogConnection):
         self._families = families
 
     def remove_records(self, hashes: Iterable[BlockHash]) -> None:
-        """In one transaction that is not synced. What is not known is ignored."""
+        """Remove records in one transaction that is not synced. Unknown ones are ignored."""
         rows = [(record_hash,) for record_hash in hashes]
         if not rows:
             return
@@ -183,9 +183,9 @@ class Catalog(CatalogConnection):
             self._db.executemany("DELETE FROM records WHERE hash = ?", rows)
 
     def load_records(self) -> list[RecordRow]:
-        """All records in the order of their creation; damaged rows are dropped from the tables.
+        """Return all records in the order of their creation, and drop damaged rows.
 
-        Their files are found again by what is in them. Raises CatalogCorrupt for a damaged page.
+        Files of dropped rows are found again. Raises CatalogCorrupt for a damaged page.
         """
         families = self._families
         rows: list[RecordRow] = []
@@ -214,7 +214,7 @@ class Catalog(CatalogConnection):
         return rows
 
     def _drop_damaged(self, records: Sequence[int]) -> None:
-        """A disk that refuses leaves them, to be dropped another time."""
+        """Drop damaged rows; a disk that refuses leaves them for another time."""
         with self._snapshot("load_records"):
             ids = {row[0] for row in self._db.execute("SELECT family FROM families")}
         families = [(family_id,) for family_id in ids - self._families.keys()]
@@ -232,14 +232,14 @@ class Catalog(CatalogConnection):
             self._db.executemany("DELETE FROM families WHERE family = ?", families)
 
     def begin_records_anew(self) -> None:
-        """Where a page of these tables is damaged: they say only where KV is, and who uses it."""
+        """Empty the tables about KV, where a page of them is damaged."""
         with self._transaction("begin_records_anew", "NORMAL"):
             schema.begin_anew(self._db, ("records", "families", "line_blocks"))
         self._families = {}
         self._recent = RecentAgents()
 
     def load_usage(self) -> BlockUsage:
-        """Who uses which blocks, stored or not."""
+        """Return how many lines use which blocks, stored or not."""
         with self._bulk_read("load_usage"):
             age_of = {row[0]: row[7] for row in sound(self._db.execute(select("lines")))}
             users = self._db.execute(_USERS).fetchall()
@@ -252,19 +252,19 @@ class Catalog(CatalogConnection):
         return BlockUsage(num_lines, last_used)
 
     def namespaces(self) -> set[str]:
-        """Those of all lines."""
+        """Return the namespaces of all lines."""
         with translated(self.path, "namespaces"):
             rows = self._db.execute("SELECT DISTINCT namespace FROM lines").fetchall()
         return {namespace for (namespace,) in rows}
 
     def clock(self) -> int:
-        """The latest `last_used` of any line; 0 without lines."""
+        """Return the latest `last_used` of any line; 0 without lines."""
         with translated(self.path, "clock"):
             rows = sound(self._db.execute(select("lines")))
             return max((int(row[7]) for row in rows), default=0)
 
     def check(self) -> None:
-        """The tables agree with one another, and with what is remembered of them."""
+        """Raise InvariantBroken unless the tables agree with one another and with memory."""
         with self._snapshot("check"):
             check_tables(self._db)
             for agent in self._recent:
@@ -278,7 +278,7 @@ class Catalog(CatalogConnection):
 
     @contextmanager
     def _transaction(self, operation: str, synchronous: Synchronous) -> Iterator[None]:
-        """All of it or nothing, and afterwards the connection is ready for the next."""
+        """Commit what the block does, all or nothing; the connection is ready for the next then."""
         with translated(self.path, operation):
             self._db.execute(f"PRAGMA synchronous={synchronous}")
             self._db.execute("BEGIN IMMEDIATE")
@@ -290,7 +290,7 @@ class Catalog(CatalogConnection):
 
     @contextmanager
     def _bulk_read(self, operation: str) -> Iterator[None]:
-        """Of some 100,000 rows."""
+        """Translate errors of reading some 100,000 rows, with the garbage collector off."""
         with translated(self.path, operation), without_gc():
             yield
 
@@ -314,7 +314,7 @@ class Catalog(CatalogConnection):
         return RowIds(last_agent=last_agent or 0, last_line=last_line or 0)
 
     def _read_families(self) -> dict[int, KVFamily]:
-        """Those that are sound."""
+        """Return the sound families by their row ids."""
         families: dict[int, KVFamily] = {}
         for row in sound(self._db.execute(select("families"))):
             family_id, fingerprint, layout, lineage, namespace = row

@@ -1,4 +1,4 @@
-"""What must hold between the catalogue's tables, as queries that find where it does not."""
+"""The rules between the catalogue's tables, as queries that find what breaks them."""
 
 import sqlite3
 

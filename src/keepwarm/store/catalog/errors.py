@@ -1,4 +1,4 @@
-"""What the catalogue refuses, and what the disk refused it, each with the facts."""
+"""Errors of the catalogue and of the disk under it, each with the facts."""
 
 from pathlib import Path
 

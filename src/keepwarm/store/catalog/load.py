@@ -17,7 +17,7 @@ from keepwarm.store.catalog.rows import decode_ids, decode_message, decode_recei
 from keepwarm.store.catalog.seals import Row, select, sound
 
 UNREADABLE = (ValueError, LookupError, TypeError, OverflowError, RecursionError, struct.error)
-"""What decoding raises for values that nobody can have written."""
+"""Errors of decoding values that cannot have been written."""
 
 _SUMMARIES = """
     SELECT name, model, pinned, priority, quota_bytes, policy, overflow,
@@ -42,9 +42,9 @@ _FAMILIES = "SELECT fingerprint, lineage FROM families WHERE namespace = ?"
 
 @dataclass(frozen=True, slots=True)
 class MainLine:
-    """What names a main line's KV: its whole blocks, and the ids behind them.
+    """The names of a main line's KV: its whole blocks, and the ids behind them.
 
-    `roots` are those that it may begin with: the store does not know its model.
+    It begins with one of `roots`: the store does not know its model.
     """
 
     block_hashes: tuple[BlockHash, ...]
@@ -53,7 +53,10 @@ class MainLine:
 
 
 def read_main_line(db: sqlite3.Connection, name: str) -> MainLine | None:
-    """Of the tokenizer that it was used in last; inside a transaction. Raises DamagedAgent."""
+    """Read the main line in the tokenizer that it was used in last; inside a transaction.
+
+    Raises DamagedAgent.
+    """
     found = db.execute(_MAIN_LINE, (name,)).fetchone()
     if found is None:
         return None
@@ -70,7 +73,10 @@ def read_main_line(db: sqlite3.Connection, name: str) -> MainLine | None:
 
 
 def read_agent(db: sqlite3.Connection, name: str) -> CommittedAgent | None:
-    """Inside a transaction, so that all rows are of one commit. Raises DamagedAgent."""
+    """Read an agent inside a transaction, so that all rows are of one commit.
+
+    Raises DamagedAgent.
+    """
     found = db.execute(select("agents", "WHERE name = ?"), (name,)).fetchone()
     if found is None:
         return None
@@ -79,9 +85,9 @@ def read_agent(db: sqlite3.Connection, name: str) -> CommittedAgent | None:
 
 
 def find_damaged(db: sqlite3.Connection) -> dict[str, str]:
-    """Agents whose own row, or a line's, is damaged or missing, and what is wrong.
+    """Return the agents whose own row, or a line's, is damaged or missing, and what is wrong.
 
-    What lies below the lines is looked at when an agent is read.
+    What lies below the lines is checked when an agent is read.
     """
     num_lines = Counter(row[1] for row in sound(db.execute(select("lines"))))
     damaged: dict[str, str] = {}
@@ -100,7 +106,7 @@ def read_summaries(db: sqlite3.Connection) -> list[AgentSummary]:
 
 
 def damaged_summary(name: str, problem: str) -> AgentSummary:
-    """An agent of which nothing can be said."""
+    """Return the summary of an agent that cannot be read."""
     return AgentSummary(name, AgentSettings(), 0, 0, 1, 0, damage=problem)
 
 
@@ -137,7 +143,7 @@ def _require(condition: bool, problem: str) -> None:
 
 
 def _only(row: Row) -> Row:
-    """The agent's own row without its seal. Raises ValueError where that is wrong."""
+    """Return the agent's own row without its seal. Raises ValueError where that is wrong."""
     rows = list(sound([row]))
     _require(bool(rows), "its settings are damaged")
     return rows[0]
@@ -158,7 +164,7 @@ def _read_agent(db: sqlite3.Connection, row: Row) -> CommittedAgent:
 def settings_of(
     pinned: int, priority: int, quota_bytes: int | None, policy: str, overflow: str
 ) -> AgentSettings:
-    """Raises ValueError for an overflow policy that there is not."""
+    """Return the settings. Raises ValueError for an unknown overflow policy."""
     return AgentSettings(bool(pinned), priority, quota_bytes, policy, Overflow(overflow))
 
 
@@ -208,7 +214,7 @@ def _read_tree(db: sqlite3.Connection, line_id: int) -> MessageTree:
 
 
 def message_rows(db: sqlite3.Connection, line_id: int) -> Iterator[Row]:
-    """Those that are sound, in the order of their nodes."""
+    """Yield the sound rows of a line's messages, in the order of their nodes."""
     return sound(db.execute(select("messages", "WHERE line = ? ORDER BY node"), (line_id,)))
 
 
@@ -220,7 +226,7 @@ def _read_turns(db: sqlite3.Connection, line_id: int) -> list[tuple[int, Head, b
 
 
 def turn_rows(db: sqlite3.Connection, line_id: int) -> Iterator[Row]:
-    """Those that are sound, in order."""
+    """Yield the sound rows of a line's turns, in order."""
     return sound(db.execute(select("turns", "WHERE line = ? ORDER BY position"), (line_id,)))
 
 
@@ -231,7 +237,7 @@ def _read_transcript(db: sqlite3.Connection, line_id: int) -> Transcript:
 
 
 def _read_last_ids(db: sqlite3.Connection, line_id: int, number: int) -> tuple[int, ...]:
-    """The line's last token ids, so many of them."""
+    """Return the line's last `number` token ids."""
     rows = db.execute(
         "SELECT token_ids FROM spans WHERE line = ? ORDER BY position DESC", (line_id,)
     )
@@ -244,13 +250,13 @@ def _read_last_ids(db: sqlite3.Connection, line_id: int, number: int) -> tuple[i
 
 
 def read_spans(db: sqlite3.Connection, line_id: int) -> list[Span]:
-    """Up to the first that is damaged or missing."""
+    """Return a line's spans up to the first that is damaged or missing."""
     rows = sound(db.execute(select("spans", "WHERE line = ? ORDER BY position"), (line_id,)))
     return [span_of_row(*row[2:]) for row in contiguous(rows)]
 
 
 def contiguous(rows: Iterator[Row]) -> Iterator[Row]:
-    """Of rows that have their position second, those before the first gap."""
+    """Yield the rows before the first gap; a row's second column is its position."""
     for position, row in enumerate(rows):
         if row[1] != position:
             return
@@ -258,5 +264,5 @@ def contiguous(rows: Iterator[Row]) -> Iterator[Row]:
 
 
 def read_blocks(db: sqlite3.Connection, line_id: int) -> tuple[BlockHash, ...]:
-    """The line's block table, which is only about KV: what is damaged in it is left out."""
+    """Return the line's block table, which is only about KV: damaged rows are left out."""
     return tuple(BlockHash(block_hash) for (block_hash,) in db.execute(_BLOCKS, (line_id,)))

@@ -1,4 +1,4 @@
-"""Opening the catalogue: what it knows, and what becomes of one that is damaged or gone."""
+"""Opening the catalogue: what it knows, and what replaces one that is damaged or gone."""
 
 import logging
 from collections import Counter
@@ -23,10 +23,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """What the catalogue knows; `unclaimed` records are of no agent and can be nobody's.
+    """What the catalogue knew when it was opened.
 
-    `damaged` agents cannot be read, for the reason given; more may be found when they are asked
-    for. `notices` say what was lost before this.
+    `unclaimed` records are of an import that never got an agent. `damaged` agents cannot be read,
+    for the reason given; more may be found when they are asked for. `notices` say what was lost.
     """
 
     rows: list[RecordRow]
@@ -41,10 +41,10 @@ class Opened:
 
 
 def open_catalog(path: Path, *, was_used: bool) -> tuple[Catalog, Opened]:
-    """`was_used`: the home had a catalogue before, so that one without any is a loss.
+    """Open the catalogue and read what it knows. Raises CatalogTooNew and CatalogUnavailable.
 
-    What cannot be read at all is set aside, and a new one begun with every agent that can be read
-    of it. Raises CatalogTooNew and CatalogUnavailable.
+    One that cannot be used is set aside, and a new one begun with every agent that can be read of
+    it. `was_used`: the home had a catalogue before, so it is a loss where there is none.
     """
     if was_used and not (path.exists() and path.stat().st_size):
         return _begin_anew(path, f"{path} is {'empty' if path.exists() else 'gone'}")
@@ -92,12 +92,12 @@ def _read(path: Path, notices: tuple[str, ...] = ()) -> tuple[Catalog, Opened]:
 
 
 def is_unclaimed(family: KVFamily, namespaces: Collection[str]) -> bool:
-    """Whether it is KV of an import that was killed before its agent was there."""
+    """Whether KV of this family is of an import that was killed before its agent was there."""
     return family.namespace.startswith(PRIVATE) and family.namespace not in namespaces
 
 
 def _or_anew(catalog: Catalog, load: Callable[[], T], nothing: T) -> T:
-    """Tables about KV with a damaged page are begun anew: files say what is in them."""
+    """Load from the tables about KV, which are begun anew where a page of them is damaged."""
     try:
         return load()
     except CatalogCorrupt as error:

@@ -1,4 +1,4 @@
-"""What a commit has to write: the difference between what the catalogue holds and a new state."""
+"""What a commit writes: the difference between what the catalogue holds and a new state."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -45,7 +45,7 @@ _DROP_BLOCKS = "DELETE FROM line_blocks WHERE line = ? AND depth >= ?"
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """A statement and the rows that it is run with."""
+    """A statement, and the rows to run it with."""
 
     sql: str
     rows: Sequence[tuple[Any, ...]]
@@ -71,12 +71,12 @@ class MessageTree:
         self._removed: list[NodeId] = []
 
     def load(self, node_id: NodeId, parent: NodeId, message: Message) -> None:
-        """A node that is stored; parents come first. KeyError where the parent is missing."""
+        """Enter a stored node; parents come first. Raises KeyError where the parent is missing."""
         self._nodes[parent].children.append(node_id)
         self._nodes[node_id] = _Node(parent, message)
 
     def hold(self, messages: tuple[Message, ...] | None) -> Head:
-        """The head of a conversation, whose new messages are added; `release` is its inverse."""
+        """Add a conversation's new messages and return its head; `release` is the inverse."""
         if messages is None:
             return None
         node_id = ROOT
@@ -86,7 +86,7 @@ class MessageTree:
         return node_id
 
     def hold_stored(self, head: Head) -> None:
-        """The same for a head that is stored. KeyError where its node is missing."""
+        """Hold a head that is stored. Raises KeyError where its node is missing."""
         if head is not None:
             self._nodes[head].num_holders += 1
 
@@ -103,7 +103,7 @@ class MessageTree:
             head, node = node.parent, parent
 
     def conversations(self) -> Callable[[Head], tuple[Message, ...] | None]:
-        """A function from heads to conversations; one that continues an earlier one is fast."""
+        """Return a function from heads to conversations; continuing an earlier one is fast."""
         known: dict[NodeId, tuple[Message, ...]] = {ROOT: ()}
 
         def conversation(head: Head) -> tuple[Message, ...] | None:
@@ -119,7 +119,7 @@ class MessageTree:
         return conversation
 
     def take_changes(self) -> tuple[list[tuple[NodeId, NodeId, Message]], list[NodeId]]:
-        """Since the last time: nodes added, as (node, parent, message), and nodes removed."""
+        """Return the nodes added since the last call, as (node, parent, message), and removed."""
         added = [(i, self._nodes[i].parent, self._nodes[i].message) for i in self._added]
         removed = self._removed
         self._added, self._removed = [], []
@@ -140,7 +140,7 @@ class MessageTree:
 
 @dataclass(slots=True, eq=False)
 class CommittedLine:
-    """What the catalogue holds of a line, and under which ids."""
+    """A line as the catalogue holds it, and under which ids."""
 
     line_id: int
     state: LineState
@@ -163,9 +163,9 @@ class CommittedLine:
 
 @dataclass(slots=True, eq=False)
 class CommittedAgent:
-    """What the catalogue holds of an agent. A commit uses it up and makes the next one.
+    """An agent as the catalogue holds it. A commit uses it up and makes the next one.
 
-    `strays` are lines that are damaged and somebody else's: their numbers must not be in the way.
+    `strays` are damaged lines that name this agent: their numbers must not be in the way.
     """
 
     agent_row: int
@@ -179,7 +179,7 @@ class CommittedAgent:
 
 
 class RowIds:
-    """The ids of agents and lines that are yet to be written. They are never given twice."""
+    """Gives the ids of agents and lines that are yet to be written, none of them twice."""
 
     def __init__(self, *, last_agent: int, last_line: int) -> None:
         self.agents = count(last_agent + 1)
@@ -188,14 +188,14 @@ class RowIds:
 
 @dataclass(frozen=True, slots=True)
 class CommitPlan:
-    """What to write, in order, and what the catalogue holds once all of it is committed."""
+    """The writes of a commit, in order, and what the catalogue holds after them."""
 
     writes: list[Write]
     committed: CommittedAgent
 
 
 def plan_commit(known: CommittedAgent | None, state: AgentState, ids: RowIds) -> CommitPlan:
-    """Only what is new. `known` must not be used again, whether the commit succeeds or not."""
+    """Plan to write what is new. `known` is used up, whether the commit succeeds or not."""
     _check_numbers(state)
     agent_row = next(ids.agents) if known is None else known.agent_row
     known_lines = {} if known is None else known.lines
@@ -217,7 +217,7 @@ def plan_commit(known: CommittedAgent | None, state: AgentState, ids: RowIds) ->
 
 
 def common_start(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """How many leading elements are equal; the same object is, without looking into it."""
+    """Return how many leading elements are equal; the same object is equal without a look."""
     pairs = enumerate(zip(a, b, strict=False))
     return next((i for i, (x, y) in pairs if x is not y and x != y), min(len(a), len(b)))
 
@@ -249,7 +249,7 @@ def _nothing(line_id: int, line: LineState) -> CommittedLine:
 
 
 def _advance(known: CommittedLine, state: LineState) -> CommittedLine:
-    """The line with its new state; the tree, which it takes over, remembers what changed."""
+    """Return the line with its new state; the tree, which it takes over, knows what changed."""
     kept = common_start(known.state.turns, state.turns)
     heads = [_hold_turn(known, i, turn) for i, turn in enumerate(state.turns[kept:], kept)]
     head = known.tree.hold(state.messages)
@@ -260,7 +260,7 @@ def _advance(known: CommittedLine, state: LineState) -> CommittedLine:
 
 
 def _hold_turn(known: CommittedLine, position: int, turn: Turn) -> Head:
-    """Where only the turn's length has changed, its messages need not be looked up."""
+    """Hold a turn's messages; where only its length has changed, without looking them up."""
     if position < len(known.turn_heads):
         head = known.turn_heads[position]
         if known.state.turns[position].messages is turn.messages:

@@ -24,7 +24,7 @@ from keepwarm.store.catalog.schema import translated
 
 
 class CatalogConnection:
-    """What both connections can do. Each belongs to the thread that opened it; SQLite checks."""
+    """Reads a catalogue. A connection belongs to the thread that opened it, which SQLite checks."""
 
     def __init__(self, path: Path, db: sqlite3.Connection) -> None:
         self.path = path
@@ -49,17 +49,17 @@ class CatalogConnection:
             return [name for (name,) in self._db.execute("SELECT name FROM agents ORDER BY name")]
 
     def summaries(self) -> list[AgentSummary]:
-        """All agents by name. Tokens and turns are those of the main line."""
+        """Return all agents by name. Tokens and turns are those of the main line."""
         with translated(self.path, "summaries"):
             return read_summaries(self._db)
 
     def models(self) -> dict[str, str]:
-        """By agent, the model that it talked to last."""
+        """Return the model that each agent talked to last."""
         with translated(self.path, "models"):
             return dict(self._db.execute("SELECT name, model FROM agents"))
 
     def main_line(self, name: str) -> MainLine | None:
-        """As far as its KV is looked up by it. Raises DamagedAgent."""
+        """Return what a main line's KV is looked up by. Raises DamagedAgent."""
         try:
             with self._snapshot("main_line"):
                 return read_main_line(self._db, name)
@@ -67,17 +67,17 @@ class CatalogConnection:
             raise DamagedAgent(name, error.problem) from error
 
     def load_agent(self, name: str) -> AgentState | None:
-        """What was committed last, equal to it. Raises DamagedAgent."""
+        """Return a state equal to the one committed last. Raises DamagedAgent."""
         found = self._read(name, "load_agent")
         return None if found is None else found.state
 
     def salvage_agent(self, name: str) -> AgentState:
-        """What can be read of a damaged agent. Raises DamagedAgent where that is nothing."""
+        """Return what can be read of a damaged agent. Raises DamagedAgent where that is nothing."""
         with self._snapshot("salvage_agent"):
             return salvage(self._db, name)
 
     def _read(self, name: str, operation: str) -> CommittedAgent | None:
-        """A damaged page is a damage of those whose rows are on it."""
+        """Read an agent. A damaged page is a damage of the agents whose rows are on it."""
         try:
             with self._snapshot(operation):
                 return read_agent(self._db, name)
@@ -85,12 +85,12 @@ class CatalogConnection:
             raise DamagedAgent(name, error.problem) from error
 
     def find_damaged(self) -> dict[str, str]:
-        """Agents of which one knows without reading them that they cannot be read, and why."""
+        """Return the agents that are known to be damaged without reading them whole, and why."""
         with self._snapshot("find_damaged"):
             return find_damaged(self._db)
 
     def load_pinned(self, damaged: dict[str, str]) -> list[AgentState]:
-        """The pinned agents. Those that cannot be read are entered among the damaged ones."""
+        """Return the pinned agents. Those that cannot be read are added to `damaged`."""
         with translated(self.path, "load_pinned"):
             names = self._db.execute(
                 "SELECT name FROM agents WHERE pinned ORDER BY name"
@@ -106,12 +106,12 @@ class CatalogConnection:
         return states
 
     def size_bytes(self) -> int:
-        """What the database, its log and its index take on disk."""
+        """Return the bytes that the database, its log and its index take on disk."""
         return schema.size_bytes(self.path)
 
     @contextmanager
     def _snapshot(self, operation: str) -> Iterator[None]:
-        """Everything read inside is of one moment."""
+        """Read everything inside the block as of one moment."""
         with translated(self.path, operation):
             self._db.execute("BEGIN")
             try:
@@ -120,7 +120,7 @@ class CatalogConnection:
                 self._end_transaction()
 
     def _end_transaction(self) -> None:
-        """Undo what was not committed; after some errors SQLite has done so itself."""
+        """Undo what was not committed. After some errors SQLite has done so itself."""
         if self._db.in_transaction:
             self._db.execute("ROLLBACK")
 
@@ -133,5 +133,8 @@ class CatalogReader(CatalogConnection):
 
     @classmethod
     def open(cls, path: Path) -> "CatalogReader":
-        """Of a catalogue that is open. Raises CatalogCorrupt, CatalogTooNew, CatalogUnavailable."""
+        """Open a second connection to a catalogue that is open.
+
+        Raises CatalogCorrupt, CatalogTooNew and CatalogUnavailable.
+        """
         return cls(path, schema.open_for_reading(path))

@@ -11,7 +11,7 @@ MAX_RECENT_TOKENS = 2_000_000
 
 
 class RecentAgents:
-    """What was committed last of the agents that were committed last, within two limits."""
+    """Remembers the agents that were committed last, within two limits."""
 
     def __init__(self) -> None:
         self._agents: OrderedDict[str, CommittedAgent] = OrderedDict()
@@ -24,12 +24,12 @@ class RecentAgents:
         return iter(self._agents.values())
 
     def take(self, name: str) -> CommittedAgent | None:
-        """Hand it out and forget it: a commit that fails leaves nothing to believe."""
+        """Hand an agent out and forget it: a commit that fails leaves nothing to believe."""
         self._num_tokens.pop(name, None)
         return self._agents.pop(name, None)
 
     def put(self, agent: CommittedAgent) -> None:
-        """As the latest; the longest unused leave, but never this one."""
+        """Remember an agent as the latest; the longest unused leave, but never this one."""
         self._agents[agent.state.agent_id] = agent
         self._num_tokens[agent.state.agent_id] = agent.num_tokens
         while len(self._agents) > 1 and self._is_too_large():

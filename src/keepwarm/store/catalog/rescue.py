@@ -1,4 +1,4 @@
-"""Agents that can still be read of a catalogue that cannot be used as a whole."""
+"""Rescue of the agents in a catalogue that cannot be used as a whole."""
 
 import sqlite3
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from keepwarm.store.catalog.errors import CatalogUnavailable
 from keepwarm.store.catalog.load import read_agent
 
 DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError)
-"""What SQLite raises for a damaged page, or where its complaint quotes one."""
+"""Errors of SQLite for a damaged page, and for a complaint that quotes one."""
 
 Place = tuple[int, str]
 """An agent's row and its name."""
@@ -21,7 +21,7 @@ Place = tuple[int, str]
 
 @dataclass(frozen=True, slots=True)
 class Rescued:
-    """How many agents were taken over, and of how many one knows that they were not."""
+    """How many agents were taken over, and how many are known not to be."""
 
     num_agents: int = 0
     num_lost: int = 0
@@ -36,9 +36,9 @@ class Rescued:
 
 
 def rescue(moved: Path, catalog: Catalog) -> Rescued:
-    """Commit to the new catalogue every agent that can be read whole of the one that was moved.
+    """Commit every agent that can be read whole of the catalogue that was moved to the new one.
 
-    Of a catalogue of another version, or of what is none, nothing.
+    Nothing is read of a catalogue of another version, or of what is none.
     """
     if not moved.exists():
         return Rescued()
@@ -62,7 +62,10 @@ def _rescue(db: sqlite3.Connection, catalog: Catalog) -> Rescued:
 
 
 def _names(db: sqlite3.Connection) -> tuple[list[str], bool]:
-    """From both ends, because a page in the middle may be damaged; and whether that is all."""
+    """Read the names from both ends, because a page in the middle may be damaged.
+
+    Returns whether that was all of them as well.
+    """
     first = list(_until_damage(db, "agent > ? ORDER BY agent", -1))
     names = [name for place in first if (name := place[1])]
     if first and first[-1] == (_END, ""):
@@ -75,7 +78,7 @@ _END = 1 << 62
 
 
 def _until_damage(db: sqlite3.Connection, which: str, place: int) -> Iterator[Place]:
-    """One row after the other; (_END, "") behind the last one, if it comes to that."""
+    """Yield one row after the other, and (_END, "") behind the last one if that is reached."""
     query = f"SELECT agent, name FROM agents WHERE {which} LIMIT 1"
     try:
         while (row := db.execute(query, (place,)).fetchone()) is not None:

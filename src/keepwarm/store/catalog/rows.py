@@ -1,4 +1,4 @@
-"""How values lie in the catalogue's columns, and the rows that start-up reads in bulk."""
+"""Values in the catalogue's columns, and the rows that start-up reads in bulk."""
 
 import json
 import struct
@@ -55,9 +55,9 @@ class RecordRow(NamedTuple):
 
 
 class BlockUsage(NamedTuple):
-    """Of all blocks that lines use, stored or not: how many lines, and when the last of them did.
+    """How many lines use each block, stored or not, and when the last of them did.
 
-    `last_used` leaves out those that no line has used yet (0).
+    `last_used` leaves out blocks that no line has used yet (0).
     """
 
     num_lines: Counter[BlockHash]
@@ -81,7 +81,7 @@ def decode_ids(data: bytes) -> tuple[int, ...]:
 
 
 def encode_message(message: Message) -> bytes:
-    """JSON: a tuple comes back as a list. Raises UnstorableMessage."""
+    """Encode a message as JSON: a tuple comes back as a list. Raises UnstorableMessage."""
     try:
         # Not ASCII: escaped, two lone surrogates that follow one another come back as one letter.
         text = json.dumps(dict(message), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -100,7 +100,7 @@ def encode_receipt(receipt: Receipt | None) -> bytes | None:
 
 
 def decode_receipt(data: bytes | None) -> Receipt | None:
-    """Raises ValueError or TypeError for what is none."""
+    """Decode a receipt. Raises ValueError or TypeError for what is none."""
     return None if data is None else Receipt(**json.loads(data))
 
 

@@ -1,4 +1,4 @@
-"""What can still be read of a damaged agent: whole turns, and what was said up to the damage."""
+"""Salvage of a damaged agent: its whole turns, and what was said up to the damage."""
 
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
@@ -25,9 +25,9 @@ Conversation = Callable[[Head], tuple[Message, ...] | None]
 
 
 def salvage(db: sqlite3.Connection, name: str) -> AgentState:
-    """The agent with what is sound of its main lines, in their order, and no more.
+    """Return the agent with what is sound of its main lines, in their order.
 
-    Raises DamagedAgent where there is nothing.
+    Raises DamagedAgent where that is nothing.
     """
     found = db.execute(select("agents", "WHERE name = ?"), (name,)).fetchone()
     lines = [] if found is None else list(_main_lines(db, found[0]))
@@ -45,7 +45,7 @@ def _settings(row: Row) -> AgentSettings:
 
 
 def _main_lines(db: sqlite3.Connection, agent_row: int) -> Iterator[LineState]:
-    """Where none is sound, the lines whose own row is damaged: what belongs to them may not be."""
+    """Yield the sound main lines, or the longest of the damaged ones, whose parts may be sound."""
     rows = db.execute(select("lines", "WHERE agent = ?"), (agent_row,)).fetchall()
     mains = [row for row in sound(rows) if row[2] == 0]
     for line_id, _, _, tokenizer, head, _, _, last_used, namespace in mains:
@@ -91,7 +91,7 @@ def _line(
 
 
 def _well_formed(spans: list[Span]) -> list[Span]:
-    """The first of them that are texts and special tokens in turns, and end with a text."""
+    """Return the first spans that are texts and special tokens in turns, ending with a text."""
     num_sound = 0
     for span in spans:
         if span.is_special != bool(num_sound % 2):
@@ -102,7 +102,7 @@ def _well_formed(spans: list[Span]) -> list[Span]:
 
 
 def _conversations(db: sqlite3.Connection, line_id: int) -> Conversation:
-    """None for a conversation that is not there whole."""
+    """Return a function from heads to conversations, None for those that are not whole."""
     tree = MessageTree()
     nodes = {0}
     for _, node, parent, data in message_rows(db, line_id):
@@ -117,7 +117,10 @@ def _conversations(db: sqlite3.Connection, line_id: int) -> Conversation:
 def _turns(
     db: sqlite3.Connection, line_id: int, num_tokens: int, conversation: Conversation
 ) -> Iterator[Turn]:
-    """Up to the first whose messages are gone; one that ends beyond the tokens ends nowhere."""
+    """Yield turns up to the first whose messages are gone.
+
+    A turn that ends beyond the tokens that are left ends nowhere (0).
+    """
     for _, _, end, head, receipt in contiguous(turn_rows(db, line_id)):
         messages = conversation(head)
         if head is not None and messages is None:

@@ -1,4 +1,4 @@
-"""The catalogue's file: its tables and their versions, how it is opened, what SQLite's errors mean.
+"""The catalogue's file: its tables and versions, how it is opened, and what SQLite's errors mean.
 
 Texts and messages are blobs of UTF-8 with `surrogatepass`, because JSON may bring lone surrogates.
 """
@@ -148,7 +148,7 @@ STEPS: tuple[Step, ...] = (
 
 
 def open_for_writing(path: Path, steps: Sequence[Step] = STEPS) -> sqlite3.Connection:
-    """The catalogue's own connection; creates the file and brings its tables up to date."""
+    """Open the connection that writes; create the file, or bring its tables up to date."""
     _create_private(path)
     with _connected(path) as db:
         _check_identity(db, path, supported=len(steps))
@@ -160,7 +160,7 @@ def open_for_writing(path: Path, steps: Sequence[Step] = STEPS) -> sqlite3.Conne
 
 
 def open_for_reading(path: Path) -> sqlite3.Connection:
-    """A connection to a catalogue that is open for writing; it cannot write."""
+    """Open a connection that cannot write to a catalogue that is open for writing."""
     with _connected(path) as db:
         db.execute("PRAGMA query_only=ON")
         _check_identity(db, path, supported=len(STEPS))
@@ -169,7 +169,7 @@ def open_for_reading(path: Path) -> sqlite3.Connection:
 
 
 def open_damaged(path: Path) -> sqlite3.Connection:
-    """A connection to what is left of a catalogue, also where the file was cut."""
+    """Open what is left of a catalogue, also where the file was cut."""
     db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
     db.text_factory = _text
     db.execute("PRAGMA writable_schema=ON")  # SQLite refuses a file that was cut otherwise
@@ -183,7 +183,7 @@ def is_current(db: sqlite3.Connection) -> bool:
 
 
 def begin_anew(db: sqlite3.Connection, tables: Sequence[str]) -> None:
-    """Empty tables in the place of these, whatever is in them. Inside a transaction."""
+    """Replace these tables by empty ones, whatever is in them. Inside a transaction."""
     for name in tables:
         db.execute(f"DROP TABLE {name}")
         db.execute(f"CREATE TABLE {name} {_TABLES[name]}")
@@ -202,7 +202,7 @@ def set_aside(path: Path) -> Path:
 
 
 def size_bytes(path: Path) -> int:
-    """What the database, its log and its index take on disk."""
+    """Return the bytes that the database, its log and its index take on disk."""
     # Never open these files beside SQLite: closing any descriptor of them drops its POSIX locks.
     total = 0
     for suffix in FILE_SUFFIXES:
@@ -215,7 +215,7 @@ def size_bytes(path: Path) -> int:
 
 @contextmanager
 def translated(path: Path, operation: str, *, opening: bool = False) -> Iterator[None]:
-    """SQLite's complaints about the file or the disk as typed errors; others are bugs and pass."""
+    """Turn SQLite's complaints about file or disk into typed errors; others are bugs and pass."""
     try:
         yield
     except UnicodeDecodeError as error:  # its complaint quotes what is damaged
@@ -259,7 +259,7 @@ def _create_private(path: Path) -> None:
 
 @contextmanager
 def _connected(path: Path) -> Iterator[sqlite3.Connection]:
-    """A connection for the opening block, which stays open unless the block fails."""
+    """Open a connection for the block that sets it up; it is closed if that fails."""
     with translated(path, "open", opening=True):
         uri = f"{path.absolute().as_uri()}?mode=rw"
         db = sqlite3.connect(uri, uri=True, isolation_level=None)
@@ -273,7 +273,7 @@ def _connected(path: Path) -> Iterator[sqlite3.Connection]:
 
 
 def _text(data: bytes) -> str:
-    """A damaged text is read as another one, which no seal fits, instead of not at all."""
+    """Decode text; a damaged one becomes another that no seal fits, and does not raise."""
     return data.decode("utf-8", "replace")
 
 
@@ -288,7 +288,8 @@ def _check_identity(db: sqlite3.Connection, path: Path, *, supported: int) -> No
 
 def _configure(db: sqlite3.Connection, path: Path) -> None:
     db.execute("PRAGMA page_size=4096")
-    db.execute("PRAGMA secure_delete=ON")
+    db.execute("PRAGMA secure_delete=ON")  # deleted rows are overwritten; see `Catalog.scrub`
+    # A commit is one append to the log, and the engines' thread reads while it is written.
     (mode,) = db.execute("PRAGMA journal_mode=WAL").fetchone()
     if mode != "wal":
         raise CatalogUnavailable(
@@ -297,10 +298,11 @@ def _configure(db: sqlite3.Connection, path: Path) -> None:
             message=f"its disk cannot keep a write-ahead log (journal mode {mode})",
             errorname="SQLITE_CANTOPEN",
         )
+    # A small log: it counts against the disk's budget, and is copied in few milliseconds.
     db.execute(f"PRAGMA wal_autocheckpoint={WAL_PAGES}")
     db.execute(f"PRAGMA journal_size_limit={WAL_BYTES}")
     db.execute(f"PRAGMA cache_size=-{CACHE_KIB}")
-    db.execute("PRAGMA fullfsync=ON")  # macOS only; nothing elsewhere
+    db.execute("PRAGMA fullfsync=ON")  # for macOS, whose fsync does not reach the medium
     db.execute("PRAGMA checkpoint_fullfsync=ON")
 
 

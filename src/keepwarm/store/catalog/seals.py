@@ -1,7 +1,7 @@
 """Seals: each row of the catalogue carries a checksum of its columns, because SQLite has none.
 
-A row whose seal is wrong counts as not there: whoever reads it says what is missing then. Block
-tables have no seals: they say who uses which record of KV, and are written anew when they differ.
+A row whose seal is wrong counts as not there, and what reads it says what is missing. Block tables
+have no seals: they say which line uses which record, and are written anew when they differ.
 """
 
 import sqlite3
@@ -24,20 +24,20 @@ COLUMNS = {
     "families": "family, fingerprint, layout, lineage, namespace",
     "records": "hash, before, parent, depth, start, stop, family, file_bytes, maker",
 }
-"""What a row's seal is of, in this order."""
+"""The columns that a row's seal covers, in this order."""
 
 Row = tuple[Any, ...]
 
 
 def seal_of(*values: object) -> int:
-    """A signed 64-bit checksum of a row; two rows that differ in a type differ in it as well."""
+    """Return a signed 64-bit checksum of a row, in which the values' types count as well."""
     # One formatting, because start-up looks at 100,000 rows: 1 us each, a fourth of joined parts.
     return xxh3_64_intdigest(_form_of(tuple(map(type, values))) % values) - (1 << 63)
 
 
 @cache
 def _form_of(types: tuple[type, ...]) -> bytes:
-    """How a row of these types is written for its seal."""
+    """Return the format by which a row of these types is written for its seal."""
     return b"".join(map(_FORMS.__getitem__, types))
 
 
@@ -48,24 +48,24 @@ _FORMS = defaultdict(
 
 
 def sealed(rows: Iterable[Row]) -> list[Row]:
-    """The rows, each with its seal behind it."""
+    """Return the rows, each with its seal behind it."""
     return [(*row, seal_of(*row)) for row in rows]
 
 
 def sound(rows: Iterable[Row]) -> Iterator[Row]:
-    """The rows whose seal, their last column, is right; without it."""
+    """Yield the rows whose seal, their last column, is right, without the seal."""
     for *row, seal in rows:
         if seal_of(*row) == seal:
             yield tuple(row)
 
 
 def select(table: str, rest: str = "") -> str:
-    """A query for the table's sealed columns and the seal."""
+    """Return a query for the table's sealed columns and the seal."""
     return f"SELECT {COLUMNS[table]}, seal FROM {table} {rest}"
 
 
 def insert(table: str, *, replace: bool = True) -> str:
-    """A statement for rows of the table that are sealed."""
+    """Return a statement that inserts sealed rows into the table."""
     columns = f"{COLUMNS[table]}, seal"
     marks = ", ".join("?" * (columns.count(",") + 1))
     verb = "INSERT OR REPLACE" if replace else "INSERT"
@@ -78,7 +78,7 @@ def install(db: sqlite3.Connection) -> None:
 
 
 def seal_all(db: sqlite3.Connection, tables: Sequence[str] = tuple(COLUMNS)) -> None:
-    """Seal every row as it is: for a catalogue of before there were seals."""
+    """Seal every row as it is, in a catalogue of a version without seals."""
     install(db)
     for table in tables:
         db.execute(f"UPDATE {table} SET seal = seal_of({COLUMNS[table]})")

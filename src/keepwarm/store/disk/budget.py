@@ -1,4 +1,4 @@
-"""What the store may take on its disk."""
+"""The budget in bytes that the store keeps to on its disk."""
 
 import os
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from keepwarm.store.errors import DiskTooFull, OverBudget
 
 
 class DiskBudget:
-    """Bytes of files, counted before they are written. `RecordFiles` keeps its three counts.
+    """Counts the bytes of files before they are written. `RecordFiles` keeps its three counts.
 
     `folder` names the disk whose free space counts; `other_bytes` measures what else the store
     keeps there, now. A file counts with its length: the disk may round it up to its own blocks.
@@ -58,7 +58,7 @@ class DiskBudget:
         self.require_free(nbytes)
 
     def require_free(self, nbytes: int) -> None:
-        """Raise DiskTooFull unless the disk has so many bytes beyond what is left to others."""
+        """Raise DiskTooFull unless the disk has `nbytes` beyond what is left to others."""
         disk = os.statvfs(self._folder)
         free_bytes = disk.f_bavail * disk.f_frsize
         if free_bytes < self.free_floor_bytes + nbytes:

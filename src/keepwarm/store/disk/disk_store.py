@@ -1,6 +1,6 @@
-"""The store's work on files and catalogue: what its I/O thread does, one command at a time.
+"""The store's disk: the commands that its I/O thread runs on files and catalogue.
 
-Every command returns what came of it. A disk that refuses is an answer (`fault`), not an exception.
+Every command returns what came of it (`outcomes.py`), also where the disk refused.
 """
 
 import logging
@@ -49,11 +49,11 @@ from keepwarm.store.errors import BadRecord, DiskTooFull, OverBudget
 log = logging.getLogger("keepwarm.store")
 
 FAULTS = (OSError, CatalogUnavailable, CatalogCorrupt, OverBudget, DiskTooFull)
-"""What a disk, or the budget on it, may answer."""
+"""Errors by which a disk, or the budget on it, refuses."""
 
 CATALOG_NAME = "catalog.sqlite3"
 COMMIT_BYTES = 256 << 10
-"""What a commit must have room for in the budget."""
+"""How many bytes of the budget must be free for a commit."""
 REMOVALS_PER_COMMAND = 64
 
 P = ParamSpec("P")
@@ -62,7 +62,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the store may take. `set_aside_bytes` of it for damaged files."""
+    """The bytes that the store may take, `set_aside_bytes` of them for damaged files."""
 
     budget_bytes: int
     free_floor_bytes: int
@@ -158,19 +158,19 @@ class DiskStore:
         return SaveDone(file_bytes, self._other_bytes())
 
     def _is_unwanted(self, record_hash: BlockHash) -> bool:
-        """Whether it was removed before it was saved; that is forgotten now."""
+        """Whether the record was removed before it was saved; that is forgotten now."""
         is_unwanted = record_hash in self._unwanted
         self._unwanted.discard(record_hash)
         return is_unwanted
 
     def _remove_unnamed(self, record_hash: BlockHash) -> None:
-        """A file that the catalogue could not be told of must not stay uncounted."""
+        """Remove a file that the catalogue could not be told of: it would stay uncounted."""
         if record_hash not in self._known:
             with suppress(OSError):
                 self._files.remove(record_hash)
 
     def fetch(self, family: KVFamily, record: Record, buffer: bytearray) -> FetchDone:
-        """Read and check. What is damaged is set aside, and the catalogue forgets it."""
+        """Read a record and check it. A damaged one is set aside, and the catalogue forgets it."""
         try:
             raw = self._files.read_into(record.hash, buffer)
             if raw is not None:
@@ -189,10 +189,12 @@ class DiskStore:
         return FetchDone(None, damage)
 
     def remove(self, hashes: Sequence[BlockHash]) -> None:
-        """First out of the catalogue: a name without a file would be a lie.
+        """Remove records from the catalogue and then from the disk.
 
-        What is not there yet is still to be saved, and is not written then.
+        A record that is not there is still to be saved, and is not written then.
         """
+        # The catalogue first: after a kill in between, a file without a name is found and adopted
+        # or collected, and a name without a file would have been a lie.
         self._unwanted.update(h for h in hashes if h not in self._known)
         try:
             self._catalog.remove_records(hashes)
@@ -211,7 +213,7 @@ class DiskStore:
             log.warning("%s could not be set aside: %s", record_hash.hex(), error)
 
     def _forget(self, record_hash: BlockHash) -> None:
-        """It is no record any more; of its file, the budget counts what is there."""
+        """Forget a record; of its file, the budget counts what is there."""
         actual_bytes = self._files.size_of(record_hash) or 0
         self._budget.records_bytes += actual_bytes - self._known.pop(record_hash, actual_bytes)
         self._unseen.discard(record_hash)
@@ -238,12 +240,12 @@ class DiskStore:
         return ExportDone(BundleWritten(file_bytes, num_records), tuple(lost))
 
     def _check_room_beside(self, path: Path, nbytes: int) -> None:
-        """What is written beside the store leaves to others what the store leaves them."""
+        """Raise DiskTooFull where a file on the store's disk would take what is left to others."""
         if path.parent.stat().st_dev == self._root.stat().st_dev:
             self._budget.require_free(nbytes)
 
     def remove_export(self, path: Path) -> None:
-        """The file of an export that was called off when it had just ended."""
+        """Remove the file of an export that was cancelled when it had just ended."""
         with suppress(OSError):
             path.unlink(missing_ok=True)
 
@@ -294,7 +296,7 @@ class DiskStore:
         return self._committing(lambda: self._catalog.commit(state))
 
     def delete_agent(self, agent_id: str, *, is_damaged: bool) -> CommitDone:
-        """Its rows are gone for good; what they leave in the file is for `erase`."""
+        """Remove the agent's rows for good; what they leave in the file is for `erase`."""
         delete = partial(self._catalog.delete_agent, agent_id, scrub=False, is_damaged=is_damaged)
         return self._committing(delete)
 
@@ -337,7 +339,7 @@ class DiskStore:
     # -- reconciling -----------------------------------------------------------------------------
 
     def reconcile(self, num_files: int) -> Reconciled:
-        """Look at the next files: catalogue and disk must name the same records.
+        """Compare the next files with the catalogue: both must name the same records.
 
         A file that the catalogue does not know, because the process was killed before it was named
         there or the catalogue was lost, is adopted when its header is sound, and set aside if not.
@@ -386,10 +388,10 @@ class DiskStore:
         return self._budget.used_bytes - self._budget.records_bytes
 
     def _describe(self, error: BaseException) -> str:
-        """Without where the home is: clients may read it."""
+        """Return the error as text without the home's path, because clients may read it."""
         return f"{type(error).__name__}: {error}".replace(f"{self._root}{os.sep}", "")
 
 
 def _refused(path: Path, error: OSError) -> BundleFailed:
-    """Without where it is: clients may read it."""
+    """Return the error of a bundle without the disk's path, because clients may read it."""
     return BundleFailed(path, error.strerror or str(error))

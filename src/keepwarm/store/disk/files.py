@@ -33,7 +33,7 @@ class StoredFile:
 
 
 class RecordFiles:
-    """`blocks/`, `tmp/` and `set-aside/` in one folder. Owned by the store's I/O thread: no lock.
+    """Owns `blocks/`, `tmp/` and `set-aside/` in one folder. For the I/O thread alone: no lock.
 
     An OSError of the disk passes through as it is, and what is counted stays what is on disk.
     """
@@ -100,7 +100,7 @@ class RecordFiles:
         return nbytes
 
     def probe(self, nbytes: int) -> None:
-        """Whether the disk would take a record of that size. Raises what `publish` raises."""
+        """Write as many bytes as a record of that size, and remove them. Raises as `publish`."""
         temporary, moved = self._tmp / "probe", self._tmp / "probe.moved"
         self._budget.require(nbytes)
         self._budget.temporary_bytes += nbytes
@@ -114,10 +114,10 @@ class RecordFiles:
     def read_into(
         self, record_hash: BlockHash, buffer: bytearray | memoryview
     ) -> memoryview | None:
-        """The whole file, read into the start of `buffer`; None when there is no such file.
+        """Read the whole file into the start of `buffer`; None when there is no such file.
 
-        Raises DamagedRecord when the file is larger than `buffer`, which has room for any record
-        that could be meant.
+        Raises DamagedRecord when the file is larger than `buffer`, which has room for every sound
+        record of its kind.
         """
         try:
             descriptor = os.open(self._path(record_hash), os.O_RDONLY | os.O_NOFOLLOW)
@@ -129,14 +129,14 @@ class RecordFiles:
             os.close(descriptor)
 
     def size_of(self, record_hash: BlockHash) -> int | None:
-        """The file's bytes; None when there is no such file."""
+        """Return the file's bytes; None when there is no such file."""
         try:
             return self._path(record_hash).lstat().st_size
         except FileNotFoundError:
             return None
 
     def remove(self, record_hash: BlockHash) -> int:
-        """The bytes that this freed; 0 when there was no such file."""
+        """Remove the file. Returns the bytes that this freed; 0 when there was no such file."""
         nbytes = self.size_of(record_hash)
         if nbytes is None:
             return 0
@@ -145,9 +145,9 @@ class RecordFiles:
         return nbytes
 
     def set_aside(self, record_hash: BlockHash, reason: str) -> None:
-        """Move a damaged file out of the way, with a note that says why, for someone to look at.
+        """Move a damaged file out of the way, with a note that says why, for people to look at.
 
-        The oldest of what was set aside leaves for it. What alone would exceed the bound is
+        The oldest files set aside are removed for it. A file that alone would exceed the bound is
         removed instead, and the note is left out where budget or disk refuse it.
         """
         nbytes = self.size_of(record_hash)
@@ -168,7 +168,7 @@ class RecordFiles:
             self._write_note(name, note)
 
     def scan(self) -> Iterator[StoredFile]:
-        """Every file in `blocks/` that has the name of a record, folder by folder; lazily."""
+        """Yield every file in `blocks/` that has the name of a record, folder by folder."""
         for folder in self._blocks.iterdir():
             if not folder.is_dir():
                 continue
@@ -253,7 +253,7 @@ def _write_all(
 
 
 def _next_pieces(pending: Sequence[memoryview], first: int) -> list[memoryview]:
-    """What one call writes: about a megabyte."""
+    """Return what one call writes: about a megabyte."""
     pieces: list[memoryview] = []
     nbytes = 0
     for piece in pending[first : first + _MAX_PIECES_PER_CALL]:
@@ -297,7 +297,7 @@ def _stored_file(entry: os.DirEntry[str]) -> StoredFile | None:
 
 
 def _measure_set_aside(folder: Path) -> dict[str, int]:
-    """The bytes under each name that a file and its note share, the oldest first."""
+    """Return the bytes under each name that a file and its note share, the oldest first."""
     sizes: dict[str, int] = {}
     times: dict[str, int] = {}
     for path in folder.iterdir():

@@ -23,7 +23,7 @@ class HomeLock:
     """Holds `folder/lock`, which names the holder's process id, until `release`."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises HomeInUse."""
+        """Take the lock. Raises HomeInUse, with the process that has it."""
         self._descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

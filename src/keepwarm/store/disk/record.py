@@ -1,4 +1,4 @@
-"""One record as a safetensors file that says whose it is and can prove it.
+"""A record as a safetensors file that says what it is of, and can prove it.
 
 8 bytes of header length, a JSON header, then the tensors' bytes end to end from a multiple of 64
 on. A record has exactly one encoding: a reader renders the header again from the facts it read and
@@ -54,7 +54,7 @@ _METADATA_KEYS = (
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a file says about its family. `layout` is a digest."""
+    """A family as a file names it. `layout` is a digest."""
 
     fingerprint: str
     lineage: str
@@ -71,7 +71,7 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a record's header says. `token_ids` are the block's, from its first to `record.stop`."""
+    """The facts in a record's header. `token_ids` are the block's, up to `record.stop`."""
 
     identity: Identity
     record: Record
@@ -91,7 +91,7 @@ class Decoded:
 
 
 def identity_of(family: KVFamily) -> Identity:
-    """What the files of this family say about it."""
+    """Return what the files of this family say about it."""
     return Identity(
         family.fingerprint, family.lineage, family.namespace, layout_digest(family.layout)
     )
@@ -99,7 +99,7 @@ def identity_of(family: KVFamily) -> Identity:
 
 @lru_cache(maxsize=512)
 def max_file_bytes(family: KVFamily, num_tokens: int) -> int:
-    """The size that no file of a record of so many tokens exceeds, whatever ids it names."""
+    """Return the size that no file of a record of `num_tokens` exceeds, whatever ids it names."""
     any_hash = BlockHash(bytes(_HASH_BYTES))
     record = Record(
         hash=any_hash,
@@ -121,7 +121,7 @@ def encode(
     token_ids: Sequence[int],
     pieces: Sequence[memoryview],
 ) -> list[bytes | memoryview]:
-    """The file's parts: the header, then `pieces` as they are, one for each tensor of the layout.
+    """Return the file's parts: the header, then `pieces`, one for each tensor of the layout.
 
     `token_ids` are the block's, from its first to `record.stop`. Raises InvariantBroken when
     record, ids and pieces contradict one another.
@@ -140,10 +140,10 @@ def encode(
 
 
 def decode(raw: memoryview, family: KVFamily) -> Decoded:
-    """The record that `raw`, a whole file's bytes, holds, once everything in it has been verified.
+    """Verify `raw`, a whole file's bytes, and return the record that it holds.
 
-    Raises DamagedRecord, or ForeignRecord when it is sound but of another family. That it is the
-    record one was looking for is for the caller to compare.
+    Raises DamagedRecord, or ForeignRecord when it is sound but of another family. Whether it
+    is the record that was looked for is for the caller to compare.
     """
     head_bytes = _LENGTH_BYTES + _header_length(raw[:_LENGTH_BYTES])
     if len(raw) < head_bytes:
@@ -164,7 +164,7 @@ def decode(raw: memoryview, family: KVFamily) -> Decoded:
 
 
 def read_header(file: BinaryIO) -> Header:
-    """What the record in `file` says about itself, for a catalogue rebuilt from files.
+    """Read what the record in `file` says about itself, for a catalogue rebuilt from files.
 
     Reads the header only. Verified are the hashes, the layout and the file's size; not the
     checksum, which covers the data: `decode` does that.
@@ -191,7 +191,7 @@ def _render(
     checksum: str,
     tensors_json: str,
 ) -> bytes:
-    """The length and the header: the only bytes by which these facts are written."""
+    """Render the length and the header: the only bytes by which these facts are written."""
     metadata = {
         "format": FORMAT,
         "checksum": checksum,
@@ -215,7 +215,7 @@ def _render(
 
 
 def _checksum(parts: Sequence[bytes | memoryview]) -> bytes:
-    """Of all parts, the first of which starts the file; its checksum counts as zeros."""
+    """Return the checksum of all parts; the one in the first part, the header, counts as zeros."""
     head = memoryview(parts[0])
     digest = xxhash.xxh3_128(head[:_CHECKSUM_START])
     digest.update(_NO_CHECKSUM.encode())
@@ -239,7 +239,7 @@ def _expect_fit(plan: TensorPlan, pieces: Sequence[memoryview]) -> None:
 
 
 def _contradiction(identity: Identity, record: Record, token_ids: Sequence[int]) -> str | None:
-    """What in these facts cannot be true together."""
+    """Return what in these facts cannot be true together."""
     if not 0 <= record.depth <= _MAX_UINT32:
         return f"there is no depth {record.depth}"
     if not 0 <= record.start < record.stop <= BLOCK_TOKENS:
@@ -283,7 +283,7 @@ def _header_length(length: bytes | memoryview) -> int:
 
 
 def _parse_metadata(head: bytes) -> dict[str, str]:
-    """The facts as text: every key that there is, and every value one that can be encoded."""
+    """Parse the facts as text: all keys of the format, and values that can be encoded."""
     if head[_LENGTH_BYTES:_CHECKSUM_START] != _PREFIX:
         raise DamagedRecord(f"it does not start as a {FORMAT} file does")
     try:
@@ -301,7 +301,7 @@ def _parse_metadata(head: bytes) -> dict[str, str]:
 
 
 def _parse_facts(metadata: dict[str, str]) -> tuple[Identity, Record, tuple[int, ...]]:
-    """What the metadata says, once it is known to agree with itself."""
+    """Parse the facts, which must agree with one another."""
     identity = Identity(**{field.name: metadata[field.name] for field in fields(Identity)})
     token_ids = _parse_token_ids(metadata["tokens"])
     try:
@@ -341,7 +341,7 @@ def _parse_tensors(head: bytes) -> dict[str, Any]:
 
 
 def _family_of(identity: Identity, tensors: dict[str, Any], num_tokens: int) -> KVFamily:
-    """The family whose layout has these tensors; the header names only the layout's digest."""
+    """Return the family whose layout has these tensors: the header has only a layout's digest."""
     layout = layout_of(tensors)
     if layout is None or layout_digest(layout) != identity.layout:
         raise DamagedRecord("its tensors are not those of the layout that it names")

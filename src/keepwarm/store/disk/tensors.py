@@ -25,7 +25,7 @@ class TensorPlan:
 
 @lru_cache(maxsize=64)
 def layout_digest(layout: CacheLayout) -> str:
-    """A name for the layout: equal layouts, equal digests."""
+    """Return a name for the layout: equal layouts have equal digests."""
     canonical = json.dumps(asdict(layout), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -51,7 +51,7 @@ def tensors_json(tensors: dict[str, Any]) -> str:
 
 
 def total_bytes(tensors: dict[str, Any]) -> int:
-    """The bytes of all tensors, which follow one another from 0 on."""
+    """Return the bytes of all tensors, which must follow one another from 0 on."""
     end = 0
     for name, spec in tensors.items():
         match spec:
@@ -68,7 +68,7 @@ def total_bytes(tensors: dict[str, Any]) -> int:
 
 
 def layout_of(tensors: dict[str, Any]) -> CacheLayout | None:
-    """The only layout that could have these tensors."""
+    """Return the only layout that could have these tensors, if there is one."""
     specs = list(tensors.values())
     if not specs or len(specs) % 2 or any(len(spec["shape"]) != 3 for spec in specs):
         return None
