@@ -92,10 +92,9 @@ def self_tested(model: str) -> list[Finding]:
 
 def _self_test(name: str, passed: bool, detail: str) -> Finding:
     if passed:
-        return Finding(name, Status.OK, detail)
-    return Finding(
+        return _ok(name, detail)
+    return _error(
         name,
-        Status.ERROR,
         detail,
         "Do not rely on resumed agents here; report this with the output of `keepwarm bench "
         "output --json FILE`",
@@ -108,8 +107,8 @@ def _versions() -> Finding:
         f"{dist} {version or 'missing'}" for dist, version in found.items()
     )
     if None in found.values():
-        return Finding("versions", Status.ERROR, detail, f"Run {_INSTALL}")
-    return Finding("versions", Status.OK, detail)
+        return _error("versions", detail, f"Run {_INSTALL}")
+    return _ok("versions", detail)
 
 
 def _version(dist: str) -> str | None:
@@ -125,11 +124,11 @@ def _compute() -> Iterator[Finding]:
         from keepwarm.mlx_backend import CPU_SETUP
         from keepwarm.mlx_backend.device import current_device
     except ImportError as error:
-        yield Finding("device", Status.ERROR, f"MLX cannot be imported: {error}", f"Run {_INSTALL}")
+        yield _error("device", f"MLX cannot be imported: {error}", f"Run {_INSTALL}")
         return
     device = current_device()
     memory = f", {_gib(device.memory_bytes)}" if device.memory_bytes else ""
-    yield Finding("device", Status.OK, f"{device.kind}: {device.name}{memory}")
+    yield _ok("device", f"{device.kind}: {device.name}{memory}")
     if not CPU_SETUP.needed:
         return
     yield _blas(CPU_SETUP.blas, CPU_SETUP.num_threads, CPU_SETUP.mkl_cbwr, CPU_SETUP.problems)
@@ -141,24 +140,22 @@ def _blas(
 ) -> Finding:
     if library is None:
         detail = "; ".join(["MLX's own reference BLAS, some 30 times slower", *problems])
-        return Finding("blas", Status.WARNING, detail, "Run pip install 'keepwarm[cpu]'")
+        return _warning("blas", detail, "Run pip install 'keepwarm[cpu]'")
     detail = f"{library}, {num_threads} threads"
     if cbwr is None:
-        return Finding(
+        return _warning(
             "blas",
-            Status.WARNING,
             f"{detail}; repeated products may differ in their last bits",
             "Use MKL (x86-64) where results must be equal byte for byte; nothing else needs it",
         )
-    return Finding("blas", Status.OK, f"{detail}, reproducible (MKL_CBWR={cbwr})")
+    return _ok("blas", f"{detail}, reproducible (MKL_CBWR={cbwr})")
 
 
 def _allocator(*, tuned: bool) -> Finding:
     if tuned:
-        return Finding("allocator", Status.OK, "malloc keeps its memory")
-    return Finding(
+        return _ok("allocator", "malloc keeps its memory")
+    return _warning(
         "allocator",
-        Status.WARNING,
         "malloc returns memory to the system after use, which makes new arrays slow",
         "Import keepwarm.mlx_backend before mlx, on a Linux with glibc",
     )
@@ -168,13 +165,11 @@ def _memory() -> Finding:
     total_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     available_bytes = _available_bytes()
     if available_bytes is None:
-        return Finding("memory", Status.OK, f"{_gib(total_bytes)} in all")
+        return _ok("memory", f"{_gib(total_bytes)} in all")
     detail = f"{_gib(available_bytes)} available of {_gib(total_bytes)}"
     if available_bytes < _ENOUGH_MEMORY_BYTES:
-        return Finding(
-            "memory", Status.WARNING, detail, "Close other programs, or lower the memory budget"
-        )
-    return Finding("memory", Status.OK, detail)
+        return _warning("memory", detail, "Close other programs, or lower the memory budget")
+    return _ok("memory", detail)
 
 
 def _available_bytes() -> int | None:
@@ -194,17 +189,12 @@ def _home(home: Path) -> Finding:
     free_bytes = shutil.disk_usage(existing).free
     detail = f"{home}, {_gib(free_bytes)} free"
     if not os.access(existing, os.W_OK):
-        return Finding(
-            "home",
-            Status.ERROR,
-            f"{detail}, not writable",
-            "Set KEEPWARM_HOME to a folder that you may write to",
+        return _error(
+            "home", f"{detail}, not writable", "Set KEEPWARM_HOME to a folder that you may write to"
         )
     if free_bytes < _ENOUGH_DISK_BYTES:
-        return Finding(
-            "home", Status.WARNING, detail, "Free some disk, or set KEEPWARM_HOME to another one"
-        )
-    return Finding("home", Status.OK, detail)
+        return _warning("home", detail, "Free some disk, or set KEEPWARM_HOME to another one")
+    return _ok("home", detail)
 
 
 def _embedded_model(home: Path) -> Finding:
@@ -215,22 +205,33 @@ def _embedded_model(home: Path) -> Finding:
             is_intact,
         )
     except ImportError:
-        return Finding("model", Status.ERROR, "cannot be examined without MLX", f"Run {_INSTALL}")
+        return _error("model", "cannot be examined without MLX", f"Run {_INSTALL}")
     try:
         source = embedded_source()
     except ModelLoadError as error:
-        return Finding("model", Status.WARNING, f"smollm2: {error.problem}", error.remedy)
+        return _warning("model", f"smollm2: {error.problem}", error.remedy)
     folder = converted_folder(home, source)
     if not folder.exists():
-        return Finding("model", Status.OK, "smollm2: installed, converted when first loaded")
+        return _ok("model", "smollm2: installed, converted when first loaded")
     if is_intact(folder):
-        return Finding("model", Status.OK, f"smollm2: {folder}")
-    return Finding(
+        return _ok("model", f"smollm2: {folder}")
+    return _warning(
         "model",
-        Status.WARNING,
         f"smollm2: {folder} is damaged",
         "Do nothing: it is set aside, and converted again when next loaded",
     )
+
+
+def _ok(name: str, detail: str) -> Finding:
+    return Finding(name, Status.OK, detail)
+
+
+def _warning(name: str, detail: str, remedy: str) -> Finding:
+    return Finding(name, Status.WARNING, detail, remedy)
+
+
+def _error(name: str, detail: str, remedy: str) -> Finding:
+    return Finding(name, Status.ERROR, detail, remedy)
 
 
 def _gib(num_bytes: int) -> str:

@@ -13,8 +13,9 @@ from starlette.responses import Response
 from keepwarm.engine.requests import GenerateRequest, ReceiptKey
 from keepwarm.server.dialects.agents.transfers import Transfers
 from keepwarm.server.edge.caller import Caller
-from keepwarm.server.edge.keys import ANONYMOUS, ROLE
+from keepwarm.server.edge.keys import ANONYMOUS
 from keepwarm.server.edge.memory import MemoryReturn
+from keepwarm.server.edge.scope_keys import ROLE
 from keepwarm.server.operations.metrics import Metrics
 from keepwarm.server.reply.choices import Choices
 from keepwarm.server.reply.facts import IGNORED, names_of
@@ -24,9 +25,8 @@ from keepwarm.service.async_engine import AsyncEngine
 from keepwarm.service.model_registry import Model
 from keepwarm.service.model_swapper import ModelSwapper
 
+# Not `keepwarm.__version__`: that module names MLX's loader, which the server must not import.
 VERSION = version("keepwarm")
-CONNECTIONS = "keepwarm.connections"
-"""The key under which a scope holds the open connections."""
 
 _log = logging.getLogger(__name__)
 

@@ -7,6 +7,7 @@ from starlette.types import Scope
 from keepwarm.server.dialects.agents import encode as agents
 from keepwarm.server.dialects.anthropic import encode as anthropic
 from keepwarm.server.dialects.openai import encode as openai
+from keepwarm.server.edge.scope_keys import REQUEST_ID
 from keepwarm.server.problems import Problem
 
 
@@ -36,7 +37,7 @@ def is_anthropic(scope: Scope) -> bool:
 
 def _body(scope: Scope, problem: Problem) -> bytes:
     if is_anthropic(scope):
-        return anthropic.error_body(problem, scope.get("keepwarm.request_id", ""))
+        return anthropic.error_body(problem, scope.get(REQUEST_ID, ""))
     path: str = scope["path"]
     if path.startswith("/v1/agents"):
         return agents.error_body(problem)

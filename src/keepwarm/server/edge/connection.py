@@ -18,8 +18,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from keepwarm.server.dialects.openai.encode import error_body
+from keepwarm.server.edge.scope_keys import CONNECTIONS
 from keepwarm.server.problems import Kind, Problem
-from keepwarm.server.serving import CONNECTIONS
 from keepwarm.server.settings import ServerConfig
 
 LINGER_S = 5.0
@@ -55,11 +55,11 @@ class Connection(HttpToolsProtocol):
         self._bounds = bounds
         self._num_unread_bytes = 0
         self._awaits_head = True
-        self._is_too_many = False
-        self._is_deaf = False
+        self._exceeds_bound = False
+        self._has_refused = False
         self._refusal: Problem | None = None
         self._deadline: asyncio.TimerHandle | None = None
-        self._stuck: asyncio.TimerHandle | None = None
+        self._reader_timer: asyncio.TimerHandle | None = None
 
     # -- what the client sends
 
@@ -67,25 +67,25 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         self.app = partial(_with, {CONNECTIONS: self.connections}, self.config.loaded_app)
         num_beyond = len(self.connections) - self._bounds.max_connections
-        self._is_too_many = num_beyond > 0
+        self._exceeds_bound = num_beyond > 0
         if num_beyond > MAX_REFUSED:
             transport.abort()
-        self._expect_within(LINGER_S if self._is_too_many else self._bounds.head_timeout_s)
+        self._set_deadline(LINGER_S if self._exceeds_bound else self._bounds.head_timeout_s)
 
     def data_received(self, data: bytes) -> None:
         if self._awaits_head:
-            self._expect_within(self._bounds.head_timeout_s)
+            self._set_deadline(self._bounds.head_timeout_s)
         # In pieces, because a head that is too long is noticed only after each.
         for start in range(0, len(data), _PIECE_BYTES):
-            if self._is_deaf or self.transport.is_closing():
+            if self._has_refused or self.transport.is_closing():
                 break
             self._read(data[start : start + _PIECE_BYTES])
-        if self._is_deaf:
+        if self._has_refused:
             self._drain_slowly()
 
     def _read(self, piece: bytes) -> None:
-        if self._is_too_many:
-            self._refuse(self._too_many())
+        if self._exceeds_bound:
+            self._refuse(self._too_many_connections())
             return
         self._num_unread_bytes += len(piece)
         super().data_received(piece)
@@ -107,7 +107,7 @@ class Connection(HttpToolsProtocol):
         if len(self.pipeline) >= MAX_PIPELINED:
             message = f"more than {MAX_PIPELINED} requests wait on this connection"
             self._stop_parser(Problem(400, Kind.INVALID, message))
-        self._met()
+        self._clear_deadline()
         self._awaits_head = False
         super().on_headers_complete()
 
@@ -120,17 +120,18 @@ class Connection(HttpToolsProtocol):
         self._num_unread_bytes = 0
         self._awaits_head = True
         if self.cycle.response_complete:
-            self._met()
-            self._expect_within(self._bounds.head_timeout_s)
+            self._clear_deadline()
+            self._set_deadline(self._bounds.head_timeout_s)
 
     # -- what the client is sent
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        # `close` waits until the client has read all, and writing is not paused for a short answer.
         if self.transport.is_closing():
-            self._expect_reading()
+            self._watch_reader()
         elif self.cycle.response_complete and self.cycle.more_body:
-            self._expect_within(LINGER_S)
+            self._set_deadline(LINGER_S)
 
     def timeout_keep_alive_handler(self) -> None:
         """End an idle connection. uvicorn's `close` would wait until the client has read all."""
@@ -138,15 +139,15 @@ class Connection(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._expect_reading()
+        self._watch_reader()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._has_read()
+        self._unwatch_reader()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._met()
-        self._has_read()
+        self._clear_deadline()
+        self._unwatch_reader()
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
@@ -155,34 +156,37 @@ class Connection(HttpToolsProtocol):
 
     # -- inside
 
-    def _expect_within(self, seconds: float) -> None:
+    def _set_deadline(self, seconds: float) -> None:
+        """Give the client this long to send what comes next; an earlier deadline stays."""
         if self._deadline is None:
-            self._deadline = self.loop.call_later(seconds, self._give_up)
+            self._deadline = self.loop.call_later(seconds, self._on_deadline)
 
-    def _met(self) -> None:
+    def _clear_deadline(self) -> None:
+        """Note that what was expected has come."""
         self._num_unread_bytes = 0
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
 
-    def _expect_reading(self) -> None:
+    def _watch_reader(self) -> None:
         """Abort the connection unless the client reads what it was sent, within `slow_reader_s`."""
-        if self._stuck is None:
-            self._stuck = self.loop.call_later(self._bounds.slow_reader_s, self.transport.abort)
+        if self._reader_timer is None:
+            limit_s = self._bounds.slow_reader_s
+            self._reader_timer = self.loop.call_later(limit_s, self.transport.abort)
 
-    def _has_read(self) -> None:
-        if self._stuck is not None:
-            self._stuck.cancel()
-            self._stuck = None
+    def _unwatch_reader(self) -> None:
+        if self._reader_timer is not None:
+            self._reader_timer.cancel()
+            self._reader_timer = None
 
-    def _give_up(self) -> None:
+    def _on_deadline(self) -> None:
         self._deadline = None
-        if self._is_deaf:
+        if self._has_refused:
             self.transport.abort()
-        elif self._is_too_many:
-            self._refuse(self._too_many())
+        elif self._exceeds_bound:
+            self._refuse(self._too_many_connections())
         elif self._is_answering:
-            self._expect_within(self._bounds.head_timeout_s)
+            self._set_deadline(self._bounds.head_timeout_s)
         elif self._num_unread_bytes and self._awaits_head:
             seconds = self._bounds.head_timeout_s
             self._refuse(Problem(408, Kind.INVALID, f"no whole head came in {seconds:g} seconds"))
@@ -196,7 +200,7 @@ class Connection(HttpToolsProtocol):
 
     def _refuse(self, problem: Problem) -> None:
         """Answer with the problem, unless a reply is under way, and read nothing more."""
-        self._is_deaf = True
+        self._has_refused = True
         _log.info("refused a connection: %s", problem.message)
         if self._is_answering:
             self.transport.abort()
@@ -204,15 +208,16 @@ class Connection(HttpToolsProtocol):
         self.transport.write(_document(problem))
         if self.transport.can_write_eof():
             self.transport.write_eof()
-        self._met()
-        self._expect_within(LINGER_S)
+        self._clear_deadline()
+        self._set_deadline(LINGER_S)
 
     def _drain_slowly(self) -> None:
+        """Pause reading for a moment; what is read after a refusal is thrown away."""
         if not self.transport.is_closing():
             self.transport.pause_reading()
-            self.loop.call_later(DRAIN_PAUSE_S, self._drain_on)
+            self.loop.call_later(DRAIN_PAUSE_S, self._read_on)
 
-    def _drain_on(self) -> None:
+    def _read_on(self) -> None:
         if not self.transport.is_closing():
             self.transport.resume_reading()
 
@@ -226,7 +231,7 @@ class Connection(HttpToolsProtocol):
         message = f"request line and headers are larger than {limit:,} bytes"
         return Problem(431, Kind.TOO_LARGE, message)
 
-    def _too_many(self) -> Problem:
+    def _too_many_connections(self) -> Problem:
         message = f"there are {self._bounds.max_connections:,} connections; see max_connections"
         return Problem(503, Kind.OVERLOADED, message, retry_after_s=5)
 

@@ -18,9 +18,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from keepwarm.server.dialects.errors import error_response
 from keepwarm.server.edge.body import BoundedBody, too_large
 from keepwarm.server.edge.decoding import readable
-from keepwarm.server.edge.keys import ANONYMOUS, OWNER, ROLE, Keyring
+from keepwarm.server.edge.keys import ANONYMOUS, OWNER, Keyring
 from keepwarm.server.edge.origins import Origins
 from keepwarm.server.edge.rate import RateLimit
+from keepwarm.server.edge.scope_keys import REQUEST_ID, ROLE
 from keepwarm.server.problems import Kind, NotAllowed, Problem
 from keepwarm.server.settings import ServerConfig
 
@@ -63,7 +64,7 @@ class Guard:
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
-        scope["keepwarm.request_id"] = request_id
+        scope[REQUEST_ID] = request_id
         request_id_of_context.set(request_id)
         watched = _Watched(send, request_id)
         started = time.perf_counter()

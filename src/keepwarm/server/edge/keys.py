@@ -7,9 +7,6 @@ from dataclasses import dataclass
 
 from keepwarm.server.settings import DEFAULT_NAMESPACE, ServerConfig
 
-ROLE = "keepwarm.role"
-"""The key under which a scope holds its caller's Role."""
-
 
 @dataclass(frozen=True, slots=True)
 class Role:

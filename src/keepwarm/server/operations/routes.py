@@ -14,9 +14,10 @@ from keepwarm.engine.snapshot import EngineSnapshot
 from keepwarm.server.dialects.agents.answers import AgentCard, card_of
 from keepwarm.server.dialects.openai.encode import OpenAIErrorBody
 from keepwarm.server.edge.guard import DOCS_FILES
+from keepwarm.server.edge.scope_keys import CONNECTIONS
 from keepwarm.server.models.cards import ModelCard
 from keepwarm.server.reply.json_answer import errors, json_answer
-from keepwarm.server.serving import CONNECTIONS, VERSION, AdminServingOf, Serving, ServingOf
+from keepwarm.server.serving import VERSION, AdminServingOf, Serving, ServingOf
 
 router = APIRouter(tags=["operations"], responses=errors(OpenAIErrorBody))
 

@@ -17,7 +17,7 @@ from keepwarm.core.errors import (
     DeletionRefused,
     InvalidRequest,
 )
-from keepwarm.core.stored import DEFAULT_SETTINGS, AgentSettings
+from keepwarm.core.stored import AgentSettings
 from keepwarm.engine.agents.book import AgentView
 from keepwarm.engine.agents.store_inbox import Commit
 from keepwarm.engine.agents.transfer import ExportSummary, ImportSummary
@@ -54,6 +54,8 @@ router = APIRouter(
 )
 
 MAX_PAGE = 1000
+SETTINGS = {"pinned", "priority", "quota_bytes", "overflow"}
+"""The fields of AgentBody that are settings of the engine's as well."""
 BUNDLE_TYPE = "application/x-tar"
 _BUNDLE = {"content": {BUNDLE_TYPE: {"schema": {"type": "string", "format": "binary"}}}}
 
@@ -87,14 +89,7 @@ async def put_agent(name: str, body: AgentBody, serving: ServingOf) -> Response:
     if body.kv_policy not in (None, "exact"):
         raise Unsupported("kv_policy", f"{body.kv_policy!r} does not exist yet; only exact does")
     agent_id = serving.caller.agent(name)
-
-    def put(fleet: Fleet) -> tuple[Commit, tuple[AgentDetails, bool]]:
-        engine = fleet.of(agent_id)
-        commit, is_new = _put(engine, agent_id, body)
-        return commit, (_details(engine, serving, agent_id), is_new)
-
-    durable, (details, is_new) = await serving.engine.change(put)
-    return json_answer(replace(details, durable=durable), 201 if is_new else 200)
+    return await _changed(serving, agent_id, lambda fleet: _put(fleet.of(agent_id), agent_id, body))
 
 
 @router.get("/{name}", response_model=AgentDetails)
@@ -157,24 +152,28 @@ async def fork(name: str, body: ForkBody, serving: ServingOf) -> Response:
     """Make a new agent that knows what this one knew after `at_turn` turns; nothing is copied."""
     agent_id, new_id = serving.caller.agent(name), serving.caller.agent(body.new_id)
 
-    def apply(fleet: Fleet) -> tuple[Commit, AgentDetails]:
-        commit = fleet.fork(agent_id, new_id, at_turn=body.at_turn)
-        return commit, _details(fleet.of(new_id), serving, new_id)
+    def apply(fleet: Fleet) -> tuple[Commit, int]:
+        return fleet.fork(agent_id, new_id, at_turn=body.at_turn), 201
 
-    durable, details = await serving.engine.change(apply)
-    return json_answer(replace(details, durable=durable), 201)
+    return await _changed(serving, new_id, apply)
 
 
 @router.post("/{name}/rollback", response_model=AgentDetails)
 async def rollback(name: str, body: RollbackBody, serving: ServingOf) -> Response:
     """Forget everything after the given number of turns."""
-    return await _changed(serving, name, lambda engine, i: engine.rollback(i, turn=body.turn))
+    agent_id = serving.caller.agent(name)
+
+    def apply(fleet: Fleet) -> tuple[Commit, int]:
+        return fleet.of(agent_id).rollback(agent_id, turn=body.turn), 200
+
+    return await _changed(serving, agent_id, apply)
 
 
 @router.post("/{name}/park", response_model=AgentDetails)
 async def park(name: str, serving: ServingOf) -> Response:
     """Save the agent and free its memory; its next turn comes from the disk."""
-    return await _changed(serving, name, lambda engine, i: engine.park(i))
+    agent_id = serving.caller.agent(name)
+    return await _changed(serving, agent_id, lambda fleet: (fleet.of(agent_id).park(agent_id), 200))
 
 
 @router.post("/{name}/prefetch", response_model=AgentDetails)
@@ -290,49 +289,33 @@ async def _stored_agent(serving: Serving, name: str) -> str:
         return agent_id
 
 
-def _put(engine: BlockPoolBatchEngine, agent_id: str, body: AgentBody) -> tuple[Commit, bool]:
-    """Create or configure the agent; returns whether it is new.
+def _put(engine: BlockPoolBatchEngine, agent_id: str, body: AgentBody) -> tuple[Commit, int]:
+    """Create the agent, or configure it; returns the status.
 
     Raises AgentExists where it has another system prompt.
     """
+    given = body.model_dump(include=SETTINGS, exclude_none=True)
     if not engine.knows(agent_id):
-        return engine.create(agent_id, system=body.system, settings=_settings(body)), True
+        return engine.create(agent_id, system=body.system, settings=AgentSettings(**given)), 201
     if body.system is not None and body.system != engine.system(agent_id):
         raise AgentExists(agent_id)
-    commit = engine.configure(
-        agent_id,
-        pinned=body.pinned,
-        priority=body.priority,
-        quota_bytes=body.quota_bytes,
-        overflow=body.overflow,
-    )
+    commit = engine.configure(agent_id, **given)
     if "quota_bytes" in body.model_fields_set and body.quota_bytes is None:
         commit = engine.lift_quota(agent_id)
-    return commit, False
-
-
-def _settings(body: AgentBody) -> AgentSettings:
-    default = DEFAULT_SETTINGS
-    return AgentSettings(
-        pinned=default.pinned if body.pinned is None else body.pinned,
-        priority=default.priority if body.priority is None else body.priority,
-        quota_bytes=body.quota_bytes,
-        overflow=default.overflow if body.overflow is None else body.overflow,
-    )
+    return commit, 200
 
 
 async def _changed(
-    serving: Serving, name: str, change: Callable[[BlockPoolBatchEngine, str], Commit]
+    serving: Serving, agent_id: str, change: Callable[[Fleet], tuple[Commit, int]]
 ) -> Response:
-    """Make a change, and show the agent after it, once the disk has answered."""
-    agent_id = serving.caller.agent(name)
+    """Make a change, which returns a status, and show the agent once the disk has answered."""
 
-    def apply(fleet: Fleet) -> tuple[Commit, AgentDetails]:
-        engine = fleet.of(agent_id)
-        return change(engine, agent_id), _details(engine, serving, agent_id)
+    def apply(fleet: Fleet) -> tuple[Commit, tuple[AgentDetails, int]]:
+        commit, status = change(fleet)
+        return commit, (_details(fleet.of(agent_id), serving, agent_id), status)
 
-    durable, details = await serving.engine.change(apply)
-    return json_answer(replace(details, durable=durable))
+    durable, (details, status) = await serving.engine.change(apply)
+    return json_answer(replace(details, durable=durable), status)
 
 
 async def _shown(serving: Serving, agent_id: str) -> Response:

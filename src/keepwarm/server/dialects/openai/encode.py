@@ -4,6 +4,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -165,7 +166,9 @@ class _Encoder:
     the object `keepwarm` of the last chunk repeats it.
     """
 
-    prefix: str
+    prefix: ClassVar[str]
+    chunk_object: ClassVar[str]
+    document: ClassVar[type[ChatCompletion | TextCompletion]]
     heartbeat = HEARTBEAT
 
     def __init__(
@@ -187,34 +190,42 @@ class _Encoder:
         self._ends: dict[int, Completed] = {}
 
     def finish(self) -> bytes:
-        return (self._last((), self._usage()) if self._with_usage else b"") + DONE
+        return (self._last(self._usage()) if self._with_usage else b"") + DONE
 
     def failed(self, problem: Problem) -> bytes:
         return unnamed_frame(error_body(problem))
 
+    def whole(self, ends: Sequence[Completed]) -> bytes:
+        self._ends = dict(enumerate(ends))
+        choices: list[Any] = [self._whole_choice(*item) for item in self._ends.items()]
+        told = (self._usage(), self._facts())
+        return _encode(self.document(self._id, self._created, self._model, choices, *told))
+
+    def _whole_choice(self, index: int, end: Completed) -> ChatChoice | TextChoice:
+        raise NotImplementedError
+
     def _end(self, choice: int, end: Completed, last: ChatChunkChoice | TextChoice) -> bytes:
         self._ends[choice] = end
         if self._with_usage or len(self._ends) < self._num_choices:
-            return self._frame((last,))
-        return self._last((last,), self._usage() if self._with_usage is None else None)
+            return self._frame(last)
+        return self._last(self._usage() if self._with_usage is None else None, last)
 
     def _usage(self) -> CompletionUsage:
-        return self._usage_of([self._ends[choice] for choice in sorted(self._ends)])
-
-    def _usage_of(self, ends: Sequence[Completed]) -> CompletionUsage:
+        ends = [self._ends[choice] for choice in sorted(self._ends)]
         return CompletionUsage.of(ends, self._num_per_prompt)
 
-    def _frame(self, choices: Sequence[ChatChunkChoice | TextChoice]) -> bytes:
-        return unnamed_frame(_encode(self._chunk_of(choices, None)))
+    def _facts(self) -> Facts:
+        return Facts.of(self._ends[0], self._ignored)
 
-    def _last(
-        self, choices: Sequence[ChatChunkChoice | TextChoice], usage: CompletionUsage | None
-    ) -> bytes:
-        chunk = self._chunk_of(choices, usage)
-        chunk.keepwarm = Facts.of(self._ends[0], self._ignored)
+    def _frame(self, *choices: ChatChunkChoice | TextChoice) -> bytes:
+        return unnamed_frame(_encode(self._chunk(choices, None)))
+
+    def _last(self, usage: CompletionUsage | None, *choices: ChatChunkChoice | TextChoice) -> bytes:
+        chunk = self._chunk(choices, usage)
+        chunk.keepwarm = self._facts()
         return unnamed_frame(_encode(chunk))
 
-    def _chunk_of(
+    def _chunk(
         self, choices: Sequence[ChatChunkChoice | TextChoice], usage: CompletionUsage | None
     ) -> Chunk:
         chunk = Chunk(self._id, self.chunk_object, self._created, self._model, choices)
@@ -222,64 +233,44 @@ class _Encoder:
             chunk.usage = usage
         return chunk
 
-    @property
-    def chunk_object(self) -> str:
-        raise NotImplementedError
-
 
 class ChatEncoder(_Encoder):
     """Writes `chat.completion` and its chunks."""
 
     prefix = "chatcmpl"
+    chunk_object = "chat.completion.chunk"
+    document = ChatCompletion
 
     def event(self, choice: int, event: Event) -> bytes:
         if isinstance(event, Started):
-            return self._chunk(choice, ReplyDelta(role="assistant", content=""))
+            return self._frame(ChatChunkChoice(choice, ReplyDelta(role="assistant", content="")))
         if isinstance(event, Delta) and event.text:
-            return self._chunk(choice, ReplyDelta(content=event.text))
+            return self._frame(ChatChunkChoice(choice, ReplyDelta(content=event.text)))
         if isinstance(event, Completed):
             last = ChatChunkChoice(choice, ReplyDelta(), finish_reason(event))
             return self._end(choice, event, last)
         return b""
 
-    def whole(self, ends: Sequence[Completed]) -> bytes:
-        choices = [
-            ChatChoice(index, ReplyMessage("assistant", end.text), finish_reason(end))
-            for index, end in enumerate(ends)
-        ]
-        told = (self._usage_of(ends), Facts.of(ends[0], self._ignored))
-        return _encode(ChatCompletion(self._id, self._created, self._model, choices, *told))
-
-    @property
-    def chunk_object(self) -> str:
-        return "chat.completion.chunk"
-
-    def _chunk(self, choice: int, delta: ReplyDelta) -> bytes:
-        return self._frame((ChatChunkChoice(choice, delta),))
+    def _whole_choice(self, index: int, end: Completed) -> ChatChoice:
+        return ChatChoice(index, ReplyMessage("assistant", end.text), finish_reason(end))
 
 
 class TextEncoder(_Encoder):
     """Writes `text_completion`, whole and in chunks."""
 
     prefix = "cmpl"
+    chunk_object = "text_completion"
+    document = TextCompletion
 
     def event(self, choice: int, event: Event) -> bytes:
         if isinstance(event, Delta) and event.text:
-            return self._frame((TextChoice(choice, event.text),))
+            return self._frame(TextChoice(choice, event.text))
         if isinstance(event, Completed):
             return self._end(choice, event, TextChoice(choice, "", finish_reason(event)))
         return b""
 
-    def whole(self, ends: Sequence[Completed]) -> bytes:
-        choices = [
-            TextChoice(index, end.text, finish_reason(end)) for index, end in enumerate(ends)
-        ]
-        told = (self._usage_of(ends), Facts.of(ends[0], self._ignored))
-        return _encode(TextCompletion(self._id, self._created, self._model, choices, *told))
-
-    @property
-    def chunk_object(self) -> str:
-        return "text_completion"
+    def _whole_choice(self, index: int, end: Completed) -> TextChoice:
+        return TextChoice(index, end.text, finish_reason(end))
 
 
 def finish_reason(end: Completed) -> str:
