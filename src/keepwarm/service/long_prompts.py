@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class LongPrompts:
-    """Owns the reader threads, `max_waiting` prompts wait for one. Belongs to the event loop."""
+    """Owns the reader threads, for which `max_waiting` prompts may wait. On the event loop."""
 
     def __init__(self, thread: EngineThread, *, max_waiting: int) -> None:
         self._thread = thread

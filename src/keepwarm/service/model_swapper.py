@@ -80,9 +80,9 @@ class ModelSwapper:
     """Owns the states of models and what waits for them. Belongs to the event loop's thread.
 
     The model that was wanted first is loaded next. Where memory is short, others make room: they
-    finish their requests, for at most `patience_s` seconds, and are then suspended; what is left of
-    their requests goes on when they return, which their requests ask for like any other. If a load
-    fails, the models that made room for it come back. `ask` runs a command on the engines' thread.
+    finish their requests, for at most `patience_s` seconds, and are suspended. Requests that are
+    left want the model back, and wait for it like all others. Where a load fails, the models that
+    made room for it come back first. `ask` runs a command on the engines' thread.
     """
 
     def __init__(

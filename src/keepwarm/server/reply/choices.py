@@ -79,7 +79,7 @@ async def _pumps() -> AsyncIterator[list[asyncio.Task[None]]]:
 
 
 async def _pump(number: int, stream: EventStream, merged: Merged) -> None:
-    # `merged` holds one event: a stream whose turn it is not merges its own events meanwhile.
+    # `merged` holds one event, so that what is not read stays in its stream, which merges it.
     async for event in stream:
         await merged.put((number, event))
 
