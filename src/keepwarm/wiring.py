@@ -19,8 +19,8 @@ from keepwarm.core.ports import LoadedModel
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
 from keepwarm.fleet.fleet import Fleet, NewEngine, Weights
 from keepwarm.server.app import build_app
-from keepwarm.server.dialects.agents.transfers import Transfers
 from keepwarm.server.operations.metrics import Metrics
+from keepwarm.server.reply.transfers import Transfers
 from keepwarm.server.serving import Shared
 from keepwarm.service.async_engine import AsyncEngine
 from keepwarm.service.model_registry import AutoLoad, Model, ModelRegistry, ModelSettings

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from engines import FakeFactory, fake_loaded, user
-from keepwarm.server.edge.json_body import MAX_OBJECTS, MAX_VALUES
+from keepwarm.server.dialects.json_body import MAX_OBJECTS, MAX_VALUES
 from keepwarm.testing.tokenizer import FakeTokenizer
 from servers import FakeServer, fake_server
 

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from engines import FakeFactory
-from keepwarm.server.dialects.agents.transfers import Transfers
+from keepwarm.server.reply.transfers import Transfers
 from keepwarm.store.disk.files import RecordFiles
 from servers import FakeServer, fake_server, say
 from sockets import RawClient

@@ -56,7 +56,9 @@ def build_app(shared: Shared) -> ASGIApp:
         Exception,
     ):
         api.add_exception_handler(error_type, _answer_error)
-    guarded: ASGIApp = Guard(api, shared.config, shared.metrics.observe_http)
+    guarded: ASGIApp = Guard(
+        api, shared.config, refuse=error_response, observe=shared.metrics.observe_http
+    )
     if shared.config.allowed_origins:
         guarded = CORSMiddleware(
             guarded,

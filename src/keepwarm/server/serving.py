@@ -11,7 +11,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from keepwarm.engine.requests import GenerateRequest, ReceiptKey
-from keepwarm.server.dialects.agents.transfers import Transfers
 from keepwarm.server.edge.caller import Caller
 from keepwarm.server.edge.keys import ANONYMOUS
 from keepwarm.server.edge.memory import MemoryReturn
@@ -20,6 +19,7 @@ from keepwarm.server.operations.metrics import Metrics
 from keepwarm.server.reply.choices import Choices
 from keepwarm.server.reply.facts import IGNORED, names_of
 from keepwarm.server.reply.reply import Encoder, StreamedReply, WholeReply
+from keepwarm.server.reply.transfers import Transfers
 from keepwarm.server.settings import ServerConfig
 from keepwarm.service.async_engine import AsyncEngine
 from keepwarm.service.model_registry import Model

@@ -15,7 +15,6 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from keepwarm.server.dialects.errors import error_response
 from keepwarm.server.edge.body import BoundedBody, too_large
 from keepwarm.server.edge.decoding import readable
 from keepwarm.server.edge.keys import ANONYMOUS, OWNER, Keyring
@@ -42,13 +41,23 @@ _access = logging.getLogger("keepwarm.access")
 
 
 class Guard:
-    """Wraps the whole application; `observe` is called with route, status and seconds of each."""
+    """Wraps the whole application.
+
+    `refuse` writes a problem in the dialect of the request's path. `observe` is called with the
+    route, the status and the seconds of every request.
+    """
 
     def __init__(
-        self, app: ASGIApp, config: ServerConfig, observe: Callable[[str, int, float], None]
+        self,
+        app: ASGIApp,
+        config: ServerConfig,
+        *,
+        refuse: Callable[[Scope, Problem], Response],
+        observe: Callable[[str, int, float], None],
     ) -> None:
         self._app = app
         self._config = config
+        self._refuse = refuse
         self._observe = observe
         self._origins = Origins(config)
         self._keyring = Keyring(config)
@@ -71,8 +80,7 @@ class Guard:
         try:
             await self._let_in(scope, headers, receive, watched)
         except NotAllowed as error:
-            response: Response = error_response(scope, error.problem)
-            await response(scope, receive, watched)
+            await self._refuse(scope, error.problem)(scope, receive, watched)
         finally:
             self._note(scope, watched.status, time.perf_counter() - started)
 

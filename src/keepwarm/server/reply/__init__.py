@@ -1,1 +1,1 @@
-"""A reply on its way to its client, whatever the dialect."""
+"""Replies and files on their way between the engine and a client, whatever the dialect."""

@@ -38,12 +38,12 @@ from keepwarm.server.dialects.agents.answers import (
 )
 from keepwarm.server.dialects.agents.encode import AgentEncoder
 from keepwarm.server.dialects.agents.schema import AgentBody, ForkBody, MessagesBody, RollbackBody
-from keepwarm.server.dialects.agents.transfers import SentFile, Unanswered, remove
 from keepwarm.server.dialects.fields import limit_of, seed_of, stops_of, time_limits
-from keepwarm.server.edge.json_body import BodyRoute
+from keepwarm.server.dialects.json_body import BodyRoute
 from keepwarm.server.problems import Unsupported
 from keepwarm.server.reply.json_answer import STREAMS, errors, json_answer
 from keepwarm.server.reply.tasks import unless_disconnected
+from keepwarm.server.reply.transfers import SentFile, Unanswered, remove
 from keepwarm.server.serving import Serving, ServingOf
 
 router = APIRouter(

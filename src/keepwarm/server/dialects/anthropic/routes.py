@@ -12,7 +12,7 @@ from keepwarm.server.dialects.anthropic.encode import (
 )
 from keepwarm.server.dialects.anthropic.schema import Conversation, MessagesRequest
 from keepwarm.server.dialects.anthropic.translate import is_begun, messages_of, translate_messages
-from keepwarm.server.edge.json_body import BodyRoute
+from keepwarm.server.dialects.json_body import BodyRoute
 from keepwarm.server.reply.json_answer import STREAMS, errors, json_answer
 from keepwarm.server.serving import ServingOf
 

@@ -6,6 +6,7 @@ from typing import TypeVar
 from fastapi import APIRouter
 from starlette.responses import Response
 
+from keepwarm.server.dialects.json_body import BodyRoute
 from keepwarm.server.dialects.openai.encode import (
     ChatCompletion,
     ChatEncoder,
@@ -20,7 +21,6 @@ from keepwarm.server.dialects.openai.translate import (
     translate_completion,
 )
 from keepwarm.server.edge.caller import Caller
-from keepwarm.server.edge.json_body import BodyRoute
 from keepwarm.server.problems import Unsupported
 from keepwarm.server.reply.json_answer import STREAMS, errors
 from keepwarm.server.serving import Serving, ServingOf
