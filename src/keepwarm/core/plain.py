@@ -1,14 +1,14 @@
-"""What a message may be made of: values that JSON has, and that everything that reads it can hold.
+"""Plain values: what a message may consist of, because JSON and every reader of it can hold them.
 
-Whatever is kept with a turn is written to the catalogue, shown by the API and carried in bundles.
-One check at each door, a request's and a bundle's, keeps out what any of them could not give back.
+All that is kept with a turn is written to the catalogue, shown by the API and carried in bundles.
+Requests and imported bundles are checked once, where they come in, so that none of these can fail.
 """
 
 import math
 from collections.abc import Mapping
 
 MAX_DEPTH = 64
-"""How deep a message's values may be nested, like the arguments of a tool call."""
+"""How deep a message's values may be nested; the arguments of a tool call are the deep ones."""
 MIN_INT = -(1 << 63)
 MAX_INT = (1 << 64) - 1
 
@@ -16,11 +16,11 @@ Plain = None | bool | int | float | str | list["Plain"] | dict[str, "Plain"]
 
 
 class NotPlain(Exception):
-    """What is wrong with a value; the door knows whose it is."""
+    """What is wrong with a value, as the end of a sentence that begins with whose value it is."""
 
 
 def plain(value: object, depth: int = 0) -> Plain:
-    """A copy of the value as JSON gives it back: tuples are lists. Raises NotPlain."""
+    """Copy the value as JSON would give it back: tuples become lists. Raises NotPlain."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -37,12 +37,12 @@ def plain(value: object, depth: int = 0) -> Plain:
 
 
 def plain_object(value: Mapping[str, object], depth: int = 0) -> dict[str, Plain]:
-    """The same for what is an object, like a whole message."""
+    """Copy an object, like a whole message, as JSON would give it back. Raises NotPlain."""
     return {_key(key): plain(item, depth + 1) for key, item in value.items()}
 
 
 def check_text(text: str) -> None:
-    """Raise NotPlain when the text has half of a surrogate pair: no tokenizer takes it."""
+    """Raise NotPlain for half of a surrogate pair in the text, which no tokenizer takes."""
     if text.isascii():
         return
     try:
@@ -65,7 +65,7 @@ def _key(key: object) -> str:
 
 
 def _number(number: float) -> float:
-    """JSON's grammar bounds no number; what other programs can read has 64 bits."""
+    """Refuse numbers that JSON's grammar allows but other programs cannot read: over 64 bits."""
     if isinstance(number, int):
         if not MIN_INT <= number <= MAX_INT:
             raise NotPlain("has a whole number of more than 64 bits")

@@ -1,7 +1,8 @@
 """Makes MLX fast on Linux's CPU device: an optimised BLAS and a malloc that keeps its pages.
 
-Both have to happen before the first `import mlx.core`; `keepwarm.mlx_backend` sees to that. This
-module must therefore never import MLX.
+Both must be in place before the first `import mlx.core`, so `keepwarm.mlx_backend` calls this
+before anything else, and this module never imports MLX. MLX 0.32.4 takes the BLAS functions that
+the process has already loaded; its own are a slow reference.
 """
 
 import ctypes
@@ -17,9 +18,9 @@ from pathlib import Path
 
 BLAS_VARIABLE = "KEEPWARM_BLAS"
 
-# Makes MKL's sums independent of alignment and of the number of threads; costs nothing measurable
-# (docs/adr/0001-blas-on-the-cpu.md).
 MKL_REPRODUCIBLE = "AUTO,STRICT"
+"""Makes MKL's sums independent of alignment and of the number of threads, at no measurable cost
+(docs/adr/0001-blas-on-the-cpu.md)."""
 
 # glibc's malloc.h. Fresh pages are slow, so freed memory stays with the process (at most
 # _TRIM_BYTES at the top of the heap). One arena: the others are mmapped whatever M_MMAP_MAX says.
@@ -40,7 +41,7 @@ _CUDA_DISTS = ("mlx-cuda-13", "mlx-cuda-12")
 
 @dataclass(frozen=True, slots=True)
 class CpuSetup:
-    """What was found and done for the CPU device; `doctor` shows it."""
+    """What was found and done for the CPU device, as `doctor` shows it."""
 
     needed: bool
     """False where MLX computes elsewhere or brings its own BLAS (macOS, CUDA)."""
@@ -50,7 +51,7 @@ class CpuSetup:
     mkl_cbwr: str | None = None
     malloc_tuned: bool = False
     too_late: bool = False
-    """`mlx.core` was imported before: nothing was changed."""
+    """Whether `mlx.core` had been imported before, so that nothing was changed."""
     problems: tuple[str, ...] = ()
 
     @property
@@ -66,7 +67,7 @@ class _LoadedBlas:
 
 
 def prepare_cpu() -> CpuSetup:
-    """Load a BLAS for MLX to find, and tune malloc. Warns when it is too late or finds none."""
+    """Load a BLAS for MLX to find, and tune malloc. Warns when it is too late or none is found."""
     if platform.system() != "Linux" or _has_cuda_device():
         return CpuSetup(needed=False)
     if "mlx.core" in sys.modules:
@@ -123,7 +124,7 @@ def _tune_malloc() -> bool:
 
 
 def _set_defaults(num_threads: int) -> None:
-    """The BLAS libraries read these when they are loaded. What the user has set wins."""
+    """Set the variables that BLAS libraries read when they are loaded, unless the user has."""
     os.environ.setdefault("MKL_CBWR", MKL_REPRODUCIBLE)
     os.environ.setdefault("MKL_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", str(num_threads)))
     os.environ.setdefault(
@@ -137,7 +138,7 @@ def _threads_in_use(default: int, *, is_mkl: bool) -> int:
 
 
 def _candidates() -> Iterator[str]:
-    """Paths or names for dlopen, best first. `KEEPWARM_BLAS` replaces them; `none` means none."""
+    """Paths or names for dlopen, best first. `KEEPWARM_BLAS` replaces them all, or is `none`."""
     chosen = os.environ.get(BLAS_VARIABLE)
     if chosen is not None:
         if chosen != "none":

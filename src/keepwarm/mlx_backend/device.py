@@ -1,4 +1,4 @@
-"""What MLX computes on, for people."""
+"""The device that MLX computes on."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,14 +8,17 @@ import mlx.core as mx
 
 @dataclass(frozen=True, slots=True)
 class Device:
+    """A device by its kind, its name for people, and its memory."""
+
     kind: str
     """`metal`, `cuda` or `cpu`."""
     name: str
     memory_bytes: int | None
-    """The device's own (or unified) memory, where MLX says it."""
+    """The device's own (or unified) memory; None where MLX does not say it."""
 
 
 def current_device() -> Device:
+    """MLX's default device."""
     facts: dict[str, Any] = dict(mx.device_info())
     memory = facts.get("memory_size") or facts.get("total_memory")
     return Device(

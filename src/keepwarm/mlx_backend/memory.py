@@ -29,10 +29,10 @@ _metal_users_lock = threading.Lock()
 
 
 def device_bytes() -> int:
-    """What weights and KV together may take on this device.
+    """How many bytes weights and KV together may take on this device.
 
-    Metal's recommended working set, a CUDA device's own memory, or most of the RAM that the machine
-    or its control group gives this process.
+    Metal's recommended working set, a CUDA device's own free memory, or most of the RAM that the
+    machine, its control group and its limits give this process.
     """
     facts: dict[str, Any] = dict(mx.device_info())
     device = current_device()
@@ -44,7 +44,7 @@ def device_bytes() -> int:
 
 
 def release_memory() -> None:
-    """After a model has gone: free its arrays, MLX's cache of buffers, and the allocator's."""
+    """Free what a released model leaves: its arrays, MLX's cache of buffers, and malloc's pages."""
     gc.collect()
     mx.clear_cache()
     if sys.platform == "linux":
@@ -66,9 +66,10 @@ def _ram_bytes() -> int:
 
 
 def raise_metal_limits() -> Callable[[], None]:
-    """Let MLX wire its recommended working set and bound its buffer cache; returns the undoing.
+    """Let MLX wire its recommended working set, and bound its buffer cache.
 
-    With several models the limits are raised with the first and restored with the last.
+    Returns what undoes it. With several models the limits are raised with the first and restored
+    with the last. Does nothing where MLX does not compute on Metal.
     """
     if not mx.metal.is_available() or mx.default_device() != mx.gpu:
         return lambda: None
@@ -78,7 +79,7 @@ def raise_metal_limits() -> Callable[[], None]:
 
 
 def _raise_limits() -> tuple[int, int]:
-    """Returns the limits that there were."""
+    """Raise the limits, and return what they were."""
     recommended_bytes = int(mx.device_info()["max_recommended_working_set_size"])
     wired_before = mx.set_wired_limit(recommended_bytes)
     return wired_before, mx.set_cache_limit(recommended_bytes // METAL_CACHE_SHARE)

@@ -1,8 +1,8 @@
-"""A clock that a test moves."""
+"""A clock that only a test moves."""
 
 
 class FakeClock:
-    """Seconds that pass a little with each look at them, as real ones do.
+    """Promises seconds that grow by `tick_s` with each reading, and by what `advance` is given.
 
     >>> clock = FakeClock(tick_s=0.5)
     >>> clock(), clock()

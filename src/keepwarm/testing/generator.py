@@ -1,4 +1,4 @@
-"""A generator without tensors whose tokens depend on every id before them."""
+"""A generator without tensors, whose tokens depend on every id before them."""
 
 from array import array
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def kv_of(previous: int, token_id: int) -> int:
 
 @dataclass(slots=True, eq=False)
 class FakePayload:
-    """A copy of a run of fake KV."""
+    """The fake KV of a run of tokens, an integer each; it is a copy, as the port demands."""
 
     values: tuple[int, ...]
     token_bytes: int
@@ -39,7 +39,7 @@ class FakePayload:
 
 @dataclass(slots=True, eq=False)
 class FakeSlab:
-    """A slab that knows whether it is in a row, was dismantled, and how often it was copied."""
+    """A slab of fake KV that knows the row it is in, and whether it was dismantled."""
 
     capacity_tokens: int
     token_bytes: int
@@ -62,15 +62,19 @@ class FakeSlab:
 
 
 class GeneratorFault(RuntimeError):
-    """What the fake raises when it was told to fail."""
+    """What the fake raises where `fail_at` tells it to fail."""
 
 
 class FakeBatchGenerator:
     """Implements `BatchGenerator` over integers, strictly: misuse raises InvariantBroken.
 
-    The next token is a function of the KV of all tokens so far, so a wrong, stale or missing piece
-    of cache changes the reply. `script` fixes replies instead: a row's draw n gives script[n].
-    `fail_at` holds the ordinals of prefill and decode calls that raise GeneratorFault half-way.
+    Promises that the next token is a function of the KV of all tokens so far, so that a wrong,
+    stale or missing piece of cache changes the reply. `script` fixes replies instead: a row's draw
+    n gives script[n]. `fail_at` holds the ordinals, from 1, of the prefill and decode calls that
+    raise GeneratorFault half-way.
+
+    Records what it was asked to do: `num_calls` (prefills and decodes), `num_copied_tokens`,
+    `prefilled` (row and number of tokens of each prefill) and `batch_sizes` (rows of each decode).
     """
 
     def __init__(

@@ -1,10 +1,11 @@
-"""Sources of models that need no weights."""
+"""A source of models that are there already, in place of folders and weights."""
 
 from typing import Protocol
 
 from keepwarm.core.ports import LoadedModel
 
 ROOM_BYTES = 1 << 62
+"""More memory than any test's models need."""
 
 
 class _Named(Protocol):
@@ -16,9 +17,10 @@ class _Named(Protocol):
 
 
 class FixedSource:
-    """Implements the swapper's `ModelSource` with models that are there already.
+    """Implements the swapper's `ModelSource` over loaded models.
 
-    They are found by name, and as large as `sizes` say; any other name is the first one.
+    Promises that `load` returns at once: the model of that name, or the first one for any other
+    name. `sizes`: what each is measured as, in bytes; 0 for others. `room`: bytes of memory.
     """
 
     def __init__(

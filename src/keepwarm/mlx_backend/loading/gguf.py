@@ -42,8 +42,8 @@ Weights = dict[str, mx.array]
 
 
 def convert(gguf_path: Path, folder: Path) -> None:
-    """Write config, weights and tokenizer of a llama GGUF as mlx-lm wants them."""
-    # MLX's type for this call is a union over every kind of file.
+    """Write a llama GGUF's config, weights and tokenizer into the folder. Raises ModelLoadError."""
+    # MLX's type for this call (0.32.4) is a union over every kind of file.
     tensors, info = cast(
         "tuple[Weights, dict[str, Any]]", mx.load(str(gguf_path), return_metadata=True)
     )
@@ -58,7 +58,7 @@ def convert(gguf_path: Path, folder: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class GGUFFacts:
-    """The file's metadata, read by key and type."""
+    """A GGUF's metadata, read by key and type. Raises ModelLoadError for a key that is missing."""
 
     path: Path
     values: Mapping[str, Any]
@@ -92,6 +92,7 @@ class GGUFFacts:
 
 
 def model_config(facts: GGUFFacts) -> dict[str, Any]:
+    """The config.json that mlx-lm reads. Raises ModelLoadError unless it is a llama."""
     architecture = facts.text("general.architecture")
     if architecture != "llama":
         raise ModelLoadError(
@@ -121,7 +122,7 @@ def model_config(facts: GGUFFacts) -> dict[str, Any]:
 
 
 def mlx_weights(tensors: Mapping[str, mx.array], facts: GGUFFacts) -> Weights:
-    """mlx-lm's names and row order; float32 norms as float16, the dtype of the scales."""
+    """The tensors in mlx-lm's names and row order, with float16 norms like the scales."""
     heads = {
         "attn_q": facts.integer("llama.attention.head_count"),
         "attn_k": facts.integer("llama.attention.head_count_kv"),
@@ -138,12 +139,12 @@ def _kind(name: str) -> str:
 
 
 def _as_float16(tensor: mx.array) -> mx.array:
-    """The norms: bfloat16 in the original, so nothing is rounded. Packed weights stay packed."""
+    """Make float32 norms float16; they were bfloat16 once, so nothing is rounded."""
     return tensor.astype(mx.float16) if tensor.dtype == mx.float32 else tensor
 
 
 def _undo_rope_interleave(tensor: mx.array, num_heads: int | None) -> mx.array:
-    """GGUF's llama layout pairs the two halves of each head row by row; mlx-lm keeps halves."""
+    """Reorder the rows of q or k: GGUF interleaves the two halves of each head for RoPE."""
     if num_heads is None:
         return tensor
     pairs = tensor.reshape(num_heads, tensor.shape[0] // num_heads // 2, 2, *tensor.shape[1:])
@@ -163,7 +164,7 @@ def _mlx_name(name: str, facts: GGUFFacts) -> str:
 
 
 def build_tokenizer(facts: GGUFFacts) -> Tokenizer:
-    """Byte-level BPE that splits digits one by one, as GGUF's `smollm` pre-tokenizer does."""
+    """Build a byte-level BPE that splits digits one by one, as GGUF's `smollm` pre-tokenizer."""
     pre = facts.text("tokenizer.ggml.pre")
     if pre != "smollm":
         raise ModelLoadError(
@@ -193,6 +194,7 @@ def _pair(merge: str) -> tuple[str, str]:
 
 
 def special_tokens(facts: GGUFFacts) -> list[str]:
+    """The tokens that the GGUF marks as control or user-defined."""
     tokens = facts.texts("tokenizer.ggml.tokens")
     types = facts.integers("tokenizer.ggml.token_type")
     special_types = {_CONTROL_TOKEN, _USER_DEFINED_TOKEN}
@@ -200,6 +202,7 @@ def special_tokens(facts: GGUFFacts) -> list[str]:
 
 
 def tokenizer_config(facts: GGUFFacts) -> dict[str, Any]:
+    """The tokenizer_config.json that transformers reads."""
     tokens = facts.texts("tokenizer.ggml.tokens")
 
     def token(role: str) -> str:
