@@ -11,7 +11,7 @@ from keepwarm import BlockPool, BlockPoolBatchEngine, load_model
 from keepwarm.core.agent import Tier
 from keepwarm.core.events import Completed, Delta, Event, FinishReason
 from keepwarm.core.ports import LoadedModel
-from keepwarm.engine.prompt.reply_text import ReplyText
+from keepwarm.engine.reply.reply_text import ReplyText
 
 pytestmark = pytest.mark.slow
 

@@ -17,7 +17,7 @@ from keepwarm.core.ports import Piece
 from keepwarm.core.transcript import EMPTY, Transcript
 from keepwarm.engine.prompt.continuation import Prompt, TextContinuation
 from keepwarm.engine.prompt.prompt_encoder import PromptEncoder
-from keepwarm.engine.prompt.reply_text import Reply, ReplyText
+from keepwarm.engine.reply.reply_text import Reply, ReplyText
 from keepwarm.mlx_backend.text.detokenizer import bytes_of_token
 from keepwarm.mlx_backend.text.special_tokens import Shield
 from keepwarm.mlx_backend.text.tokenizer import HFTokenizer

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from engines import assistant, fake_engine, run, user
 from keepwarm.core.errors import InvalidRequest, TemplateRefused
 from keepwarm.core.ports import Message, Piece
-from keepwarm.engine.prompt.adaptation import JOINT, adapt
-from keepwarm.engine.prompt.chat_renderer import ChatRenderer
-from keepwarm.engine.prompt.template_traits import (
+from keepwarm.engine.prompt.template.adaptation import JOINT, adapt
+from keepwarm.engine.prompt.template.chat_renderer import ChatRenderer
+from keepwarm.engine.prompt.template.traits import (
     ABSENT,
     AS_SENT,
     Beside,

@@ -14,7 +14,7 @@ from keepwarm.engine.prompt.continuation import IdsContinuation, Prompt, TextCon
 from keepwarm.engine.prompt.divergence import Reason
 from keepwarm.engine.prompt.messages import validate_messages
 from keepwarm.engine.prompt.prompt_encoder import PromptEncoder
-from keepwarm.engine.prompt.reply_text import Reply, ReplyText
+from keepwarm.engine.reply.reply_text import Reply, ReplyText
 from keepwarm.testing.tokenizer import IM_END, IM_START, FakeTokenizer, special_piece
 
 TOKENIZER = FakeTokenizer()

@@ -5,8 +5,8 @@ from collections.abc import Collection, Sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keepwarm.engine.prompt.reply_text import Emitted, Reply, ReplyText
-from keepwarm.engine.prompt.stop_strings import StopMatch
+from keepwarm.engine.reply.reply_text import Emitted, Reply, ReplyText
+from keepwarm.engine.reply.stop_strings import StopMatch
 from keepwarm.testing.tokenizer import IM_START, FakeTokenizer, special_piece
 
 TOKENIZER = FakeTokenizer()

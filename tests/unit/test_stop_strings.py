@@ -3,7 +3,7 @@
 import pytest
 
 from keepwarm.core.errors import InvalidRequest
-from keepwarm.engine.prompt.stop_strings import (
+from keepwarm.engine.reply.stop_strings import (
     MAX_STOP_BYTES,
     MAX_STOPS,
     StopMatch,

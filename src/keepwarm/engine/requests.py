@@ -13,7 +13,7 @@ from keepwarm.core.ports import Message, Sampling
 from keepwarm.core.stored import MAX_QUOTA_BYTES, AgentSettings, Overflow
 from keepwarm.core.transcript import MAX_DIGEST_CHARS, MAX_KEY_CHARS, is_receipt_key
 from keepwarm.engine.prompt.old_messages import mend
-from keepwarm.engine.prompt.stop_strings import validate_stop
+from keepwarm.engine.reply.stop_strings import validate_stop
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._:@+-]{0,127}"
 NAMESPACE = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"

@@ -9,7 +9,6 @@ from keepwarm.core.errors import InvalidRequest
 from keepwarm.core.policies import reply_room, shortened_limit
 from keepwarm.core.ports import Piece, Tokenizer
 from keepwarm.core.transcript import EMPTY, Transcript
-from keepwarm.engine.prompt.chat_renderer import ChatRenderer, Rendered
 from keepwarm.engine.prompt.continuation import (
     Continuation,
     IdsContinuation,
@@ -27,6 +26,7 @@ from keepwarm.engine.prompt.line_choice import KnownLine, choose_line
 from keepwarm.engine.prompt.message_at import message_at
 from keepwarm.engine.prompt.messages import Conversation, opening, validate_messages
 from keepwarm.engine.prompt.prompt_encoder import Guard, PromptEncoder, unguarded
+from keepwarm.engine.prompt.template.chat_renderer import ChatRenderer, Rendered
 from keepwarm.engine.requests import PromptSource, valid_text, valid_token_ids
 
 

@@ -18,7 +18,7 @@ from keepwarm.core.sequence import TokenSequence
 from keepwarm.core.transcript import Receipt
 from keepwarm.engine.agents.book import Line
 from keepwarm.engine.prompt.divergence import Divergence, Reason
-from keepwarm.engine.prompt.reply_text import Emitted, Reply, ReplyText
+from keepwarm.engine.reply.reply_text import Emitted, Reply, ReplyText
 from keepwarm.engine.requests import ReceiptKey
 from keepwarm.engine.turn.intake import Wanted
 

@@ -11,7 +11,7 @@ from keepwarm.core.ports import Tokenizer
 from keepwarm.core.sequence import TokenSequence
 from keepwarm.engine.agents.book import AgentBook, history
 from keepwarm.engine.agents.store_inbox import StoreInbox
-from keepwarm.engine.prompt.reply_text import ReplyText
+from keepwarm.engine.reply.reply_text import ReplyText
 from keepwarm.engine.requests import Asked
 from keepwarm.engine.turn.active_request import ActiveRequest
 from keepwarm.engine.turn.intake import Wanted

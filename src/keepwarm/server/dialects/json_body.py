@@ -10,7 +10,7 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
 from keepwarm.core.errors import InvalidRequest, TooManyMessages
-from keepwarm.engine.prompt.stop_strings import check_num_stops
+from keepwarm.engine.reply.stop_strings import check_num_stops
 from keepwarm.server.serving import Shared
 
 MAX_OBJECTS = 150_000

@@ -11,8 +11,8 @@ from itertools import takewhile
 from typing import Any
 
 from keepwarm.core.ports import Message
-from keepwarm.engine.prompt.call_forms import CALL_STEPS, Messages, Note, Step
-from keepwarm.engine.prompt.template_traits import Traits
+from keepwarm.engine.prompt.template.call_forms import CALL_STEPS, Messages, Note, Step
+from keepwarm.engine.prompt.template.traits import Traits
 
 JOINT = "\n\n"
 """Separates the contents of messages that become one."""

@@ -6,8 +6,8 @@ from functools import cached_property
 
 from keepwarm.core.errors import TemplateRefused
 from keepwarm.core.ports import Message, Piece, Tokenizer
-from keepwarm.engine.prompt.adaptation import JOINT, Adapted, adapt
-from keepwarm.engine.prompt.template_traits import Traits, traits_of
+from keepwarm.engine.prompt.template.adaptation import JOINT, Adapted, adapt
+from keepwarm.engine.prompt.template.traits import Traits, traits_of
 
 _MARK = "8c1e5a07f3b24d69"
 """Stands where the reply will; the last one in a prompt is ours, whatever was said before."""

@@ -8,7 +8,7 @@ from itertools import islice, takewhile
 from typing import Any
 
 from keepwarm.core.plain import NotPlain, plain
-from keepwarm.engine.prompt.template_traits import Beside, CallTraits, Traits, with_content
+from keepwarm.engine.prompt.template.traits import Beside, CallTraits, Traits, with_content
 
 Messages = list[dict[str, Any]]
 Note = Callable[[str], None]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from keepwarm.core.ports import Detokenizer
 from keepwarm.core.transcript import Span
-from keepwarm.engine.prompt.stop_strings import StopMatch, StopSearch
+from keepwarm.engine.reply.stop_strings import StopMatch, StopSearch
 
 
 @dataclass(frozen=True, slots=True)
