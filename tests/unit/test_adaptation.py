@@ -2,11 +2,11 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from engines import assistant, fake_engine, run, user
@@ -72,13 +72,24 @@ MESSAGES = st.one_of(
 CONVERSATIONS = st.lists(MESSAGES, min_size=1, max_size=8)
 
 
+def says_something(message: Message) -> bool:
+    return message["role"] != "assistant" or bool(message["content"] or message.get("tool_calls"))
+
+
 @given(messages=CONVERSATIONS, following=CONVERSATIONS, traits=TRAITS)
+@example(
+    messages=[assistant("")],
+    following=[user("two")],
+    traits=replace(AS_SENT, empty_answers=False),
+)
 def test_what_follows_a_reply_changes_nothing_before_it(
     messages: list[Message], following: list[Message], traits: Traits
 ) -> None:
     before = adapt(messages, traits).messages
     after = adapt([*messages, assistant("said"), *following], traits).messages
-    if before[-1]["role"] != "assistant" or traits.assistants_in_a_row:
+    if not traits.empty_answers and not any(map(says_something, messages)):
+        assert after[0]["content"] != before[0]["content"] == ""  # a prompt needs a message
+    elif before[-1]["role"] != "assistant" or traits.assistants_in_a_row:
         assert list(after[: len(before)]) == list(before)
     else:  # the reply goes on with the last message
         assert list(after[: len(before) - 1]) == list(before[:-1])

@@ -90,7 +90,10 @@ def _as_user(message: dict[str, Any], note: Note) -> dict[str, Any]:
 
 
 def _leave_out_empty_answers(messages: Messages, traits: Traits, note: Note) -> Messages:
-    """Drop an assistant's messages that say nothing and call nothing."""
+    """Drop an assistant's messages that say nothing and call nothing, unless there are no others.
+
+    A template gets at least one message; such a prompt begins otherwise once something is said.
+    """
 
     def is_said(message: dict[str, Any]) -> bool:
         is_answer = message["role"] == "assistant" and not message.get("tool_calls")
