@@ -11,7 +11,7 @@ from keepwarm.core.agent_store import AgentStore
 from keepwarm.core.events import Completed, Delta, Event, Failed
 from keepwarm.core.layout import BLOCK_TOKENS
 from keepwarm.core.policies import EngineConfig
-from keepwarm.core.ports import LoadedModel, RowInput
+from keepwarm.core.ports import LoadedModel, RowInput, Tokenizer
 from keepwarm.kv.tiers import Tiers
 from keepwarm.testing.clock import FakeClock
 from keepwarm.testing.generator import (
@@ -83,7 +83,7 @@ def _pause(generator: FakeBatchGenerator, pause_s: float) -> None:
 def fake_loaded(
     *,
     factory: FakeFactory | None = None,
-    tokenizer: FakeTokenizer = TOKENIZER,
+    tokenizer: Tokenizer = TOKENIZER,
     max_context_tokens: int = 100_000,
     fingerprint: str = "fake",
 ) -> LoadedModel:
@@ -103,7 +103,7 @@ def fake_engine(
     *,
     num_blocks: int | None = None,
     max_context_tokens: int = 100_000,
-    tokenizer: FakeTokenizer = TOKENIZER,
+    tokenizer: Tokenizer = TOKENIZER,
     factory: FakeFactory | None = None,
     store: AgentStore | None = None,
     fingerprint: str = "fake",

@@ -25,6 +25,7 @@ LLAMA_TEMPLATE = (
 def smollm2_tokenizer(folder: Path) -> Any:
     """Read the embedded model's tokenizer from its GGUF, without the weights."""
     path = embedded_source().path
+    metadata: Any
     _, metadata = mx.load(str(path), return_metadata=True)
     facts = GGUFFacts(path, metadata)
     build_tokenizer(facts).save(str(folder / "tokenizer.json"))

@@ -7,6 +7,7 @@ import pytest
 
 from keepwarm.bench.compare import (
     FLOAT32_BOUNDS,
+    Difference,
     as_floats,
     bounds_from,
     difference,
@@ -27,7 +28,7 @@ def recording() -> Recording:
     return Recording(PROMPT_TOKENS, tokens, logits, kv, "text")
 
 
-def found(reference: Recording, other: Recording):  # noqa: ANN201
+def found(reference: Recording, other: Recording) -> Difference:
     return difference(
         reference, other, dtype="float32", bounds=FLOAT32_BOUNDS, forbidden=frozenset()
     )

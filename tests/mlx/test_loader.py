@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -29,8 +30,13 @@ def folder(tmp_path: Path) -> Path:
     return write_tiny_model(tmp_path / "tiny")
 
 
+def weights_of(loaded: LoadedModel) -> dict[str, mx.array]:
+    model: Any = loaded.model
+    return dict(tree_flatten(model.parameters()))
+
+
 def dtypes_of(loaded: LoadedModel) -> set[mx.Dtype]:
-    return {array.dtype for _, array in tree_flatten(loaded.model.parameters())}
+    return {array.dtype for array in weights_of(loaded).values()}
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
@@ -103,7 +109,7 @@ def test_the_cpu_dequantises_without_rounding(tmp_path: Path, home: Path) -> Non
     loaded = load_model(folder, home=home)
 
     assert dtypes_of(loaded) == {mx.float32}
-    weight = dict(tree_flatten(loaded.model.parameters()))[f"{prefix}.weight"]
+    weight = weights_of(loaded)[f"{prefix}.weight"]
     assert mx.array_equal(weight, exact)
 
 

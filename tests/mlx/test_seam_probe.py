@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -13,8 +14,8 @@ from keepwarm.mlx_backend.compute.seam_probe import check_seam
 
 
 @pytest.fixture
-def attention_module(smollm2: LoadedModel) -> Iterator[object]:
-    module = sys.modules[type(smollm2.model).__module__]
+def attention_module(smollm2: LoadedModel) -> Iterator[Any]:
+    module: Any = sys.modules[type(smollm2.model).__module__]
     kept = module.scaled_dot_product_attention
     yield module
     module.scaled_dot_product_attention = kept
@@ -25,11 +26,11 @@ def test_smollm2_fits(smollm2: LoadedModel) -> None:
 
 
 def test_attention_that_passes_the_seam_by_is_found(
-    smollm2: LoadedModel, attention_module: object
+    smollm2: LoadedModel, attention_module: Any
 ) -> None:
     original = getattr(attention_module.scaled_dot_product_attention, attention_hook._MARK)
 
-    def past_the_seam(q: mx.array, k: mx.array, v: mx.array, cache: object, **more: object):  # noqa: ANN202
+    def past_the_seam(q: mx.array, k: mx.array, v: mx.array, cache: object, **more: object) -> Any:
         return original(q, k, v, cache=None, **more)
 
     setattr(past_the_seam, attention_hook._MARK, original)

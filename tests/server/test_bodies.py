@@ -11,9 +11,13 @@ import httpx
 import pytest
 from starlette.types import Message
 
-from keepwarm.server.edge.decoding import PIECE_BYTES, readable, zstd
+from keepwarm.server.edge import decoding
+from keepwarm.server.edge.decoding import PIECE_BYTES, readable
 from keepwarm.server.problems import NotAllowed
 from servers import FakeServer, fake_server
+
+zstd: Any = vars(decoding)["zstd"]
+"""Python's own, or the backport for older versions of Python."""
 
 CHAT = "/v1/chat/completions"
 BODY = {"model": "fake", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}

@@ -100,8 +100,8 @@ def test_five_hundred_hang_ups(tmp_path: Path) -> None:
                     leave(client, rng)
             if round_number % 10 == 9:
                 watch.check()
-                with server.client() as client:
-                    client.post(f"/v1/agents/{rng.choice(AGENTS)}/park")
+                with server.client() as other:
+                    other.post(f"/v1/agents/{rng.choice(AGENTS)}/park")
     assert len(watch.steps) > NUM_HANG_UPS / 4
 
 

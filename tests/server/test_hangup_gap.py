@@ -32,7 +32,7 @@ class HeldAnswers:
             await self._arrive.wait()
             return answer
 
-        engine._thread.call = held  # type: ignore[method-assign]
+        engine._thread.call = held  # type: ignore[method-assign, assignment]
 
     def arrive(self) -> None:
         self._arrive.set()

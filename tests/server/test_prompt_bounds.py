@@ -50,7 +50,7 @@ def client(server: FakeServer) -> Iterator[httpx.Client]:
 
 
 def refused(client: httpx.Client, path: str, **fields: Any) -> dict[str, Any]:
-    base = {} if path == SEND else {"model": "fake"}
+    base: dict[str, Any] = {} if path == SEND else {"model": "fake"}
     if path == MESSAGES:
         base["max_tokens"] = 3
     response = client.post(path, json={**base, **fields})

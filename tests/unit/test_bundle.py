@@ -561,10 +561,11 @@ def damaged_states() -> Iterator[tuple[str, Any]]:
     )
     document = json.loads(encode_agent(state))
     document["lines"][0]["turns"] = [[2, 1]]
+    wrong: tuple[Any, ...] = (None, -1, 1 << 70, 1.5, "\ud800", [], {}, [[]], True, "x" * 600)
     for where, parent, key in list(_places(document, "")):
         if "more" in where:
             continue
-        for value in (None, -1, 1 << 70, 1.5, "\ud800", [], {}, [[]], True, "x" * 600):
+        for value in wrong:
             old = parent[key]
             if type(old) is type(value) or (old is None and value is None):
                 continue

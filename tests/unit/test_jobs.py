@@ -91,14 +91,20 @@ def finish(engine: BlockPoolBatchEngine, answer: "Future[Any]") -> Any:
     return answer.result()
 
 
+def store_of(engine: BlockPoolBatchEngine) -> AgentCacheStore:
+    store = engine._store
+    assert isinstance(store, AgentCacheStore)
+    return store
+
+
 def quieten(engine: BlockPoolBatchEngine) -> None:
     """Until no job is left, and the store has done what it was told before."""
-    wait_until(lambda: not engine._jobs and not engine._store._bundles, lambda: go_on(engine))
+    wait_until(lambda: not engine._jobs and not store_of(engine)._bundles, lambda: go_on(engine))
     settle(engine)
     assert engine.flush()
     for _ in range(4):  # work of many units lets what comes behind it go first
         has_come = threading.Event()
-        engine._store._thread.post(Priority.SAVE, has_come.set)
+        store_of(engine)._thread.post(Priority.SAVE, has_come.set)
         assert has_come.wait(PATIENCE_S)
 
 
@@ -292,7 +298,7 @@ class TestCalledOff:
         is_called_off = answer.cancel()
         quieten(engine)
         assert list(path.parent.iterdir()) == ([] if is_called_off else [path])
-        assert engine._store._bundles.num_reads == 0
+        assert store_of(engine)._bundles.num_reads == 0
         assert run(engine, agent_id="ada", token_ids=ids(900), max_tokens=5).cache.cached_tokens
 
     @pytest.mark.parametrize("num_steps", range(12))
@@ -318,8 +324,8 @@ class TestCalledOff:
         run(engine, agent_id="ada", token_ids=ids(300), max_tokens=5)
         settle(engine)
         answer = export(engine, path)
-        wait_until(lambda: engine._store._bundles, lambda: step(engine))
-        wait_until(lambda: not engine._store._bundles, engine._link.hear)
+        wait_until(lambda: store_of(engine)._bundles, lambda: step(engine))
+        wait_until(lambda: not store_of(engine)._bundles, engine._link.hear)
         assert path.exists()
         assert answer.cancel()
         quieten(engine)

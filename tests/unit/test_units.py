@@ -12,7 +12,7 @@ from keepwarm import AgentCacheStore, BlockPoolBatchEngine
 from keepwarm.core.agent_store import BundleTicket
 from keepwarm.core.stored import BundleTerms
 from keepwarm.store.agent_cache_store import StoreConfig
-from keepwarm.store.bundle.export import export_agent
+from keepwarm.store.bundle.export import Export, export_agent
 from keepwarm.store.catalog.catalog import Catalog
 from keepwarm.store.disk import disk_store
 from keepwarm.store.disk.files import RecordFiles
@@ -143,7 +143,7 @@ def test_an_export_has_a_unit_for_each_record(
     family = engine.tiers.family_of("")
     planned = store._index.plan(family.root, state.lines[0].transcript.token_ids)
     records = tuple((entry.record, family) for entry in planned)
-    export = disk_store.Export(family, "fake", state, records)
+    export = Export(family, "fake", state, records)
     files: Any = Files()
     units = export_agent(tmp_path / "ada", export, files, {}, lambda nbytes: None)
     most = 0
