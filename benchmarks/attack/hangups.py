@@ -17,9 +17,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.server.process import FAKE, server_of
-from keepwarm.bench.figures import Figure, FiguresResult
-from keepwarm.bench.lab import require
-from keepwarm.bench.report import OnProgress, no_progress
+from keepwarm.bench.progress import OnProgress, no_progress
+from keepwarm.bench.report import Figure, Report
+from keepwarm.bench.requiring import require
 
 HOST = "127.0.0.1"
 AGENTS = ("ada", "eve", "bob", "cleo")
@@ -60,7 +60,7 @@ def run(
     model: str = FAKE,
     plan: HangUpPlan | None = None,
     on_progress: OnProgress = no_progress,
-) -> FiguresResult:
+) -> Report:
     """Attack a server of this model; the figures say what was left, and for how long."""
     plan = plan or HangUpPlan()
     with (
@@ -69,7 +69,7 @@ def run(
     ):
         found = asyncio.run(_Campaign(port, model, plan, on_progress).run())
     facts = {"hung_up": float(found.num_hung_up)}
-    return FiguresResult(
+    return Report(
         (
             Figure(
                 f"requests, rows, tasks and connections left {plan.bound_s:g} s after "

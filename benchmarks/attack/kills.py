@@ -21,8 +21,8 @@ from tempfile import TemporaryDirectory
 
 from benchmarks.attack.clients import ANSWER_S, Asker, Client, Document, agent_path, message
 from benchmarks.server.process import FAKE, bench_settings, serve
-from keepwarm.bench.figures import Figure, FiguresResult
-from keepwarm.bench.report import OnProgress, no_progress
+from keepwarm.bench.progress import OnProgress, no_progress
+from keepwarm.bench.report import Figure, Report
 from keepwarm.bench.requiring import require
 
 MAX_ANSWERS = 6
@@ -52,12 +52,12 @@ class Findings:
     undone: list[str] = field(default_factory=list)
 
 
-def run(plan: KillPlan | None = None, on_progress: OnProgress = no_progress) -> FiguresResult:
+def run(plan: KillPlan | None = None, on_progress: OnProgress = no_progress) -> Report:
     """Kill servers on the fake generator; the figures say what was undone."""
     plan = plan or KillPlan()
     with TemporaryDirectory(prefix="keepwarm-bench-kills-") as home:
         found = _Campaign(Path(home), plan, on_progress).run()
-    return FiguresResult(
+    return Report(
         (
             _counted("kills behind acknowledgements", found.killed_behind, plan.num_kills),
             Figure(

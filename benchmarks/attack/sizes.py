@@ -18,9 +18,9 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from benchmarks.server.process import BenchServer, running_server
-from keepwarm.bench.figures import Figure, FiguresResult
-from keepwarm.bench.lab import require
-from keepwarm.bench.report import OnProgress, no_progress
+from keepwarm.bench.progress import OnProgress, no_progress
+from keepwarm.bench.report import Figure, Report
+from keepwarm.bench.requiring import require
 from keepwarm.server.settings import ServerConfig
 
 HOST = "127.0.0.1"
@@ -113,7 +113,7 @@ def run(
     model: str = "smollm2",
     plan: SizesPlan | None = None,
     on_progress: OnProgress = no_progress,
-) -> FiguresResult:
+) -> Report:
     """Attack a server of this model; the figures say what its other clients and memory felt."""
     plan = plan or SizesPlan()
     with (
@@ -134,11 +134,11 @@ class _Campaign:
         self._plan = plan
         self._on_progress = on_progress
 
-    def run(self) -> FiguresResult:
+    def run(self) -> Report:
         prepared = attacks(self._model, self._plan)
         return asyncio.run(self._run(prepared))
 
-    async def _run(self, prepared: Sequence[Attack]) -> FiguresResult:
+    async def _run(self, prepared: Sequence[Attack]) -> Report:
         steady, beside = Seen(), Seen()
         seen = [steady]
         tasks = [
@@ -256,13 +256,13 @@ def _peak_of(server: BenchServer) -> Iterator[Callable[[], int]]:
         thread.join()
 
 
-def _result(steady: Seen, beside: Seen, memory: tuple[int, int, int]) -> FiguresResult:
+def _result(steady: Seen, beside: Seen, memory: tuple[int, int, int]) -> Report:
     before_bytes, peak_bytes, after_bytes = memory
     longest_s = max(steady.gaps_s)
     p99_s = float(np.percentile(beside.probes_s, 99))
     body_bytes = ServerConfig().max_body_bytes
     taken = [name for name, status in beside.answers if status is not None and status < 400]
-    return FiguresResult(
+    return Report(
         (
             Figure(
                 "longest gap of a stream beside too large requests",

@@ -11,17 +11,15 @@ import hashlib
 import json
 import random
 import shutil
-import subprocess
 import tempfile
-import threading
 import time
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any
 
 from benchmarks.chaos.child import (
     FAKE,
@@ -36,9 +34,9 @@ from benchmarks.chaos.child import (
     plain_state,
 )
 from benchmarks.chaos.traps import VISITS, Phase, num_unfinished_frames
-from benchmarks.child_process import environment, module_command
-from keepwarm.bench.figures import Figure, FiguresResult
-from keepwarm.bench.report import OnProgress, no_progress
+from keepwarm.bench.child_process import ChildProcess
+from keepwarm.bench.progress import OnProgress, no_progress
+from keepwarm.bench.report import Figure, Report
 from keepwarm.core.block import chain_hashes
 from keepwarm.core.errors import KeepwarmError
 from keepwarm.core.events import Completed, Failed
@@ -59,6 +57,8 @@ LARGE_DISK_BYTES = 4 << 30
 SMALL_RAM_BLOCKS = 24
 LARGE_RAM_BLOCKS = 400
 NUM_OPERATIONS = 500
+MAX_COMPLAINT = 1500
+"""How many characters of a process's last words a note shows."""
 SETTLE_TIMEOUT_S = 120.0
 NEXT_TURN = Sizes(short=20, long=30, reply=12, agent=0, num_agents=0)
 MODEL_PHASES = (
@@ -81,10 +81,8 @@ class ChaosPlan:
     model: str = "smollm2"
 
 
-def chaos_plan(*, quick: bool = False, seed: int = 0) -> ChaosPlan:
-    if quick:
-        return ChaosPlan(num_kills=20, num_model_kills=0, seed=seed)
-    return ChaosPlan(seed=seed)
+QUICK = partial(ChaosPlan, num_kills=20, num_model_kills=0)
+"""Small sizes, to see that it works."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +168,7 @@ MISSES = "kills that missed their phase"
 PROBLEMS = (LOST, HALF, WRONG, UNREADABLE, DAMAGED, BROKEN, TRACES, FAILED)
 
 
-def run_chaos(plan: ChaosPlan, on_progress: OnProgress = no_progress) -> FiguresResult:
+def run_chaos(plan: ChaosPlan, on_progress: OnProgress = no_progress) -> Report:
     """Kill, open, verify; a home in which something was wrong is kept, and the notes name it."""
     tally = Tally()
     kills = list(kills_of(plan))
@@ -184,7 +182,7 @@ def run_chaos(plan: ChaosPlan, on_progress: OnProgress = no_progress) -> Figures
         home.survive(kill)
     if home is not None:
         home.leave()
-    return FiguresResult(_figures(plan, tally), tuple(tally.notes))
+    return Report(_figures(plan, tally), tuple(tally.notes))
 
 
 def _figures(plan: ChaosPlan, tally: Tally) -> tuple[Figure, ...]:
@@ -368,62 +366,17 @@ class Home:
 def _run_child(
     spec: ChildSpec, hear: Any, *, kill_after_s: float | None = None
 ) -> tuple[int, Phase | None, str]:
-    """The exit code, the phase in which it was hit, and the last of what it complained about."""
-    timeout_s = 300.0 if spec.world == FAKE else 900.0
+    """Return the exit code, the phase in which it was hit, and the end of its complaints."""
     hit: Phase | None = None
-    with tempfile.TemporaryFile() as complaints:
-        child = subprocess.Popen(
-            module_command("benchmarks.chaos.child"),
-            env=environment(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=complaints,
-        )
-        with child, _Killer(child) as killer:
-            killer.after(timeout_s)
-            if child.stdin is None or child.stdout is None:
-                raise RuntimeError("the child has no pipes")
-            child.stdin.write(spec.to_json().encode())
-            child.stdin.close()
-            for said in _lines(child.stdout):
-                if said.get("did") == "open" and kill_after_s is not None:
-                    killer.after(kill_after_s)
-                hit = Phase(said["hit"]) if "hit" in said else hit
-                hear(said)
-        return child.returncode, hit, _last_words(complaints)
-
-
-class _Killer:
-    """Kills a process that lives longer than it should."""
-
-    def __init__(self, child: "subprocess.Popen[bytes]") -> None:
-        self._child = child
-        self._timers: list[threading.Timer] = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        for timer in self._timers:
-            timer.cancel()
-
-    def after(self, seconds: float) -> None:
-        timer = threading.Timer(seconds, self._child.kill)
-        timer.daemon = True
-        timer.start()
-        self._timers.append(timer)
-
-
-def _lines(pipe: IO[bytes]) -> Iterator[dict[str, Any]]:
-    """What was said in whole lines: of a line that was cut nothing was heard."""
-    for line in pipe:
-        if line.endswith(b"\n"):
-            yield json.loads(line)
-
-
-def _last_words(complaints: IO[bytes]) -> str:
-    complaints.seek(0)
-    return complaints.read().decode("utf-8", "replace")[-1500:].strip() or "nothing was said"
+    with ChildProcess("-m", "benchmarks.chaos.child") as child:
+        child.kill_after(300.0 if spec.world == FAKE else 900.0)
+        child.tell(spec.to_json())
+        for said in map(json.loads, child.lines()):
+            if said.get("did") == "open" and kill_after_s is not None:
+                child.kill_after(kill_after_s)
+            hit = Phase(said["hit"]) if "hit" in said else hit
+            hear(said)
+        return child.wait(), hit, child.complaints()[-MAX_COMPLAINT:] or "nothing was said"
 
 
 @cache

@@ -21,10 +21,10 @@ from benchmarks.server.load import (
     rounds_over_http,
 )
 from benchmarks.server.process import FAKE, STEP_S, bench_settings, server_of, source_of
-from keepwarm.bench.figures import Figure, FiguresResult
-from keepwarm.bench.lab import PathNotTaken, require
+from keepwarm.bench.progress import OnProgress, no_progress
 from keepwarm.bench.prompts import passages
-from keepwarm.bench.report import OnProgress, no_progress
+from keepwarm.bench.report import Figure, Report
+from keepwarm.bench.requiring import PathNotTaken, require
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
 from keepwarm.wiring import build_engine
 
@@ -39,7 +39,7 @@ MAX_SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HttpPlan:
+class ServerPlan:
     """HTTP and the bare engine take turns: `num_repeats` times for the time to the first token,
     `num_pairs` times for the time per token, which differs by 6% from one run to the next.
     """
@@ -54,22 +54,20 @@ class HttpPlan:
     seed: int = 0
 
 
-def http_plan(*, quick: bool = False, seed: int = 0) -> HttpPlan:
-    if quick:
-        return HttpPlan(
-            num_rounds=4,
-            num_repeats=1,
-            num_pairs=1,
-            num_tokens=16,
-            num_idle=20,
-            num_queued=8,
-            num_generated=300,
-            seed=seed,
-        )
-    return HttpPlan(seed=seed)
+QUICK = partial(
+    ServerPlan,
+    num_rounds=4,
+    num_repeats=1,
+    num_pairs=1,
+    num_tokens=16,
+    num_idle=20,
+    num_queued=8,
+    num_generated=300,
+)
+"""Small sizes, to see that it works."""
 
 
-def run_http(model: str, plan: HttpPlan, on_progress: OnProgress = no_progress) -> FiguresResult:
+def run_server(model: str, plan: ServerPlan, on_progress: OnProgress = no_progress) -> Report:
     on_progress("time to the first token without compute", 0, 5)
     added = _added_ttft(plan)
     figures = [added]
@@ -82,10 +80,10 @@ def run_http(model: str, plan: HttpPlan, on_progress: OnProgress = no_progress) 
         figures.append(_crowd(model, port, plan))
     on_progress(f"{plan.num_generated:,} generated requests", 4, 5)
     generated, problems = _generated(plan)
-    return FiguresResult((*figures, generated), problems)
+    return Report((*figures, generated), problems)
 
 
-def _added_ttft(plan: HttpPlan) -> Figure:
+def _added_ttft(plan: ServerPlan) -> Figure:
     prompts = _prompts(NUM_STREAMS)
     options: dict[str, Any] = {"num_tokens": 16, "num_rounds": plan.num_rounds, "pause_s": PAUSE_S}
     with (
@@ -112,7 +110,7 @@ def _added_ttft(plan: HttpPlan) -> Figure:
 
 
 def _tpot(
-    model: str, port: int, engine: BlockPoolBatchEngine, plan: HttpPlan, num_streams: int
+    model: str, port: int, engine: BlockPoolBatchEngine, plan: ServerPlan, num_streams: int
 ) -> Figure:
     prompts = _prompts(num_streams)
     options = {"num_tokens": plan.num_tokens, "num_rounds": 1}
@@ -134,7 +132,7 @@ def _tpot(
     )
 
 
-def _crowd(model: str, port: int, plan: HttpPlan) -> Figure:
+def _crowd(model: str, port: int, plan: ServerPlan) -> Figure:
     """Beside the running streams: connections that say nothing, and requests without a row.
 
     In the middle of the streams: earlier the others arrive, and when the first stream ends they are
@@ -160,7 +158,7 @@ def _crowd(model: str, port: int, plan: HttpPlan) -> Figure:
     )
 
 
-def _lasting_prompts(port: int, model: str, plan: HttpPlan) -> list[str]:
+def _lasting_prompts(port: int, model: str, plan: ServerPlan) -> list[str]:
     """Those whose replies do not end by themselves."""
     lasting: list[str] = []
     for prompt in _prompts(3 * NUM_STREAMS):
@@ -174,7 +172,7 @@ def _lasting_prompts(port: int, model: str, plan: HttpPlan) -> list[str]:
 
 
 async def _beside(
-    port: int, model: str, prompts: Sequence[str], plan: HttpPlan, *, crowded: bool
+    port: int, model: str, prompts: Sequence[str], plan: ServerPlan, *, crowded: bool
 ) -> list[Timeline]:
     idle = [await Connection.open(port) for _ in range(plan.num_idle if crowded else 0)]
     running = asyncio.ensure_future(
@@ -192,7 +190,7 @@ async def _beside(
     return timelines
 
 
-def _generated(plan: HttpPlan) -> tuple[Figure, tuple[str, ...]]:
+def _generated(plan: ServerPlan) -> tuple[Figure, tuple[str, ...]]:
     # A reply without a limit would go on for the fake's whole context.
     limits = {"server__deadline_s": 5.0}
     with _bench_home() as home, server_of(FAKE, home, max_rows=NUM_STREAMS, **limits) as port:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
-from keepwarm.bench.lab import require
+from keepwarm.bench.requiring import require
 
 HOST = "127.0.0.1"
 TIMEOUT_S = 30.0

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from keepwarm.bench.lab import require
+from keepwarm.bench.requiring import require
 from keepwarm.core.events import Completed, Delta, Event, Failed
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
 

@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from subprocess import PIPE, Popen
 from typing import Any
 
 import uvicorn
 from uvicorn.loops.auto import auto_loop_factory
 
-from benchmarks.child_process import environment, module_command
-from keepwarm.bench.requiring import require
+from keepwarm.bench.child_process import ChildProcess
+from keepwarm.bench.requiring import PathNotTaken
 from keepwarm.config import Settings, load_settings
 from keepwarm.core.ports import BatchGenerator, LoadedModel, RowInput
 from keepwarm.server.edge.sockets import uvicorn_config
@@ -94,17 +93,17 @@ def running_server(
     model: str, home: Path, *, max_rows: int, **more: object
 ) -> Iterator[BenchServer]:
     """`more` are settings, `__` for the dot."""
-    arguments = [f"{name.replace('__', '.')}={value}" for name, value in more.items()]
-    command = module_command(
-        "benchmarks.server.process", model, str(home), str(max_rows), *arguments
-    )
-    process = Popen(command, env=environment(), stdin=PIPE, stdout=PIPE, text=True)
-    try:
-        line = process.stdout.readline() if process.stdout is not None else ""
-        require(line.strip().isdecimal(), f"the server of {model} did not start")
-        yield BenchServer(int(line), process.pid)
-    finally:
-        process.communicate(timeout=STOP_S)
+    settings = [f"{name.replace('__', '.')}={value}" for name, value in more.items()]
+    arguments = [model, str(home), str(max_rows), *settings]
+    with ChildProcess("-m", "benchmarks.server.process", *arguments) as process:
+        line = process.read_line()
+        if not line.isdecimal():
+            raise PathNotTaken(f"the server of {model} did not start: {process.complaints()}")
+        try:
+            yield BenchServer(int(line), process.pid)
+        finally:
+            process.tell()
+            process.wait(STOP_S)
 
 
 def serve(settings: Settings, home: Path, *, announce: Callable[[int], object]) -> None:

@@ -9,8 +9,8 @@ from benchmarks.store.feed import WITHOUT_PAUSE
 from benchmarks.store.home import home_figures
 from benchmarks.store.restore import restore_figures
 from benchmarks.store.write import bytes_written, commit_figure, most_on_disk
-from keepwarm.bench.figures import Figure, FiguresResult
-from keepwarm.bench.report import OnProgress, no_progress
+from keepwarm.bench.progress import OnProgress, no_progress
+from keepwarm.bench.report import Figure, Report
 from keepwarm.core.ports import LoadedModel
 
 MB = 1_000_000
@@ -38,34 +38,32 @@ class StorePlan:
     seed: int = 0
 
 
-def store_plan(*, quick: bool = False, seed: int = 0) -> StorePlan:
-    if not quick:
-        return StorePlan(seed=seed)
-    return StorePlan(
-        context_tokens=400,
-        num_repeats=3,
-        chat_turns=10,
-        num_agents=1000,
-        num_look_ups=200,
-        num_rounds=2,
-        steps_per_round=8,
-        budget_bytes=40 * MB,
-        load_bytes=200 * MB,
-        num_commits=20,
-        seed=seed,
-    )
+QUICK = partial(
+    StorePlan,
+    context_tokens=400,
+    num_repeats=3,
+    chat_turns=10,
+    num_agents=1000,
+    num_look_ups=200,
+    num_rounds=2,
+    steps_per_round=8,
+    budget_bytes=40 * MB,
+    load_bytes=200 * MB,
+    num_commits=20,
+)
+"""Small sizes, to see that it works."""
 
 
 def run_store(
     loaded: LoadedModel, plan: StorePlan, on_progress: OnProgress = no_progress
-) -> FiguresResult:
+) -> Report:
     parts = _parts(loaded, plan)
     figures: list[Figure] = []
     for number, (label, measure) in enumerate(parts.items()):
         on_progress(label, number, len(parts))
         figures += measure()
     on_progress("done", len(parts), len(parts))
-    return FiguresResult(tuple(figures))
+    return Report(tuple(figures))
 
 
 def _parts(loaded: LoadedModel, plan: StorePlan) -> dict[str, Callable[[], Iterable[Figure]]]:

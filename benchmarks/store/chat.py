@@ -14,8 +14,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import cast
 
-from keepwarm.bench.lab import require
 from keepwarm.bench.prompts import passages, prompt_ids
+from keepwarm.bench.requiring import require
 from keepwarm.core.agent_store import AgentStore
 from keepwarm.core.events import Completed, Event, Failed
 from keepwarm.core.layout import CacheLayout

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.store.chat import pieces_of
-from keepwarm.bench.lab import require
+from keepwarm.bench.requiring import require
 from keepwarm.core.block import BlockHash, child_hash
 from keepwarm.core.layout import BLOCK_TOKENS, CacheLayout
 from keepwarm.core.stored import AgentState, KVFamily, Record, Saved

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.store.chat import temporary_home
-from keepwarm.bench.figures import Figure
-from keepwarm.bench.lab import require
+from keepwarm.bench.report import Figure
+from keepwarm.bench.requiring import require
 from keepwarm.bench.timing import Percentiles, median
 from keepwarm.core.block import BlockHash, chain_hashes
 from keepwarm.core.layout import BLOCK_TOKENS

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.store.chat import temporary_home
-from keepwarm.bench.figures import Figure
-from keepwarm.bench.lab import Lab, Turn, require
+from keepwarm.bench.lab import Lab, Turn
 from keepwarm.bench.prompts import prompt_ids
+from keepwarm.bench.report import Figure
+from keepwarm.bench.requiring import require
 from keepwarm.bench.timing import median, timed
 from keepwarm.core.agent import Tier
 from keepwarm.core.ports import LoadedModel

@@ -10,8 +10,8 @@ import numpy as np
 
 from benchmarks.store.chat import Chat, store_thread_bytes, temporary_home
 from benchmarks.store.feed import FedStore
-from keepwarm.bench.figures import Figure
-from keepwarm.bench.lab import require
+from keepwarm.bench.report import Figure
+from keepwarm.bench.requiring import require
 from keepwarm.bench.timing import Percentiles
 from keepwarm.core.ports import LoadedModel
 from keepwarm.store.agent_cache_store import AgentCacheStore, StoreConfig

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -11,10 +12,10 @@ import mlx.core as mx
 
 from benchmarks.swap.house import OTHER, House, ModelPair, house_of
 from benchmarks.swap.load import LoadPlan, load_figure, reply_of
-from keepwarm.bench.figures import Figure, FiguresResult
-from keepwarm.bench.lab import require
+from keepwarm.bench.progress import OnProgress, no_progress
 from keepwarm.bench.prompts import prompt_ids
-from keepwarm.bench.report import OnProgress, no_progress
+from keepwarm.bench.report import Figure, Report
+from keepwarm.bench.requiring import require
 from keepwarm.bench.timing import median, timed
 from keepwarm.core.events import Completed
 from keepwarm.core.ports import LoadedModel
@@ -53,22 +54,20 @@ class SwapPlan:
     seed: int = 0
 
 
-def swap_plan(*, quick: bool = False, seed: int = 0) -> SwapPlan:
-    if quick:
-        return SwapPlan(
-            num_alternations=1,
-            num_tokens=400,
-            num_returns=1,
-            num_swaps=4,
-            load_s=3.0,
-            num_turns=3,
-            patience_s=0.2,
-            seed=seed,
-        )
-    return SwapPlan(seed=seed)
+QUICK = partial(
+    SwapPlan,
+    num_alternations=1,
+    num_tokens=400,
+    num_returns=1,
+    num_swaps=4,
+    load_s=3.0,
+    num_turns=3,
+    patience_s=0.2,
+)
+"""Small sizes, to see that it works."""
 
 
-def run_swap(model: str, plan: SwapPlan, on_progress: OnProgress = no_progress) -> FiguresResult:
+def run_swap(model: str, plan: SwapPlan, on_progress: OnProgress = no_progress) -> Report:
     with TemporaryDirectory(prefix="keepwarm-bench-swap-") as name:
         pair = ModelPair.beside(model, Path(name) / OTHER, seed=plan.seed)
         return asyncio.run(_measure(pair, Path(name), plan, on_progress))
@@ -76,7 +75,7 @@ def run_swap(model: str, plan: SwapPlan, on_progress: OnProgress = no_progress) 
 
 async def _measure(
     pair: ModelPair, folder: Path, plan: SwapPlan, on_progress: OnProgress
-) -> FiguresResult:
+) -> Report:
     """Each part on a server of its own."""
     figures: list[Figure] = []
     notes: list[str] = []
@@ -88,13 +87,13 @@ async def _measure(
         figures += result.figures
         notes += result.notes
     on_progress("done", len(parts), len(parts))
-    return FiguresResult(tuple(figures), tuple(notes))
+    return Report(tuple(figures), tuple(notes))
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
     label: str
-    measure: Callable[[House, SwapPlan], Awaitable[FiguresResult]]
+    measure: Callable[[House, SwapPlan], Awaitable[Report]]
     settings: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -125,7 +124,7 @@ class _Swap:
         return self.unload_s + self.load_s + self.attach_s
 
 
-async def _swap_times(house: House, plan: SwapPlan) -> FiguresResult:
+async def _swap_times(house: House, plan: SwapPlan) -> Report:
     """A swap to either model and a bare load of it take turns, after one turn for the caches."""
     swaps: list[_Swap] = []
     bare_s: list[float] = []
@@ -149,7 +148,7 @@ async def _swap_times(house: House, plan: SwapPlan) -> FiguresResult:
             "attach_ms": 1e3 * median([swap.attach_s for swap in swaps]),
         },
     )
-    return FiguresResult((figure,))
+    return Report((figure,))
 
 
 async def _timed_swap(house: House, name: str) -> _Swap:
@@ -172,7 +171,7 @@ def _bare_load_s(source: str) -> float:
 # -- how soon an agent is back ---------------------------------------------------------------------
 
 
-async def _return(house: House, plan: SwapPlan) -> FiguresResult:
+async def _return(house: House, plan: SwapPlan) -> Report:
     """The agent's own first prefill, over its TTFT after its model went and came back."""
     prompt = prompt_ids(house.source.tokenizer, plan.num_tokens, seed=plan.seed)
     new = prompt_ids(house.source.tokenizer, NEW_TOKENS, seed=plan.seed + 1)
@@ -194,7 +193,7 @@ async def _return(house: House, plan: SwapPlan) -> FiguresResult:
         at_least=True,
         facts={"prefill_ms": 1e3 * cold_s, "returned_ms": 1e3 * median(returned_s)},
     )
-    return FiguresResult((figure,))
+    return Report((figure,))
 
 
 async def _first_token(house: House, token_ids: Sequence[int]) -> Completed:
@@ -215,7 +214,7 @@ class _Level:
     resident: int | None
 
 
-async def _memory(house: House, plan: SwapPlan) -> FiguresResult:
+async def _memory(house: House, plan: SwapPlan) -> Report:
     """Both models in turn, each alone; after one turn for what is made once."""
     names = list(house.sources)
     levels: list[_Level] = []
@@ -228,7 +227,7 @@ async def _memory(house: House, plan: SwapPlan) -> FiguresResult:
         await house.models.unload(name)
         if number >= len(names) - 1:
             levels.append(_Level(mx.get_active_memory(), _resident_bytes()))
-    return FiguresResult(_growth(levels, weight_bytes))
+    return Report(_growth(levels, weight_bytes))
 
 
 async def _say_something(house: House, name: str) -> None:
@@ -287,7 +286,7 @@ def _resident_bytes() -> int | None:
 # -- clients on both -------------------------------------------------------------------------------
 
 
-async def _load(house: House, plan: SwapPlan) -> FiguresResult:
+async def _load(house: House, plan: SwapPlan) -> Report:
     load = LoadPlan(
         seconds=plan.load_s,
         num_clients=plan.num_clients,
@@ -296,4 +295,4 @@ async def _load(house: House, plan: SwapPlan) -> FiguresResult:
         compares_replies=not why_not_promised(),
     )
     figure, problems = await load_figure(house.engine, list(house.sources), load)
-    return FiguresResult((figure,), problems)
+    return Report((figure,), problems)

@@ -11,7 +11,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from keepwarm.bench.lab import require
+from keepwarm.bench.requiring import require
 from keepwarm.config import Settings, load_settings
 from keepwarm.core.ports import LoadedModel, Tokenizer
 from keepwarm.home import keepwarm_home

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import methodcaller
 
-from keepwarm.bench.figures import Figure
-from keepwarm.bench.lab import require
 from keepwarm.bench.prompts import passages
+from keepwarm.bench.report import Figure
+from keepwarm.bench.requiring import require
 from keepwarm.core.errors import KeepwarmError
 from keepwarm.core.events import Completed, Delta, Failed, FinishReason
 from keepwarm.engine.requests import GenerateRequest

@@ -8,6 +8,7 @@ from benchmarks.chaos.benchmark import (
     HALF,
     LOST,
     PROBLEMS,
+    QUICK,
     TRACES,
     WRONG,
     ChaosPlan,
@@ -15,7 +16,6 @@ from benchmarks.chaos.benchmark import (
     Kill,
     Tally,
     Verification,
-    chaos_plan,
     kills_of,
     run_chaos,
 )
@@ -28,7 +28,7 @@ SEED = 7
 
 @pytest.mark.slow
 def test_twenty_kills_lose_nothing_and_break_nothing() -> None:
-    result = run_chaos(chaos_plan(quick=True, seed=SEED))
+    result = run_chaos(QUICK(seed=SEED))
     shown = "\n".join([*(f"{f.name}: {f.measured}" for f in result.figures), *result.notes])
     assert result.passed, shown
     kills = result.figures[0]

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from keepwarm.bench import batch, exp006, figures, resume
-from keepwarm.bench.figures import Figure, FiguresResult
+from keepwarm.bench import batch, exp006, resume
 from keepwarm.bench.prompts import prompt_ids
-from keepwarm.cli import bench
+from keepwarm.bench.report import Figure, Report
+from keepwarm.cli import benchmark
 from keepwarm.cli.main import app
 from keepwarm.core.ports import LoadedModel
 
@@ -19,11 +19,11 @@ SLOW = Figure("too slow", 0.5, 0.95, at_least=True)
 
 @pytest.fixture(autouse=True)
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "_load", lambda model: None)
+    monkeypatch.setattr(benchmark, "_loaded", lambda model: None)
 
 
 def figures_are(monkeypatch: pytest.MonkeyPatch, *measured: Figure) -> None:
-    monkeypatch.setattr(resume, "run_resume", lambda *_: FiguresResult(measured))
+    monkeypatch.setattr(resume, "run_resume", lambda *_: Report(measured))
 
 
 def test_figures_that_hold_exit_with_0(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +65,7 @@ def test_a_limit_is_the_most_or_the_least() -> None:
     assert Figure("ratio", 1.1, 1.1).passed
     assert not Figure("ratio", 1.11, 1.1).passed
     assert Figure("speed", 0.95, 0.95, at_least=True).passed
-    assert figures.FiguresResult((FAST, SLOW)).passed is False
+    assert Report((FAST, SLOW)).passed is False
 
 
 def test_agents_that_share_a_prefix_share_its_bytes(smollm2: LoadedModel) -> None:

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.store.benchmark import run_store, store_plan
-from keepwarm.bench.figures import Figure
+from benchmarks.store.benchmark import QUICK, run_store
+from keepwarm.bench.report import Figure
 from keepwarm.core.ports import LoadedModel
 
 pytestmark = pytest.mark.slow
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def figures(smollm2: LoadedModel) -> tuple[Figure, ...]:
-    plan = replace(store_plan(quick=True), num_agents=100)
+    plan = replace(QUICK(), num_agents=100)
     return run_store(smollm2, plan).figures
 
 

@@ -5,39 +5,39 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from benchmarks.swap.benchmark import run_swap, swap_plan
+from benchmarks.swap.benchmark import QUICK, run_swap
 from benchmarks.swap.house import ModelPair
-from keepwarm.bench.figures import Figure, FiguresResult
+from keepwarm.bench.report import Figure, Report
 from tiny_models import write_tiny_model
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def result(keepwarm_home: Path, tmp_path_factory: pytest.TempPathFactory) -> FiguresResult:
+def result(keepwarm_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
     model = write_tiny_model(tmp_path_factory.mktemp("models") / "tiny", seed=1)
-    return run_swap(str(model), swap_plan(quick=True))
+    return run_swap(str(model), QUICK())
 
 
-def named(result: FiguresResult, word: str) -> Figure:
+def named(result: Report, word: str) -> Figure:
     (figure,) = (figure for figure in result.figures if word in figure.name)
     return figure
 
 
-def test_times_are_measured(result: FiguresResult) -> None:
+def test_times_are_measured(result: Report) -> None:
     swap = named(result, "over a bare load")
     assert swap.facts["swap_ms"] > swap.facts["load_ms"] > 0
     assert swap.facts["bare_ms"] > 0
     assert named(result, "TTFT").measured > 0
 
 
-def test_nothing_is_left_of_a_model(result: FiguresResult) -> None:
+def test_nothing_is_left_of_a_model(result: Report) -> None:
     figure = named(result, "active memory")
     assert figure.passed, figure
     assert figure.facts["weights_mb"] > 0
 
 
-def test_every_client_gets_its_own_models_answers(result: FiguresResult) -> None:
+def test_every_client_gets_its_own_models_answers(result: Report) -> None:
     figure = named(result, "lost or answered wrongly")
     assert figure.passed, result.notes
     assert figure.facts["requests"] >= 8

@@ -17,7 +17,7 @@ def results() -> tuple[ShapeResult, ...]:
 
 def test_every_shape_is_measured(results: tuple[ShapeResult, ...]) -> None:
     assert [result.shape for result in results] == ["1x2", "3x2"]
-    assert all(calls.p50_s > 0 for result in results for _, calls in result.table())
+    assert all(calls.p50_s > 0 for result in results for _, calls in result.rows())
 
 
 def test_the_first_write_after_a_rest_moves_no_slab(results: tuple[ShapeResult, ...]) -> None:

@@ -7,7 +7,7 @@ import pytest
 import keepwarm
 from keepwarm.bench import selftest
 from keepwarm.bench.compare import FLOAT32_BOUNDS
-from keepwarm.bench.exp005 import Exp005Result, Form, PathResult
+from keepwarm.bench.exp005_result import Exp005Result, Form, PathResult
 from keepwarm.bench.exp006 import Shape, Sizes, run_exp006
 from keepwarm.bench.selftest import SelftestResult
 from keepwarm.cli.doctor import Status, self_tested

@@ -2,8 +2,6 @@
 
 import pytest
 
-pytest.importorskip("mlx.core")
-
 from benchmarks.attack.hangups import MANY_TOKENS, HangUpPlan, run
 from benchmarks.server.process import STEP_S
 

@@ -8,8 +8,6 @@ import sys
 
 import pytest
 
-pytest.importorskip("mlx.core")
-
 from benchmarks.attack.sizes import MEBIBYTE, SizesPlan, run
 from benchmarks.server.process import FAKE
 

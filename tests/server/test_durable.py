@@ -1,8 +1,6 @@
 """Over HTTP: an answer waits for the disk, or says that the disk refused."""
 
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -10,8 +8,8 @@ from typing import Any, NoReturn
 import httpx
 import pytest
 
-from benchmarks.child_process import environment
 from commands import keepwarm
+from keepwarm.bench.child_process import ChildProcess
 from keepwarm.store.catalog.catalog import Catalog
 from keepwarm.store.catalog.errors import CatalogUnavailable
 from servers import FakeServer, fake_server, say
@@ -189,16 +187,8 @@ serve(settings, Path(sys.argv[1]), announce=lambda port: print(port, flush=True)
 
 
 def test_told_to_stop_while_the_disk_refuses_it_ends_and_says_what_is_lost(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    command = [sys.executable, "-c", SERVE, str(tmp_path / "home")]
-    with (
-        log.open("wb") as errors,
-        subprocess.Popen(
-            command, env=environment(), stdout=subprocess.PIPE, stderr=errors
-        ) as process,
-    ):
-        assert process.stdout is not None
-        url = f"http://127.0.0.1:{int(process.stdout.readline())}"
+    with ChildProcess("-c", SERVE, str(tmp_path / "home")) as process:
+        url = f"http://127.0.0.1:{int(process.read_line())}"
         with httpx.Client(base_url=url, timeout=60.0, trust_env=False) as client:
             client.put("/v1/agents/ada", json={}).raise_for_status()
             client.put("/v1/agents/idle", json={}).raise_for_status()
@@ -206,7 +196,7 @@ def test_told_to_stop_while_the_disk_refuses_it_ends_and_says_what_is_lost(tmp_p
             assert health(client)["status"] == "degraded"
         process.send_signal(signal.SIGTERM)
         process.wait(55.0)  # it does not wait for the disk, which has 60 seconds in other places
-    said = log.read_text()
+        said = process.complaints()
     num_tokens = usage["prompt_tokens"] + usage["completion_tokens"]
     assert f"agent 'ada': all of it, 2 turns and {num_tokens:,} tokens" in said
     assert "agent 'idle': all of it, 0 turns and 0 tokens" in said

@@ -6,10 +6,10 @@ from functools import partial
 from itertools import count
 
 from keepwarm.bench import beside, decode
-from keepwarm.bench.figures import Figure, FiguresResult
 from keepwarm.bench.lab import Lab
+from keepwarm.bench.progress import OnProgress, no_progress
 from keepwarm.bench.prompts import prompt_ids
-from keepwarm.bench.report import OnProgress, no_progress
+from keepwarm.bench.report import Figure, Report
 from keepwarm.bench.setup import prefilled
 from keepwarm.core.pool import Kind
 from keepwarm.core.ports import LoadedModel
@@ -33,23 +33,21 @@ class BatchPlan:
     seed: int = 0
 
 
-def batch_plan(*, quick: bool = False, seed: int = 0) -> BatchPlan:
-    if not quick:
-        return BatchPlan(seed=seed)
-    return BatchPlan(
-        long_tokens=600,
-        mixed_tokens=(50, 100, 150, 200, 250, 300, 350, 400),
-        shared_tokens=512,
-        num_repeats=2,
-        num_rounds=2,
-        reply_tokens=16,
-        seed=seed,
-    )
+QUICK = partial(
+    BatchPlan,
+    long_tokens=600,
+    mixed_tokens=(50, 100, 150, 200, 250, 300, 350, 400),
+    shared_tokens=512,
+    num_repeats=2,
+    num_rounds=2,
+    reply_tokens=16,
+)
+"""Small sizes, to see that it works."""
 
 
 def run_batch(
     loaded: LoadedModel, plan: BatchPlan, on_progress: OnProgress = no_progress
-) -> FiguresResult:
+) -> Report:
     """One prefill of the long context serves all that need one: others take their beginnings from
     its blocks."""
     numbers = count(0)
@@ -85,7 +83,7 @@ def run_batch(
         measure("20 agents share a prefix", partial(shared_bytes, loaded, plan)),
     )
     on_progress("done", total, total)
-    return FiguresResult(figures)
+    return Report(figures)
 
 
 def shared_bytes(loaded: LoadedModel, plan: BatchPlan) -> Figure:

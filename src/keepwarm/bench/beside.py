@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from keepwarm.bench.decode import run_steps, start_rows, stop_rows
-from keepwarm.bench.figures import Figure
 from keepwarm.bench.lab import Lab
 from keepwarm.bench.prompts import prompt_ids
+from keepwarm.bench.report import Figure
 from keepwarm.bench.timing import median, timed
 from keepwarm.core.ports import LoadedModel
 

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 from tempfile import TemporaryDirectory
 
-from keepwarm.bench.lab import Case, Lab, Setting, require
+from keepwarm.bench.child_process import ChildProcess
+from keepwarm.bench.lab import Case, Lab, Setting
 from keepwarm.bench.recording import Recording
+from keepwarm.bench.requiring import require
 from keepwarm.core.agent import Tier
 from keepwarm.core.layout import BLOCK_TOKENS
 from keepwarm.store.agent_cache_store import AgentCacheStore
@@ -78,22 +79,14 @@ def _run_and_kill(setting: Setting, first: FirstTurn, folder: FilePath) -> None:
         "prompt": first.prompt,
         "reply": first.reply,
     }
-    child = subprocess.Popen(
-        [sys.executable, "-m", "keepwarm.bench.durable_paths"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with child:
-        if child.stdin is None or child.stdout is None:
-            raise RuntimeError("the child has no pipes")
-        child.stdin.write(json.dumps(order))
-        child.stdin.close()
-        said = child.stdout.readline().strip()
-        child.send_signal(signal.SIGKILL)
-        child.wait(CHILD_TIMEOUT_S)
-    require(said == READY, f"the process to be killed said {said!r}")
-    require(child.returncode == -signal.SIGKILL, f"it ended with {child.returncode}")
+    with ChildProcess("-m", "keepwarm.bench.durable_paths") as child:
+        child.tell(json.dumps(order))
+        said = child.read_line()
+        child.kill()
+        code = child.wait(CHILD_TIMEOUT_S)
+        complaints = child.complaints()
+    require(said == READY, f"the process to be killed said {said!r}; {complaints}")
+    require(code == -signal.SIGKILL, f"it ended with {code}")
 
 
 def play_victim() -> None:

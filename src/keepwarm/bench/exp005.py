@@ -8,7 +8,6 @@ that the same comparison must notice.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from functools import cache, partial
 from typing import cast
 
@@ -23,71 +22,18 @@ from keepwarm.bench.compare import (
     difference,
     why_not_identical,
 )
-from keepwarm.bench.lab import Case, PathNotTaken, Setting
+from keepwarm.bench.exp005_result import Exp005Result, Form, PathResult
+from keepwarm.bench.lab import Case, Setting
 from keepwarm.bench.paths import PATHS, Path, cold
 from keepwarm.bench.plan import Plan
+from keepwarm.bench.progress import OnProgress, no_progress
 from keepwarm.bench.prompts import prompt_ids
 from keepwarm.bench.recording import Recording
 from keepwarm.bench.reference import PREFILL_TOKENS, run_reference
-from keepwarm.bench.report import OnProgress, no_progress
+from keepwarm.bench.requiring import PathNotTaken
 from keepwarm.bench.round_trip import round_trip_problem
 from keepwarm.core.ports import LoadedModel
 from keepwarm.mlx_backend.compute.canonical import why_not_promised
-
-MAX_TIE_SHARE = 0.001
-
-
-class Form(StrEnum):
-    """What a path's recording is compared with."""
-
-    NORMAL = "normal"
-    FREE = "free-running"
-    STRICT = "strict"
-    ROUND_TRIP = "round trip"
-    CANARY = "canary"
-
-
-@dataclass(frozen=True, slots=True)
-class PathResult:
-    """One reply by one path. `problem` says why it failed; a canary fails when it passes."""
-
-    form: Form
-    path: str
-    num_prompt_tokens: int
-    problem: str | None
-    num_steps: int = 0
-    max_logits: float = 0.0
-    max_kv: float = 0.0
-    num_ties: int = 0
-
-    @property
-    def passed(self) -> bool:
-        return self.problem is None
-
-
-@dataclass(frozen=True, slots=True)
-class Exp005Result:
-    """`strict_note` says why the strict form was left out, where equal bits cannot be promised."""
-
-    bounds: Bounds
-    results: tuple[PathResult, ...]
-    strict_note: str
-
-    @property
-    def num_steps(self) -> int:
-        return sum(r.num_steps for r in self.results if r.form is Form.NORMAL)
-
-    @property
-    def num_ties(self) -> int:
-        return sum(r.num_ties for r in self.results if r.form is Form.NORMAL)
-
-    @property
-    def ties_passed(self) -> bool:
-        return self.num_ties <= MAX_TIE_SHARE * self.num_steps
-
-    @property
-    def passed(self) -> bool:
-        return self.ties_passed and all(result.passed for result in self.results)
 
 
 def run_exp005(

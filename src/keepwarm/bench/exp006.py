@@ -14,9 +14,11 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 from numpy.typing import NDArray
+from rich.table import Table
 
+from keepwarm.bench.progress import OnProgress, no_progress
 from keepwarm.bench.recording import raw_kv
-from keepwarm.bench.report import OnProgress, no_progress
+from keepwarm.bench.report import mark
 from keepwarm.bench.timing import Percentiles, timed
 from keepwarm.core.agent import AgentBlocks
 from keepwarm.core.layout import BLOCK_TOKENS, CacheLayout, LayerLayout
@@ -109,8 +111,8 @@ class ShapeResult:
         fast = self.hot.p95_s < MAX_HOT_P95_S and self.gathered_ratio <= MAX_GATHERED_RATIO
         return fast or self.shape != TARGET_SHAPE
 
-    def table(self) -> Iterator[tuple[str, Percentiles]]:
-        """The rows of a report."""
+    def rows(self) -> Iterator[tuple[str, Percentiles]]:
+        """Yield what was timed, by name."""
         yield "hot", self.hot
         yield "gathered", self.gathered
         yield "plain copy", self.plain_copy
@@ -123,6 +125,35 @@ class Exp006Result:
     @property
     def passed(self) -> bool:
         return all(result.passed for result in self.results)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ()
+
+    def table(self, title: str) -> Table:
+        """Three rows for each shape."""
+        table = Table(
+            title=title,
+            caption="ratio: the median over that of a plain copy of the same bytes",
+        )
+        for heading in ("blocks x layers", "MB", "what"):
+            table.add_column(heading)
+        for heading in ("p50", "p95", "p99", "ratio", "verdict"):
+            table.add_column(heading, justify="right")
+        for item in self.results:
+            for name, calls in item.rows():
+                first = name == "hot"
+                times_s = (calls.p50_s, calls.p95_s, calls.p99_s)
+                table.add_row(
+                    item.shape if first else "",
+                    f"{item.nbytes / 1e6:,.0f}" if first else "",
+                    name,
+                    *(f"{1e3 * seconds:.2f}" for seconds in times_s),
+                    f"{item.gathered_ratio:.2f}" if name == "gathered" else "",
+                    mark(item.passed) if first else "",
+                    end_section=name == "plain copy",
+                )
+        return table
 
 
 def run_exp006(sizes: Sizes, on_progress: OnProgress = no_progress) -> Exp006Result:

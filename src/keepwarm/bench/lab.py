@@ -8,7 +8,7 @@ from typing import cast
 from mlx import nn
 
 from keepwarm.bench.recording import Recorder, Recording, RecordingGenerator
-from keepwarm.bench.requiring import PathNotTaken, require
+from keepwarm.bench.requiring import require
 from keepwarm.core.agent import Tier
 from keepwarm.core.agent_store import AgentStore
 from keepwarm.core.events import Completed, Event, Failed
@@ -16,8 +16,6 @@ from keepwarm.core.policies import EngineConfig
 from keepwarm.core.pool import BlockPool
 from keepwarm.core.ports import BatchGenerator, LoadedModel
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
-
-__all__ = ["ROOMY_BYTES", "Case", "Lab", "PathNotTaken", "Setting", "Turn", "require"]
 
 ROOMY_BYTES = 4 << 30
 SETTLE_TIMEOUT_S = 60.0

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from keepwarm.bench.durable_paths import FirstTurn, killed, parked, restarted, temporary_store
-from keepwarm.bench.lab import ROOMY_BYTES, Case, Lab, Setting, Turn, require
+from keepwarm.bench.lab import ROOMY_BYTES, Case, Lab, Setting, Turn
 from keepwarm.bench.prompts import prompt_ids
 from keepwarm.bench.recording import Recording
+from keepwarm.bench.requiring import require
 from keepwarm.core.agent import Tier
 from keepwarm.core.events import FinishReason
 from keepwarm.core.layout import BLOCK_TOKENS, capacity_for

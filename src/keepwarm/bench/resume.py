@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import mlx.core as mx
@@ -9,10 +10,10 @@ from mlx import nn
 from mlx_lm.generate import generate_step, generation_stream
 from mlx_lm.models.cache import KVCache, trim_prompt_cache
 
-from keepwarm.bench.figures import Figure, FiguresResult
 from keepwarm.bench.lab import Lab
+from keepwarm.bench.progress import OnProgress, no_progress
 from keepwarm.bench.prompts import prompt_ids
-from keepwarm.bench.report import OnProgress, no_progress
+from keepwarm.bench.report import Figure, Report
 from keepwarm.bench.setup import prefilled
 from keepwarm.bench.timing import median, timed
 from keepwarm.core.ports import LoadedModel
@@ -32,10 +33,8 @@ class ResumePlan:
     seed: int = 0
 
 
-def resume_plan(*, quick: bool = False, seed: int = 0) -> ResumePlan:
-    if quick:
-        return ResumePlan(num_tokens=400, num_repeats=3, seed=seed)
-    return ResumePlan(seed=seed)
+QUICK = partial(ResumePlan, num_tokens=400, num_repeats=3)
+"""Small sizes, to see that it works."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +47,7 @@ class _Times:
 
 def run_resume(
     loaded: LoadedModel, plan: ResumePlan, on_progress: OnProgress = no_progress
-) -> FiguresResult:
+) -> Report:
     times = _measure(loaded, plan, on_progress)
     facts = {
         "hot_ms": 1e3 * times.hot_s,
@@ -57,7 +56,7 @@ def run_resume(
         "cold_ms": 1e3 * times.cold_s,
     }
     where = f"{plan.num_tokens:,} tokens, {NEW_TOKENS} new"
-    return FiguresResult(
+    return Report(
         (
             Figure(
                 f"TTFT hot over bare mlx-lm's on a ready cache plus 5 ms ({where})",

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from keepwarm.bench.exp005 import Exp005Result, Form, run_exp005
+from keepwarm.bench.exp005 import run_exp005
+from keepwarm.bench.exp005_result import Exp005Result, Form
 from keepwarm.bench.exp006 import QUICK_SIZES, Exp006Result, Sizes, run_exp006
 from keepwarm.bench.plan import Plan, quick_plan
-from keepwarm.bench.report import OnProgress, no_progress
-from keepwarm.bench.tables import problems
+from keepwarm.bench.progress import OnProgress, no_progress
 from keepwarm.core.ports import LoadedModel
 
 
@@ -23,7 +23,7 @@ class SelftestResult:
 
     @property
     def computation_detail(self) -> str:
-        failed = problems(self.computation)
+        failed = self.computation.notes
         if failed:
             return f"{len(failed)} of {len(self.computation.results)} failed: {failed[0]}"
         compared = [r for r in self.computation.results if r.form in (Form.NORMAL, Form.FREE)]

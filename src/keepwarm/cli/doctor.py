@@ -78,7 +78,7 @@ def examine(home: Path) -> list[Finding]:
 def self_tested(model: str) -> list[Finding]:
     """Run EXP-005 and EXP-006, shortened, on this device. Raises ModelLoadError."""
     from keepwarm import load_model
-    from keepwarm.bench.report import progress_bar
+    from keepwarm.bench.progress import progress_bar
     from keepwarm.bench.selftest import run_selftest
 
     loaded = load_model(model)

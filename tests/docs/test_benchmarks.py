@@ -1,0 +1,36 @@
+"""docs/benchmarks.md lists every benchmark, with the question that its command answers."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("mlx.core")
+
+from benchmarks.table import BENCHMARKS as OF_MAINTAINERS
+from keepwarm.cli.bench import BENCHMARKS as OF_USERS
+from keepwarm.cli.benchmark import Benchmark
+
+PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
+
+
+@pytest.mark.parametrize(
+    ("command", "benchmarks"),
+    [("keepwarm bench", OF_USERS), ("python -m benchmarks", OF_MAINTAINERS)],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_benchmark_is_listed_with_its_question(
+    command: str, benchmarks: Sequence[Benchmark]
+) -> None:
+    rows = re.findall(
+        rf"^\| `{command} ([a-z]+)` \| ([^|]+) \|", PAGE.read_text("utf-8"), re.MULTILINE
+    )
+    assert rows[:-1] == [(benchmark.name, benchmark.question) for benchmark in benchmarks]
+    assert rows[-1][0] == "all"
+
+
+def test_every_benchmark_has_a_section() -> None:
+    text = PAGE.read_text("utf-8")
+    headings = set(re.findall(r"^## `(?:keepwarm bench|benchmarks) ([a-z]+)`", text, re.MULTILINE))
+    assert headings == {benchmark.name for benchmark in (*OF_USERS, *OF_MAINTAINERS)}
