@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 from benchmarks.attack import benchmark as attack
-from benchmarks.chaos import benchmark as chaos
+from benchmarks.chaos import plan as chaos
+from benchmarks.chaos.benchmark import run_chaos
 from benchmarks.server import benchmark as server
 from benchmarks.store import benchmark as store
 from benchmarks.swap import benchmark as swap
@@ -17,7 +18,7 @@ def _store(order: Order) -> Report:
 
 def _chaos(order: Order) -> Report:
     plan = order.plan(chaos.ChaosPlan, chaos.QUICK)
-    return chaos.run_chaos(replace(plan, model=order.model), order.tell)
+    return run_chaos(replace(plan, model=order.model), order.tell)
 
 
 def _attack(order: Order) -> Report:

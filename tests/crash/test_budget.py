@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.chaos.child import FAKE, load_world, new_engine
+from benchmarks.chaos.world import FAKE, load_world, new_engine
 from engines import ids, settle
 from keepwarm import AgentCacheStore, BlockPoolBatchEngine
 from keepwarm.core.events import Completed, Failed

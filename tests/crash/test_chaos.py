@@ -4,23 +4,13 @@ import json
 
 import pytest
 
-from benchmarks.chaos.benchmark import (
-    HALF,
-    LOST,
-    PROBLEMS,
-    QUICK,
-    TRACES,
-    WRONG,
-    ChaosPlan,
-    Home,
-    Kill,
-    Tally,
-    Verification,
-    kills_of,
-    run_chaos,
-)
-from benchmarks.chaos.child import FAKE
+from benchmarks.chaos.benchmark import run_chaos
+from benchmarks.chaos.home import Home
+from benchmarks.chaos.plan import QUICK, ChaosPlan, Kill, kills_of
+from benchmarks.chaos.tally import HALF, LOST, PROBLEMS, TRACES, WRONG, Tally
 from benchmarks.chaos.traps import Phase
+from benchmarks.chaos.verification import Verification
+from benchmarks.chaos.world import FAKE
 from keepwarm.bench.report import as_json
 
 SEED = 7
@@ -64,7 +54,7 @@ class TestVerificationNotices:
         return home
 
     def found(self, home: Home, kill: Kill) -> set[str]:
-        Verification(home, kill, "by hand").run()
+        home.verify(kill)
         home.leave()
         return {problem for problem in PROBLEMS if home.tally.counts[problem]}
 
@@ -72,22 +62,22 @@ class TestVerificationNotices:
         assert self.found(home, kill) == set()
 
     def test_a_lost_agent(self, home: Home, kill: Kill) -> None:
-        home.truth["ids-nobody"] = {"ids": [1], "messages": None, "turns": [[1, None]]}
+        home.ledger.truth["ids-nobody"] = {"ids": [1], "messages": None, "turns": [[1, None]]}
         assert self.found(home, kill) == {LOST}
 
     def test_a_lost_turn(self, home: Home, kill: Kill) -> None:
-        next(iter(home.truth.values()))["turns"].append([9999, None])
+        next(iter(home.ledger.truth.values()))["turns"].append([9999, None])
         assert self.found(home, kill) == {LOST}
 
     def test_another_text(self, home: Home, kill: Kill) -> None:
-        state = next(state for state in home.truth.values() if state["ids"])
+        state = next(state for state in home.ledger.truth.values() if state["ids"])
         state["ids"][0] += 1
         assert HALF in self.found(home, kill)
 
     def test_a_deleted_agent_that_is_still_there(self, home: Home, kill: Kill) -> None:
-        name = next(name for name, state in home.truth.items() if len(state["ids"]) > 512)
-        home.related.clear()
-        home.deleted[name] = home.truth[name]["ids"]
+        name = next(name for name, state in home.ledger.truth.items() if len(state["ids"]) > 512)
+        home.ledger.related.clear()
+        home.ledger.deleted[name] = home.ledger.truth[name]["ids"]
         assert self.found(home, kill) == {TRACES}
 
     def test_a_wrong_answer(self, home: Home, kill: Kill, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.chaos.child import FAKE, load_world, new_engine, open_store
+from benchmarks.chaos.world import FAKE, load_world, new_engine, open_store
 from engines import completed, drain, fresh_reply, ids
 from keepwarm.core.errors import DamagedAgent
 from keepwarm.core.events import Completed, Failed

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from benchmarks.chaos.child import FAKE, load_world, new_engine
+from benchmarks.chaos.world import FAKE, load_world, new_engine
 from engines import fresh_reply, ids, step
 from keepwarm import AgentCacheStore
 from keepwarm.core.errors import KeepwarmError

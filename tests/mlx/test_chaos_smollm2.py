@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.chaos.benchmark import ChaosPlan, run_chaos
+from benchmarks.chaos.benchmark import run_chaos
+from benchmarks.chaos.plan import ChaosPlan
 
 pytestmark = pytest.mark.slow
 
