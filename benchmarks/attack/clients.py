@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+from benchmarks.server.wire import HOST
 from keepwarm.bench.requiring import require
 
-HOST = "127.0.0.1"
 ANSWER_S = 60.0
 MAX_AGENTS = 8
 """Of one client: with more, it deletes before it creates."""

@@ -17,19 +17,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.server.process import FAKE, server_of
+from benchmarks.server.wire import ANSWER_S, HOST, READ_BYTES, ask, posted, streamed
 from keepwarm.bench.progress import OnProgress, no_progress
 from keepwarm.bench.report import Figure, Report
 from keepwarm.bench.requiring import require
 
-HOST = "127.0.0.1"
 AGENTS = ("ada", "eve", "bob", "cleo")
 MAX_ROWS = 8
 POLL_S = 0.02
-CALM_S = 60.0
-"""How long the server may take over one ordinary request."""
 MANY_TOKENS = 50_000
 """More than the server computes while it is watched: what runs on is seen."""
-_READ_BYTES = 1 << 16
 _RESET = struct.pack("ii", 1, 0)
 
 Request = tuple[str, dict[str, Any]]
@@ -102,7 +99,7 @@ class _Campaign:
 
     async def run(self) -> Findings:
         for agent in AGENTS:
-            await _ask(self._port, "PUT", f"/v1/agents/{agent}", {})
+            await ask(self._port, "PUT", f"/v1/agents/{agent}", {})
         async with _beside(self._port, self._model, self._plan.num_beside) as beside:
             await beside.until_all_speak()
             before = await self._look()
@@ -140,8 +137,8 @@ class _Campaign:
 
     async def _look(self) -> dict[str, float]:
         """What there is of requests, rows, tasks and connections, by name."""
-        stats = json.loads((await _ask(self._port, "GET", "/v1/stats"))[1])
-        text = (await _ask(self._port, "GET", "/metrics"))[1].decode()
+        stats = json.loads((await ask(self._port, "GET", "/v1/stats"))[1])
+        text = (await ask(self._port, "GET", "/metrics"))[1].decode()
         lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if line[:1] != "#")
         told = {name: float(lines[f"keepwarm_{name}"]) for name in ("tasks", "connections")}
         rows = {name: float(stats[name]) for name in ("requests", "num_waiting", "num_running")}
@@ -151,7 +148,7 @@ class _Campaign:
         """Each agent takes a message, so nothing stands in its line or holds its turn."""
         for agent in AGENTS:
             path, body = f"/v1/agents/{agent}/messages", {"content": "Still there?"}
-            status, answer = await _ask(self._port, "POST", path, {**body, "max_tokens": 2})
+            status, answer = await ask(self._port, "POST", path, {**body, "max_tokens": 2})
             require(status == 200, f"{agent} answers {status}: {answer[:200]!r}")
 
 
@@ -170,7 +167,7 @@ async def _hang_ups(port: int, model: str, size: int, rng: random.Random) -> Non
 
 async def _client(port: int, request: Request, rng: random.Random, leaves_s: float) -> None:
     """Sends a request, or a part of one, reads or does not read, and goes at its moment."""
-    data = _posted(*request)
+    data = posted(*request)
     if rng.random() < 0.05:
         data = data[: rng.randrange(len(data))]
     with suppress(ConnectionError):
@@ -191,7 +188,7 @@ async def _read(reader: asyncio.StreamReader, rng: random.Random) -> None:
     enough = rng.choice([1, 400, 5_000, 1 << 40])
     num_bytes = 0
     while num_bytes < enough:
-        data = await reader.read(_READ_BYTES)
+        data = await reader.read(READ_BYTES)
         if not data:
             return
         num_bytes += len(data)
@@ -232,28 +229,6 @@ def _request(model: str, rng: random.Random) -> Request:
     return "/v1/chat/completions", {**body, "messages": messages, **more.get(kind, named)}
 
 
-def _posted(path: str, body: object) -> bytes:
-    return _encoded("POST", path, json.dumps(body).encode())
-
-
-def _encoded(method: str, path: str, data: bytes, *, more: str = "") -> bytes:
-    head = f"{method} {path} HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\n"
-    return f"{head}{more}Content-Length: {len(data)}\r\n\r\n".encode() + data
-
-
-async def _ask(port: int, method: str, path: str, body: object = None) -> tuple[int, bytes]:
-    """One request on a connection of its own."""
-    data = b"" if body is None else json.dumps(body).encode()
-    async with asyncio.timeout(CALM_S):
-        reader, writer = await asyncio.open_connection(HOST, port)
-        try:
-            writer.write(_encoded(method, path, data, more="Connection: close\r\n"))
-            head, _, answer = (await reader.read(-1)).partition(b"\r\n\r\n")
-            return int(head.split()[1]), answer
-        finally:
-            writer.close()
-
-
 # -- streams beside --------------------------------------------------------------------------------
 
 
@@ -269,7 +244,7 @@ class _Beside:
     async def until_all_speak(self) -> None:
         """Each of them goes on from where it is now."""
         before = list(self._num_events)
-        async with asyncio.timeout(CALM_S):
+        async with asyncio.timeout(ANSWER_S):
             while any(a <= b for a, b in zip(self._num_events, before, strict=True)):
                 self._news.clear()
                 await self._news.wait()
@@ -281,18 +256,9 @@ class _Beside:
     async def _stream(self, number: int) -> None:
         prompt = f"Stream {number} tells a very long story."
         body = {"model": self._model, "prompt": prompt, "max_tokens": MANY_TOKENS, "stream": True}
-        reader, writer = await asyncio.open_connection(HOST, self._port)
-        received = b""
-        try:
-            writer.write(_posted("/v1/completions", body))
-            while b"[DONE]" not in received:
-                data = await reader.read(_READ_BYTES)
-                require(bool(data), f"a stream beside broke off: {received[-200:]!r}")
-                self._num_events[number] += data.count(b"data: ")
-                self._news.set()
-                received = received[-200:] + data
-        finally:
-            writer.close()
+        async for data in streamed(self._port, "/v1/completions", body):
+            self._num_events[number] += data.count(b"data: ")
+            self._news.set()
 
 
 @asynccontextmanager

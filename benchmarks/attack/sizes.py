@@ -5,7 +5,6 @@ own; the attackers send from threads, with bytes that were made before.
 """
 
 import asyncio
-import json
 import socket
 import threading
 import time
@@ -18,12 +17,12 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from benchmarks.server.process import BenchServer, running_server
+from benchmarks.server.wire import CLOSE, HOST, READ_BYTES, ask, head, posted, streamed
 from keepwarm.bench.progress import OnProgress, no_progress
 from keepwarm.bench.report import Figure, Report
 from keepwarm.bench.requiring import require
 from keepwarm.server.settings import ServerConfig
 
-HOST = "127.0.0.1"
 MAX_ROWS = 8
 MEBIBYTE = 1 << 20
 CLAIM_BYTES = 64 << 30
@@ -39,7 +38,6 @@ MAX_GAP_RATIO = 2.0
 MAX_PROBE_S = 0.100
 MAX_STAYING_BYTES = 64 * MEBIBYTE
 MAX_PEAK_BODIES = 3
-_READ_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,17 +94,17 @@ def attacks(model: str, plan: SizesPlan) -> list[Attack]:
         "messages to Anthropic's": ("/v1/messages", {**asked, "messages": many}),
         "stop strings": ("/v1/chat/completions", {**asked, "messages": [said], "stop": stops}),
     }
-    bodies = [Attack(name, [posted(path, body)]) for name, (path, body) in posts.items()]
+    bodies = [Attack(name, [posted(path, body, CLOSE)]) for name, (path, body) in posts.items()]
     piece = b"x" * MEBIBYTE
     num_header, num_claim = (
         max(size // MEBIBYTE, 1) + 1 for size in (plan.header_bytes, plan.sent_of_claim_bytes)
     )
-    head = f"GET /v1/models HTTP/1.1\r\nHost: {HOST}\r\nX-Long: ".encode()
+    long_head = f"GET /v1/models HTTP/1.1\r\nHost: {HOST}\r\nX-Long: ".encode()
     claims = [
-        Attack(f"{method} of an import", [_head(method, path, CLAIM_BYTES), piece], num_claim)
+        Attack(f"{method} of an import", [head(method, path, CLAIM_BYTES, CLOSE), piece], num_claim)
         for method, path in (("POST", "/v1/agents/import"), ("PUT", "/v1/agents/import"))
     ]
-    return [*bodies, Attack("a header", [head, piece], num_header), *claims]
+    return [*bodies, Attack("a header", [long_head, piece], num_header), *claims]
 
 
 def run(
@@ -179,33 +177,18 @@ class _Campaign:
             prompt = f"Stream {number} tells a very long story."
             limits = {"max_tokens": STREAM_TOKENS, "seed": number, "stream": True}
             body = {"model": self._model, "prompt": prompt, **limits}
-            reader, writer = await asyncio.open_connection(HOST, self._server.port)
-            last_s, received = None, b""
-            try:
-                writer.write(posted("/v1/completions", body))
-                while b"[DONE]" not in received:
-                    data = await reader.read(_READ_BYTES)
-                    require(bool(data), f"a stream beside broke off: {received[-200:]!r}")
-                    now_s = time.perf_counter()
-                    if last_s is not None:
-                        seen[0].gaps_s.append(now_s - last_s)
-                    last_s = now_s if b"data: " in data or last_s is not None else None
-                    received = received[-200:] + data
-            finally:
-                writer.close()
+            last_s = None
+            async for data in streamed(self._server.port, "/v1/completions", body):
+                now_s = time.perf_counter()
+                if last_s is not None:
+                    seen[0].gaps_s.append(now_s - last_s)
+                last_s = now_s if b"data: " in data or last_s is not None else None
 
     async def _probe(self, seen: Sequence[Seen]) -> None:
         while True:
             started = time.perf_counter()
-            reader, writer = await asyncio.open_connection(HOST, self._server.port)
-            try:
-                writer.write(
-                    f"GET /health HTTP/1.1\r\nHost: {HOST}\r\nConnection: close\r\n\r\n".encode()
-                )
-                answer = await reader.read(-1)
-            finally:
-                writer.close()
-            require(b" 200 " in answer[:20], f"/health says {answer[:200]!r}")
+            status, answer = await ask(self._server.port, "GET", "/health")
+            require(status == 200, f"/health says {status} {answer[:200]!r}")
             seen[0].probes_s.append(time.perf_counter() - started)
             await asyncio.sleep(PROBE_S)
 
@@ -220,21 +203,9 @@ def answered(port: int, attack: Attack) -> int | None:
                 connection.shutdown(socket.SHUT_WR)  # it never says all that it has claimed
         received = b""
         with suppress(ConnectionError):
-            while b"\r\n" not in received and (data := connection.recv(_READ_BYTES)):
+            while b"\r\n" not in received and (data := connection.recv(READ_BYTES)):
                 received += data
     return int(received.split()[1]) if received else None
-
-
-def posted(path: str, body: object) -> bytes:
-    data = json.dumps(body).encode()
-    return _head("POST", path, len(data)) + data
-
-
-def _head(method: str, path: str, num_bytes: int) -> bytes:
-    kind = "Content-Type: application/json\r\nConnection: close"
-    return (
-        f"{method} {path} HTTP/1.1\r\nHost: {HOST}\r\n{kind}\r\nContent-Length: {num_bytes}\r\n\r\n"
-    ).encode()
 
 
 @contextmanager

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
+from benchmarks.server.wire import HOST
 from keepwarm.bench.requiring import require
 
-HOST = "127.0.0.1"
 TIMEOUT_S = 30.0
 STATED = frozenset({503, 504, 507})
 """Server errors that a client is promised: overload, time that has run out, a full disk."""

@@ -2,19 +2,16 @@
 
 import asyncio
 import heapq
-import json
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from benchmarks.server.wire import HOST, READ_BYTES, posted
 from keepwarm.bench.requiring import require
 from keepwarm.core.events import Completed, Delta, Event, Failed
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
-
-HOST = "127.0.0.1"
-_READ_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +60,14 @@ class Connection:
         """A streamed completion, read to its end."""
         body = {"model": model, "prompt": prompt, "max_tokens": num_tokens, "temperature": 0}
         options = {"stream": True, "stream_options": {"include_usage": True}}
-        data = json.dumps({**body, **options}).encode()
-        head = (
-            f"POST /v1/completions HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\n"
-        )
+        data = posted("/v1/completions", {**body, **options})
         sent_s = time.perf_counter()
-        self._writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        self._writer.write(data)
         received = b""
         first_s = end_s = 0.0
         pieces_s: list[float] = []
         while not received.endswith(b"0\r\n\r\n"):
-            received += await self._reader.read(_READ_BYTES)
+            received += await self._reader.read(READ_BYTES)
             if not first_s and b"data: " in received:
                 first_s = time.perf_counter()
             now = time.perf_counter()
