@@ -1,4 +1,4 @@
-"""The table of the maintainers' benchmarks."""
+"""The table of the maintainers' benchmarks, one row a command."""
 
 from dataclasses import replace
 

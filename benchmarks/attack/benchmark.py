@@ -13,7 +13,10 @@ from keepwarm.bench.report import Report
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttackPlan:
-    """Requests that are too large run against the model; the rest against the fake generator."""
+    """The plan of each campaign; `seed` decides both that are random.
+
+    Requests that are too large run against the model, the rest against the fake generator.
+    """
 
     sizes: SizesPlan = field(default_factory=SizesPlan)
     hang_ups: HangUpPlan = field(default_factory=HangUpPlan)

@@ -15,7 +15,7 @@ from keepwarm.bench.requiring import require
 
 ANSWER_S = 60.0
 MAX_AGENTS = 8
-"""Of one client: with more, it deletes before it creates."""
+"""How many agents a client has before it deletes one instead of creating another."""
 SETTINGS = ("system", "priority", "pinned", "quota_bytes", "overflow")
 
 Document = dict[str, Any]
@@ -33,8 +33,10 @@ class Known:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A request, what it may have made of its agent when it was not answered, and what an answer
-    says.
+    """A request for a change.
+
+    `allows` says what it may have made of its agent when it was not answered, `acknowledge` takes
+    its answer.
     """
 
     kind: str
@@ -47,7 +49,7 @@ class Change:
 
 
 class Asker:
-    """One connection to the server. Raises OSError and HTTPException when that is gone."""
+    """One connection to the server. Raises OSError and HTTPException when the server is gone."""
 
     def __init__(self, port: int) -> None:
         self._connection = http.client.HTTPConnection(HOST, port, timeout=ANSWER_S)
@@ -63,7 +65,7 @@ class Asker:
         return document
 
     def raw(self, method: str, path: str, body: Document | bytes | None = None) -> bytes:
-        """The answer's body. Raises PathNotTaken for one that is not 2xx."""
+        """Return the answer's body. Raises PathNotTaken for one that is not 2xx."""
         data = json.dumps(body).encode() if isinstance(body, dict) else body
         kind = "application/x-tar" if isinstance(body, bytes) else "application/json"
         self._connection.request(method, path, data, {"Content-Type": kind} if data else {})
@@ -73,7 +75,7 @@ class Asker:
         return content
 
     def look(self, name: str) -> Known:
-        """The agent as the server has it."""
+        """Return the agent as the server has it."""
         settings = settings_of(self("GET", agent_path(name)))
         rows = self("GET", agent_path(name, "turns"))["turns"]
         turns = tuple(tuple(str(m["content"]) for m in row["messages"]) for row in rows)
@@ -81,7 +83,7 @@ class Asker:
 
 
 class Client:
-    """Its agents are those whose names begin with its own. Belongs to one thread at a time."""
+    """A client whose agents' names begin with its own. Belongs to one thread at a time."""
 
     def __init__(self, name: str, seed: int) -> None:
         self.name = name
@@ -99,13 +101,15 @@ class Client:
     # -- what is known ---------------------------------------------------------------------------
 
     def names(self, present: set[str]) -> list[str]:
-        """Its agents: those that it knows, those that are gone, and those that are there."""
+        """Return the names of its agents: those that it knows, those that are gone, and those that
+        are there.
+        """
         pending = {self.pending.name} if self.pending is not None else set()
         there = {name for name in present if name.startswith(f"{self.name}-")}
         return sorted(self._known.keys() | self._gone | pending | there)
 
     def problem_with(self, name: str, actual: Known | None) -> str:
-        """Why that is not what was acknowledged; empty where it is."""
+        """Return why `actual` is not what was acknowledged; empty where it is."""
         expected = self._known.get(name)
         if actual == expected:
             return ""
@@ -114,7 +118,7 @@ class Client:
         return f"{name} is {actual}, and was acknowledged as {expected}"
 
     def go_on_with(self, name: str, actual: Known | None) -> None:
-        """That is what it is now."""
+        """Take `actual` for what the agent is now."""
         self._known.pop(name, None)
         if actual is not None:
             self._known[name] = actual
@@ -122,7 +126,7 @@ class Client:
     # -- changes ---------------------------------------------------------------------------------
 
     def choose(self) -> Change:
-        """The next change, of an agent of its own."""
+        """Draw the next change of one of its agents."""
         makers = [self._create, self._import]
         if len(self._known) >= MAX_AGENTS:
             makers = [self._delete]
@@ -146,7 +150,7 @@ class Client:
         }
 
     def _some_turns(self, name: str) -> Turns:
-        """The first of the agent's turns."""
+        """Draw how many of the agent's first turns are kept, and return those."""
         turns = self._known[name].turns
         return turns[: self._rng.randint(0, len(turns))]
 
@@ -256,5 +260,5 @@ def message(content: str) -> Document:
 
 
 def settings_of(document: Document) -> tuple[Any, ...]:
-    """Those of an agent's details that people decide about."""
+    """Return the settings in an agent's document."""
     return tuple(document[name] for name in SETTINGS)

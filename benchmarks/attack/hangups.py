@@ -1,4 +1,4 @@
-"""Clients that hang up at random moments, beside streams that run on: nothing of them stays.
+"""Clients that hang up at random moments, beside streams that go on: nothing of them stays.
 
 The server is in a process of its own, so its event loop is as busy as the clients make it.
 """
@@ -26,7 +26,9 @@ AGENTS = ("ada", "eve", "bob", "cleo")
 MAX_ROWS = 8
 POLL_S = 0.02
 MANY_TOKENS = 50_000
-"""More than the server computes while it is watched: what runs on is seen."""
+"""More than the server computes while it is watched, so that a reply that was not cancelled is
+seen.
+"""
 _RESET = struct.pack("ii", 1, 0)
 
 Request = tuple[str, dict[str, Any]]
@@ -34,7 +36,7 @@ Request = tuple[str, dict[str, Any]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HangUpPlan:
-    """`num_rounds` with each of `sizes` clients; all must be forgotten within `bound_s`."""
+    """`num_rounds` rounds with each of `sizes` clients; all must be forgotten within `bound_s`."""
 
     sizes: Sequence[int] = (150, 500)
     num_rounds: int = 20
@@ -45,7 +47,7 @@ class HangUpPlan:
 
 @dataclass(slots=True)
 class Findings:
-    """What the rounds found: the slowest one, and what was left of those that were too slow."""
+    """The slowest round, and what was left of those that were too slow."""
 
     num_hung_up: int = 0
     slowest_s: float = 0.0
@@ -136,7 +138,7 @@ class _Campaign:
         return not left
 
     async def _look(self) -> dict[str, float]:
-        """What there is of requests, rows, tasks and connections, by name."""
+        """Return how many requests, rows, tasks and connections there are, by name."""
         stats = json.loads((await ask(self._port, "GET", "/v1/stats"))[1])
         text = (await ask(self._port, "GET", "/metrics"))[1].decode()
         lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if line[:1] != "#")
@@ -145,7 +147,7 @@ class _Campaign:
         return {**rows, **told}
 
     async def _check_agents(self) -> None:
-        """Each agent takes a message, so nothing stands in its line or holds its turn."""
+        """Have each agent take a message, so that nothing stands in its line or holds its turn."""
         for agent in AGENTS:
             path, body = f"/v1/agents/{agent}/messages", {"content": "Still there?"}
             status, answer = await ask(self._port, "POST", path, {**body, "max_tokens": 2})
@@ -166,7 +168,7 @@ async def _hang_ups(port: int, model: str, size: int, rng: random.Random) -> Non
 
 
 async def _client(port: int, request: Request, rng: random.Random, leaves_s: float) -> None:
-    """Sends a request, or a part of one, reads or does not read, and goes at its moment."""
+    """Send a request, or a part of one, read or do not read, and hang up at the client's moment."""
     data = posted(*request)
     if rng.random() < 0.05:
         data = data[: rng.randrange(len(data))]
@@ -182,7 +184,7 @@ async def _client(port: int, request: Request, rng: random.Random, leaves_s: flo
 
 
 async def _read(reader: asyncio.StreamReader, rng: random.Random) -> None:
-    """Until the client's moment, or until the answer has begun and a little more has come."""
+    """Read until the client's moment, or until a little of the answer has come."""
     if rng.random() < 0.3:
         await asyncio.Event().wait()
     enough = rng.choice([1, 400, 5_000, 1 << 40])
@@ -205,7 +207,9 @@ def _go(writer: asyncio.StreamWriter, *, reset: bool) -> None:
 
 
 def _request(model: str, rng: random.Random) -> Request:
-    """Draw a request of any dialect, streamed or not; without a key, as those run on rightly."""
+    """Draw a request of any dialect, streamed or not; without an idempotency key, with which it
+    would rightly go on.
+    """
     text = f"{rng.random()} " + "x" * rng.choice([1, 40, 2_000])
     body: dict[str, Any] = {
         "model": model,
@@ -242,7 +246,7 @@ class _Beside:
         self._news = asyncio.Event()
 
     async def until_all_speak(self) -> None:
-        """Each of them goes on from where it is now."""
+        """Wait until each of them has gone on from where it is now."""
         before = list(self._num_events)
         async with asyncio.timeout(ANSWER_S):
             while any(a <= b for a, b in zip(self._num_events, before, strict=True)):
@@ -250,6 +254,7 @@ class _Beside:
                 await self._news.wait()
 
     async def keep(self, number: int) -> None:
+        """Read one stream after the other until cancelled."""
         while True:
             await self._stream(number)
 
@@ -263,7 +268,7 @@ class _Beside:
 
 @asynccontextmanager
 async def _beside(port: int, model: str, number: int) -> AsyncIterator[_Beside]:
-    """A stream that breaks off breaks the campaign off."""
+    """Keep streams beside the block. One that breaks off ends the campaign."""
     streams = _Beside(port, model, number)
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(streams.keep(n)) for n in range(number)]

@@ -26,7 +26,7 @@ from keepwarm.bench.report import Figure, Report
 from keepwarm.bench.requiring import require
 
 MAX_ANSWERS = 6
-"""Those that the killing client reads in a round, at most."""
+"""How many answers the killing client reads in a round, at most."""
 MAX_ROWS = 8
 MODEL_AGENT = "bundled"
 START_S = 60.0
@@ -44,7 +44,9 @@ class KillPlan:
 
 @dataclass(slots=True)
 class Findings:
-    """How many answers there were of each kind, behind which a kill came, and what was wrong."""
+    """How often each kind of change was acknowledged, behind which a kill came, and what was
+    undone.
+    """
 
     acknowledged: Counter[str] = field(default_factory=Counter)
     killed_behind: Counter[str] = field(default_factory=Counter)
@@ -112,7 +114,9 @@ class _Campaign:
             client.bundle, client.bundled = bundle, bundled
 
     def _round(self, server: "_Server") -> str:
-        """Returns behind what kind of change the server was killed."""
+        """Have all clients work until one of them kills the server. Returns behind what kind of
+        change.
+        """
         killer = self._rng.choice(self._clients)
         num_answers = self._rng.randint(1, MAX_ANSWERS)
         rounds = [
@@ -144,7 +148,7 @@ class _Campaign:
 
 
 class _Round:
-    """A client's changes until the server is gone, on a thread; one client kills it."""
+    """One client's changes until the server is gone, on a thread of its own."""
 
     def __init__(self, client: Client, server: "_Server", kill_behind: int | None) -> None:
         self.acknowledged: Counter[str] = Counter()
@@ -160,7 +164,7 @@ class _Round:
         self._thread.start()
 
     def end(self) -> None:
-        """Raises what went wrong but for the server's end."""
+        """Wait for the thread. Raises what went wrong, unless it was the server's end."""
         self._thread.join(2 * ANSWER_S)
         require(not self._thread.is_alive(), f"{self._client} hangs")
         if self._failure is not None:
@@ -210,19 +214,19 @@ class _Server:
         port.close()
 
     def kill(self) -> None:
-        """At once, from any thread."""
+        """Send SIGKILL; from any thread."""
         if self._process.pid is not None:
             os.kill(self._process.pid, signal.SIGKILL)
 
     def wait(self) -> None:
-        """Until it has ended."""
+        """Wait for its end. Raises PathNotTaken unless it was killed."""
         self._process.join(END_S)
         require(self._process.exitcode == -signal.SIGKILL, f"it ended: {self._process.exitcode}")
 
 
 @contextmanager
 def _servers(home: Path) -> Iterator[Callable[[], _Server]]:
-    """Opens one server after another, each when the one before it has ended."""
+    """Open one server after another, each when the one before it has ended."""
     opened: list[_Server] = []
 
     def open_next() -> _Server:

@@ -1,7 +1,8 @@
-"""Requests that are too large in every way, beside streams: nobody waits, and no memory stays.
+"""Requests that are too large in every way, beside streams that must not notice them.
 
-Each is refused; what is measured is what the others notice of it. The server is in a process of its
-own; the attackers send from threads, with bytes that were made before.
+Each is refused; what is measured is the streams' gaps, the time of `/health`, and the server's
+memory. The server is in a process of its own; the attackers send from threads, bytes that were made
+before.
 """
 
 import asyncio
@@ -27,11 +28,11 @@ MAX_ROWS = 8
 MEBIBYTE = 1 << 20
 CLAIM_BYTES = 64 << 30
 STREAM_TOKENS = 2_000
-"""More than a stream says meanwhile: one that begins anew makes the others wait, attack or not."""
+"""More than a stream says meanwhile: one that begins anew delays the others, attack or not."""
 PROBE_S = 0.05
 SAMPLE_S = 0.01
 CALM_S = 2.0
-"""Between the last attack and the look at what has stayed."""
+"""How many seconds lie between the last attack and the look at the memory that stays."""
 ANSWER_S = 120.0
 LEAST_GAP_S = 0.150
 MAX_GAP_RATIO = 2.0
@@ -56,21 +57,24 @@ class SizesPlan:
 
 @dataclass(frozen=True, slots=True)
 class Attack:
-    """What is sent, a part at a time, until the server has said enough."""
+    """What is sent, a part at a time, until the server has answered.
+
+    The last of `parts` is sent again until there are `num_parts`.
+    """
 
     name: str
     parts: Sequence[bytes]
     num_parts: int = 1
 
     def sent(self) -> Iterator[bytes]:
-        """The first part once, and the last again and again where there are to be more."""
+        """Yield the first part once, and the last again and again where there are to be more."""
         yield from self.parts
         yield from (self.parts[-1] for _ in range(self.num_parts - len(self.parts)))
 
 
 @dataclass(slots=True)
 class Seen:
-    """What the others have noticed."""
+    """What the other clients have noticed."""
 
     gaps_s: list[float] = field(default_factory=list)
     probes_s: list[float] = field(default_factory=list)
@@ -79,7 +83,7 @@ class Seen:
 
 
 def attacks(model: str, plan: SizesPlan) -> list[Attack]:
-    """One of each kind."""
+    """Make one attack of each kind."""
     text = "The quick brown fox jumps over it. " * (plan.prompt_bytes // 35)
     said = {"role": "user", "content": "Hi."}
     many = [said, {"role": "assistant", "content": "Hello."}] * (plan.num_messages // 2) + [said]
@@ -172,7 +176,7 @@ class _Campaign:
             seen.notes.append(f"{attack.name}: {status} in {took_s:.2f} s, gap {worst_s:.3f} s")
 
     async def _stream(self, number: int, seen: Sequence[Seen]) -> None:
-        """Completions, one after the other; the gaps between the events of each."""
+        """Read completions, one after the other, and note the gaps between the events of each."""
         while True:
             prompt = f"Stream {number} tells a very long story."
             limits = {"max_tokens": STREAM_TOKENS, "seed": number, "stream": True}
@@ -194,7 +198,7 @@ class _Campaign:
 
 
 def answered(port: int, attack: Attack) -> int | None:
-    """Send it, and the status that comes back; None where the server hung up without one."""
+    """Send the attack. Returns the status of its answer; None where the server just hung up."""
     with socket.create_connection((HOST, port), timeout=ANSWER_S) as connection:
         with suppress(ConnectionError):  # it may have said all that it has to say
             for part in attack.sent():
@@ -210,7 +214,9 @@ def answered(port: int, attack: Attack) -> int | None:
 
 @contextmanager
 def _peak_of(server: BenchServer) -> Iterator[Callable[[], int]]:
-    """The most memory that the server had while the block ran."""
+    """Watch the server's memory while the block runs; the yielded function returns the most, in
+    bytes.
+    """
     samples = [server.rss_bytes()]
     is_over = threading.Event()
 

@@ -15,7 +15,7 @@ from keepwarm.bench.report import Report
 
 
 def run_chaos(plan: ChaosPlan, on_progress: OnProgress = no_progress) -> Report:
-    """Kill, open, verify; a home in which something was wrong is kept, and the notes name it."""
+    """Kill, open and verify. A home in which something was wrong is kept, and the notes name it."""
     tally = Tally()
     kills = list(kills_of(plan))
     home: Home | None = None

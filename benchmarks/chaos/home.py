@@ -111,7 +111,9 @@ class Home:
         return phase
 
     def _run_child(self, spec: ChildSpec, *, kill_after_s: float | None = None) -> "_Ending":
-        """Run the process to its end, `kill_after_s` after it has opened the home at the latest."""
+        """Run the process to its end: its own, or SIGKILL `kill_after_s` after it has opened the
+        home.
+        """
         hit: Phase | None = None
         with ChildProcess("-m", "benchmarks.chaos.child") as child:
             child.kill_after(300.0 if spec.world == FAKE else 900.0)

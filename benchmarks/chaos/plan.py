@@ -57,6 +57,7 @@ class Kill:
 
 
 def kills_of(plan: ChaosPlan) -> Iterator[Kill]:
+    """Yield the plan's kills in order."""
     num_fake = plan.num_kills - plan.num_model_kills
     for number in range(plan.first_kill, plan.first_kill + num_fake):
         yield _kill(plan.seed, FAKE, number)

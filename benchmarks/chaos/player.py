@@ -1,4 +1,4 @@
-"""Does one random thing after another to the agents of an engine, and says what."""
+"""Does one random thing after another to an engine's agents, and says what."""
 
 import time
 from collections.abc import Callable
@@ -46,6 +46,7 @@ class Player:
         self._weights = _weights(phase)
 
     def play(self, num_operations: int) -> None:
+        """Draw and do this many operations, with a random number of steps behind each."""
         for _ in range(num_operations):
             (name,) = self._random.choices(list(self._weights), list(self._weights.values()))
             getattr(self, f"_{name}")()

@@ -25,6 +25,7 @@ MODEL_SIZES = Sizes(short=20, long=280, reply=6, agent=600, num_agents=2)
 
 
 def sizes_of(world: str) -> Sizes:
+    """Return the sizes for the fake, or for a model."""
     return FAKE_SIZES if world == FAKE else MODEL_SIZES
 
 
@@ -41,7 +42,7 @@ class Speaker:
         return f"{kind}-{self.random.getrandbits(48):012x}"
 
     def request(self, name: str, state: State | None) -> dict[str, Any]:
-        """What continues the agent, in terms of `submit`."""
+        """Return what continues the agent, as arguments of `submit`."""
         if name.startswith("chat"):
             message = {"role": "user", "content": self._words()}
             return {"append" if state and state["messages"] else "messages": [message]}
@@ -52,6 +53,7 @@ class Speaker:
         return [self.random.randrange(self._vocab_size) for _ in range(num_tokens)]
 
     def num_reply(self) -> int:
+        """Draw `max_tokens`; one in twenty is eight times as long."""
         if self.random.random() < 0.05:
             return 8 * self._sizes.reply
         return self.random.randint(1, self._sizes.reply)

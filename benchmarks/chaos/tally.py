@@ -41,6 +41,7 @@ class Tally:
 
 
 def figures_of(plan: ChaosPlan, tally: Tally) -> tuple[Figure, ...]:
+    """Return what was found as figures: everything that went wrong must be 0."""
     planned = {kill.phase for kill in kills_of(plan)}
     num_hits = sum(tally.hits.values())
     per_phase = {phase.value: float(tally.hits[phase]) for phase in Phase if phase in planned}

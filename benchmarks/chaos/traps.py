@@ -1,7 +1,7 @@
 """Where chaos kills: a trap in one chosen place of the engine or the store.
 
-Functions are wrapped in the process to be killed only, which says where it was hit and sends itself
-SIGKILL. `RANDOM` is the one place that the process outside chooses.
+Functions are wrapped only in the process to be killed, which says where it was hit and sends itself
+SIGKILL. The moment of `RANDOM` is chosen by the process outside.
 """
 
 import os
@@ -62,22 +62,24 @@ class Trap:
         self._tell = tell
 
     def visit(self, _result: object = None) -> None:
+        """Count this visit, and kill if it is the one."""
         if self.is_due():
             self.spring()
 
     def is_due(self) -> bool:
-        """Whether this visit, which is counted here, is the one."""
+        """Count this visit. Whether it is the one."""
         self._num_left -= 1
         return self._num_left <= 0
 
     def spring(self) -> None:
+        """Say where it hits, and die."""
         self._tell({"hit": self.phase.value})
         os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(60)  # the other threads get no further, and neither does this one
 
 
 def set_trap(trap: Trap, loaded: LoadedModel) -> None:
-    """Wrap what the trap's phase is made of."""
+    """Wrap the functions that the trap's phase is made of."""
     if trap.phase is not Phase.RANDOM:
         _SETTERS[trap.phase](trap, loaded)
 
@@ -112,7 +114,7 @@ def _in_queue(trap: Trap, _loaded: LoadedModel) -> None:
 
 
 def _in_generator(trap: Trap, loaded: LoadedModel) -> None:
-    """As it begins: the store's thread is wherever it is."""
+    """Kill at the beginning of a call, wherever the store's thread is."""
     generator = type(loaded.batch_gen_factory(deterministic=True))
     _before(generator, "prefill" if trap.phase is Phase.PREFILL else "decode", trap.visit)
 
@@ -172,14 +174,14 @@ def _after_commit(trap: Trap, _loaded: LoadedModel) -> None:
 
 
 def _in_transaction(trap: Trap, _loaded: LoadedModel) -> None:
-    """When all rows are changed and COMMIT is about to be executed."""
+    """Kill when all rows are changed and COMMIT is about to be executed."""
     inside = _Inside(trap)
     _around(Catalog, "commit", inside)
     _trace(lambda sql: trap.spring() if sql == "COMMIT" and inside.is_due() else None)
 
 
 def _in_commit(trap: Trap, _loaded: LoadedModel) -> None:
-    """While SQLite writes and syncs its log, which releases the interpreter to the killer."""
+    """Kill while SQLite writes and syncs its log, which releases the interpreter to the killer."""
     inside = _Inside(trap)
     _around(Catalog, "commit", inside)
     _trace(lambda sql: inside.let_die() if sql == "COMMIT" else None)
@@ -192,7 +194,7 @@ def _in_scrub(trap: Trap, _loaded: LoadedModel) -> None:
 
 
 class _Inside:
-    """Whether the function that counts is running, and a thread that kills while it does."""
+    """Knows whether a wrapped function is running, and kills from a thread while it is."""
 
     def __init__(self, trap: Trap) -> None:
         self._trap = trap
@@ -215,7 +217,7 @@ class _Inside:
         return self._is_running and self._is_due
 
     def let_die(self) -> None:
-        """Somewhere within the next call, which takes about as long as the last one did."""
+        """Kill somewhere within the next call, which takes about as long as the last one did."""
         self._began_s = time.perf_counter()
         if self.is_due():
             self._go.set()
@@ -239,7 +241,7 @@ def _around(owner: Any, name: str, inside: _Inside) -> None:
 
 
 def _trace(on_statement: Callable[[str], None]) -> None:
-    """Hear of every statement of the catalogue's writer before it is executed."""
+    """Call `on_statement` with every statement of the catalogue's writer before it is executed."""
 
     def listen(db: sqlite3.Connection) -> None:
         db.set_trace_callback(on_statement)
@@ -248,7 +250,7 @@ def _trace(on_statement: Callable[[str], None]) -> None:
 
 
 def _at_start(trap: Trap, _loaded: LoadedModel) -> None:
-    """Five places, in the order in which a start passes them."""
+    """Kill in one of five places, in the order in which a start passes them."""
     _after(HomeLock, "__init__", trap.visit)
     _after(schema, "open_for_writing", trap.visit)
     _after(RecordFiles, "clear_tmp", trap.visit)
@@ -320,7 +322,7 @@ VISITS: dict[Phase, Visits] = {
 
 
 def num_unfinished_frames(log: Path) -> int:
-    """How many pages of a transaction that never ended SQLite's log holds."""
+    """Return how many pages of a transaction that never ended SQLite's log holds."""
     data = log.read_bytes() if log.exists() else b""
     if len(data) < 32:
         return 0

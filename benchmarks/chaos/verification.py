@@ -1,4 +1,4 @@
-"""Opens a home after a kill and compares it with what must be true."""
+"""A home is opened after a kill and compared with what must be true."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -43,7 +43,7 @@ _load_once = cache(load_world)
 
 
 class Verification:
-    """Opens a home after a kill and compares it with what must be true."""
+    """Opens a home once, and counts in `tally` what is not as `ledger` says."""
 
     def __init__(
         self,
@@ -133,7 +133,7 @@ class Verification:
         self._count(LOST if lost else HALF, f"{name}: {_brief(actual)}, not {_brief(expected)}")
 
     def _has_happened(self, doing: dict[str, Any], actual: State | None) -> bool:
-        """Whether the agent is as it would be if what was not acknowledged was done."""
+        """Whether the agent is as an unacknowledged intention would have made it."""
         if doing["doing"] == "change":
             return bool(doing["state"] == actual)
         prompt = doing["prompt"]
@@ -149,7 +149,7 @@ class Verification:
         return messages is None or bool(actual["messages"] == [*messages, reply])
 
     def _compare_replies(self, engine: BlockPoolBatchEngine) -> None:
-        """Every agent speaks, all at once, and says what it would say with nothing cached."""
+        """Have every agent speak, all at once: each says what it would say with nothing cached."""
         prompts: dict[str, tuple[str, list[int], int]] = {}
         for name, state in self._ledger.truth.items():
             num_reply = self._speaker.random.randint(1, NEXT_TURN.reply)
@@ -187,7 +187,7 @@ class Verification:
             self._tally.most_recomputed = max(self._tally.most_recomputed, recomputed)
 
     def _cold_reply(self, prompt_ids: Sequence[int], num_reply: int) -> Completed:
-        """Of an engine that has nothing and keeps nothing."""
+        """Return the reply of an engine that has nothing cached and keeps nothing."""
         engine = new_engine(self._loaded, None, LARGE_RAM_BLOCKS)
         engine.submit(token_ids=prompt_ids, max_tokens=num_reply)
         return next(self._drain(engine))
@@ -195,7 +195,7 @@ class Verification:
     # -- at rest ---------------------------------------------------------------------------------
 
     def _wait_for_quiet(self, engine: BlockPoolBatchEngine, store: AgentCacheStore) -> None:
-        """Until all is written and catalogue and files are known to name the same records."""
+        """Step until all is written and the catalogue and the files name the same records."""
         until = time.monotonic() + SETTLE_TIMEOUT_S
         while time.monotonic() < until:
             engine.step()
@@ -221,7 +221,7 @@ class Verification:
         self._ledger.settle({name: len(state["ids"]) for name, state in self._ledger.truth.items()})
 
     def _look_for_deleted_blocks(self) -> None:
-        """Of agents that shared nothing, nothing is left."""
+        """Check that no block is left of deleted agents that shared none."""
         names = {path.stem for path in _record_files(self._folder)}
         for agent, token_ids in self._ledger.deleted.items():
             if agent not in self._ledger.related:

@@ -47,7 +47,7 @@ class WideFakeGenerator(FakeBatchGenerator):
 
 
 def load_world(world: str) -> LoadedModel:
-    """The fake, or a model by its name."""
+    """Load the fake, or a model by its name."""
     if world != FAKE:
         from keepwarm.mlx_backend.loading.loader import load_model
 
@@ -66,7 +66,7 @@ def load_world(world: str) -> LoadedModel:
 def new_engine(
     loaded: LoadedModel, store: AgentCacheStore | None, ram_blocks: int
 ) -> BlockPoolBatchEngine:
-    """Strict, and it reads from the disk what it could compute as fast."""
+    """Make a deterministic engine that reads from the disk even what it could compute as fast."""
     return BlockPoolBatchEngine(
         loaded,
         pool=BlockPool(ram_blocks * loaded.layout.block_bytes),
@@ -77,5 +77,6 @@ def new_engine(
 
 
 def open_store(home: str, disk_budget_bytes: int) -> AgentCacheStore:
+    """Open a store that may fill its disk to the last byte."""
     config = StoreConfig(disk_budget_bytes=disk_budget_bytes, free_floor_bytes=0)
     return AgentCacheStore(home, config=config)

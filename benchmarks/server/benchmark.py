@@ -34,13 +34,16 @@ MAX_TPOT_RATIO = 1.03
 MAX_CROWD_RATIO = 1.05
 PROMPT_CHARACTERS = 100
 PAUSE_S = 0.15
-"""Streams come one by one, not all at once: eight at the same moment wait for each other."""
+"""How many seconds streams wait at most before they begin: eight at once would wait for each other.
+"""
 MAX_SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerPlan:
-    """HTTP and the bare engine take turns: `num_repeats` times for the time to the first token,
+    """How often each side is measured, and how much.
+
+    HTTP and the bare engine take turns: `num_repeats` times for the time to the first token,
     `num_pairs` times for the time per token, which differs by 6% from one run to the next.
     """
 
@@ -68,6 +71,7 @@ QUICK = partial(
 
 
 def run_server(model: str, plan: ServerPlan, on_progress: OnProgress = no_progress) -> Report:
+    """Measure a server on this model and one on the fake generator."""
     on_progress("time to the first token without compute", 0, 5)
     added = _added_ttft(plan)
     figures = [added]
@@ -133,10 +137,10 @@ def _tpot(
 
 
 def _crowd(model: str, port: int, plan: ServerPlan) -> Figure:
-    """Beside the running streams: connections that say nothing, and requests without a row.
+    """Compare streams beside idle connections and queued requests with streams alone.
 
-    In the middle of the streams: earlier the others arrive, and when the first stream ends they are
-    queued no more, so all must last.
+    Measured is the middle of the streams: earlier the others arrive, and when the first stream ends
+    they are queued no more, so all must last.
     """
     lasting = _lasting_prompts(port, model, plan)
 
@@ -159,7 +163,7 @@ def _crowd(model: str, port: int, plan: ServerPlan) -> Figure:
 
 
 def _lasting_prompts(port: int, model: str, plan: ServerPlan) -> list[str]:
-    """Those whose replies do not end by themselves."""
+    """Find prompts whose replies do not end by themselves."""
     lasting: list[str] = []
     for prompt in _prompts(3 * NUM_STREAMS):
         options = {"num_tokens": plan.num_tokens, "num_rounds": 1}
@@ -174,6 +178,7 @@ def _lasting_prompts(port: int, model: str, plan: ServerPlan) -> list[str]:
 async def _beside(
     port: int, model: str, prompts: Sequence[str], plan: ServerPlan, *, crowded: bool
 ) -> list[Timeline]:
+    """Run the streams once, `crowded` or alone."""
     idle = [await Connection.open(port) for _ in range(plan.num_idle if crowded else 0)]
     running = asyncio.ensure_future(
         rounds_over_http(port, model, prompts, num_tokens=plan.num_tokens, num_rounds=1)
@@ -207,7 +212,7 @@ def _generated(plan: ServerPlan) -> tuple[Figure, tuple[str, ...]]:
 
 @contextmanager
 def _engine(model: str, home: Path) -> Iterator[BlockPoolBatchEngine]:
-    """As the server builds it, in this thread."""
+    """Build an engine as the server does, in this thread."""
     settings = bench_settings(model, max_rows=NUM_STREAMS, more={})
     engine, close = build_engine(settings, home, source_of(model))
     try:

@@ -1,7 +1,7 @@
-"""Requests made of the server's own description, right and wrong, and whether it can take them.
+"""Requests made from the server's own description, right and wrong, and how it answers them.
 
-Right means: no 5xx that is not a stated one, an error in its dialect's shape, a 400 that names a
-field, and the server still there afterwards.
+An answer is right if it is no unstated 5xx, an error has its dialect's shape, a 400 names a field,
+and the server is still there afterwards.
 """
 
 import http.client
@@ -79,6 +79,7 @@ class Maker:
         self._rng = rng
 
     def request(self) -> Sent:
+        """Make a request for any of the described operations."""
         method, template, operation = self._rng.choice(self._operations)
         path, query = template, []
         headers: dict[str, str] = {}
@@ -114,7 +115,9 @@ class Maker:
         return data
 
     def _bounded(self, body: Any) -> Any:
-        """The right model and a short reply, most of the time: or nothing but errors would come."""
+        """Give the body the right model and a short reply, most of the time: or only errors would
+        come.
+        """
         if isinstance(body, dict):
             if "model" in body and self._rng.random() < 0.95:
                 body["model"] = "fake"
@@ -126,7 +129,7 @@ class Maker:
         return body
 
     def value(self, schema: Mapping[str, Any], depth: int = 0) -> Any:
-        """Of the schema; now and then of none."""
+        """Make a value of the schema, and now and then an odd one."""
         if self._rng.random() < 0.02:
             return self._rng.choice(_ODD)
         if "$ref" in schema:
@@ -184,6 +187,7 @@ class Fuzzer:
         self._maker = Maker(description, random.Random(seed))  # noqa: S311
 
     def run(self, number: int) -> FuzzReport:
+        """Send `number` requests and judge the answers."""
         for _ in range(number):
             sent = self._maker.request()
             started = time.monotonic()
@@ -212,7 +216,7 @@ class Fuzzer:
 
 
 def run_fuzz(port: int, number: int, *, seed: int) -> FuzzReport:
-    """To a server on the fake generator."""
+    """Send `number` requests to a server on the fake generator."""
     return Fuzzer(port, seed=seed).run(number)
 
 

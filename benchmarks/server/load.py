@@ -16,10 +16,10 @@ from keepwarm.engine.batch_engine import BlockPoolBatchEngine
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """When a stream was asked for, its first text came, and its end was known.
+    """When a stream was requested, its first text came, and its end was known.
 
-    `middle_tpot_s`: from a quarter to three quarters of its tokens, over HTTP; None when it was
-    shorter than it might have been.
+    `middle_tpot_s`: seconds per token from a quarter to three quarters of its tokens, over HTTP;
+    None for a reply that ended early.
     """
 
     sent_s: float
@@ -46,7 +46,7 @@ def median_tpot_s(timelines: Sequence[Timeline]) -> float:
 
 
 class Connection:
-    """Kept alive from request to request, and idle in between."""
+    """One connection, kept alive from request to request."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -57,7 +57,7 @@ class Connection:
         return cls(*await asyncio.open_connection(HOST, port))
 
     async def complete(self, model: str, prompt: str, num_tokens: int) -> Timeline:
-        """A streamed completion, read to its end."""
+        """Read a streamed completion to its end."""
         body = {"model": model, "prompt": prompt, "max_tokens": num_tokens, "temperature": 0}
         options = {"stream": True, "stream_options": {"include_usage": True}}
         data = posted("/v1/completions", {**body, **options})
@@ -85,13 +85,13 @@ class Connection:
 
 
 def _middle_s(pieces_s: Sequence[float]) -> float:
-    """Seconds for each piece from a quarter to three quarters of them."""
+    """Return the seconds per piece from a quarter to three quarters of the pieces."""
     start, stop = len(pieces_s) // 4, 3 * len(pieces_s) // 4
     return (pieces_s[stop] - pieces_s[start]) / max(stop - start, 1)
 
 
 def _pauses(prompt: str, num_rounds: int, most_s: float) -> list[float]:
-    """Before each round, or all prompts would come at once, again and again."""
+    """Draw a pause before each round; without pauses all prompts would always come at once."""
     rng = random.Random(prompt)  # noqa: S311 - the same over HTTP and directly
     return [rng.uniform(0.0, most_s) for _ in range(num_rounds)]
 
@@ -105,7 +105,7 @@ async def rounds_over_http(
     num_rounds: int,
     pause_s: float = 0.0,
 ) -> list[Timeline]:
-    """Each prompt on a connection of its own, again and again, after pauses of up to `pause_s`."""
+    """Send each prompt on a connection of its own, after pauses of up to `pause_s`."""
 
     async def one(prompt: str) -> list[Timeline]:
         connection = await Connection.open(port)
@@ -123,7 +123,9 @@ async def rounds_over_http(
 
 
 class _Direct:
-    """Keeps one request of each prompt in an engine until each has ended so many times."""
+    """Keeps one request of each prompt in an engine until each has ended once for each of its
+    `waits`.
+    """
 
     def __init__(
         self, engine: BlockPoolBatchEngine, waits: Mapping[str, Sequence[float]], num_tokens: int
@@ -161,8 +163,10 @@ class _Direct:
             heapq.heappush(self._due, (time.perf_counter() + self._waits[prompt].pop(0), prompt))
 
     def _begin(self, sent_s: float, prompt: str) -> None:
-        """`sent_s`: it may have come in the middle of a step, which then is over first, as it is
-        for a request that comes over HTTP.
+        """Submit the prompt.
+
+        `sent_s` may lie in the middle of the step that has just ended, as it does for a request
+        over HTTP.
         """
         request_id = self._engine.submit(text=prompt, max_tokens=self._num_tokens)
         self._sent[request_id] = (prompt, sent_s)
@@ -183,7 +187,7 @@ def rounds_directly(
     num_rounds: int,
     pause_s: float = 0.0,
 ) -> list[Timeline]:
-    """The same requests in this thread, without a server."""
+    """Run the requests of `rounds_over_http` in this thread, without a server."""
     waits = {prompt: _pauses(prompt, num_rounds, pause_s) for prompt in prompts}
     direct = _Direct(engine, waits, num_tokens)
     direct.run()
@@ -191,6 +195,6 @@ def rounds_directly(
 
 
 def in_turns(*measures: Callable[[], float], num_repeats: int) -> list[float]:
-    """The median of each, measured one after the other, again and again."""
+    """Return the median of each side, measured one after the other, `num_repeats` times."""
     measured = [[measure() for measure in measures] for _ in range(num_repeats)]
     return [median(values) for values in zip(*measured, strict=True)]

@@ -1,6 +1,6 @@
-"""A server process for the benchmarks: on the fake generator without compute, or on a model.
+"""A server process for the benchmarks, on the fake generator without compute or on a model.
 
-Prints its port when it listens, and ends when its input is closed.
+It prints its port when it listens, and ends when its input is closed.
 """
 
 import asyncio
@@ -39,11 +39,12 @@ def bench_settings(model: str, *, max_rows: int, more: Mapping[str, object]) -> 
 
 
 def source_of(model: str) -> ModelSource:
+    """Return what loads the model."""
     return FixedSource(_fake_model()) if model == FAKE else MLXSource()
 
 
 class _PacedGenerator(FakeBatchGenerator):
-    """A step lasts as long as a small model's, and computes nothing meanwhile."""
+    """The fake with steps as long as a small model's, in which it sleeps."""
 
     def decode(self, inputs: Sequence[RowInput]) -> list[int]:
         time.sleep(STEP_S)
@@ -51,7 +52,7 @@ class _PacedGenerator(FakeBatchGenerator):
 
 
 def _fake_model() -> LoadedModel:
-    """Replies whole characters at once, and never ends on its own."""
+    """Return a model that replies whole characters and never ends on its own."""
     tokenizer = FakeTokenizer()
 
     def generator(*, deterministic: bool) -> BatchGenerator:
@@ -70,20 +71,20 @@ def _fake_model() -> LoadedModel:
 
 @dataclass(frozen=True, slots=True)
 class BenchServer:
-    """A server in a process of its own."""
+    """A running server in a process of its own."""
 
     port: int
     pid: int
 
     def rss_bytes(self) -> int:
-        """Its resident memory now (Linux)."""
+        """Return its resident memory now (Linux)."""
         pages = Path(f"/proc/{self.pid}/statm").read_text().split()[1]
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 @contextmanager
 def server_of(model: str, home: Path, *, max_rows: int, **more: object) -> Iterator[int]:
-    """The port of a server as `running_server` starts it."""
+    """Run a server as `running_server` does, and yield its port."""
     with running_server(model, home, max_rows=max_rows, **more) as server:
         yield server.port
 
@@ -92,7 +93,7 @@ def server_of(model: str, home: Path, *, max_rows: int, **more: object) -> Itera
 def running_server(
     model: str, home: Path, *, max_rows: int, **more: object
 ) -> Iterator[BenchServer]:
-    """`more` are settings, `__` for the dot."""
+    """Run a server until the block ends. `more` are settings, with `__` for the dot."""
     settings = [f"{name.replace('__', '.')}={value}" for name, value in more.items()]
     arguments = [model, str(home), str(max_rows), *settings]
     with ChildProcess("-m", "benchmarks.server.process", *arguments) as process:
@@ -107,7 +108,7 @@ def running_server(
 
 
 def serve(settings: Settings, home: Path, *, announce: Callable[[int], object]) -> None:
-    """Serve in this process until it is told to stop; `announce` gets its port."""
+    """Serve in this process until it is told to stop; `announce` is called with the port."""
     with _listening() as (listener, runner):
         runner.run(_serve(settings, home, listener, announce))
 

@@ -1,4 +1,4 @@
-"""Requests as bytes on sockets of their own: as cheap for the sender as they can be."""
+"""Requests as bytes on sockets of their own, which cost the sender next to nothing."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""`python -m benchmarks store`: what the disk costs, in time and in bytes, and what it gives."""
+"""What the disk costs, in time and in bytes, and what it gives."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,8 +20,9 @@ MB = 1_000_000
 class StorePlan:
     """Sizes, and how often each figure is repeated.
 
-    context_tokens: of the agent that is restored. chat_turns: of the chat whose bytes are counted.
-    num_agents: in the home, with ten blocks each. bytes_per_s: written beside what is timed.
+    context_tokens: how long the agent is that is restored. chat_turns: how long the chat is whose
+    bytes are counted. num_agents: how many the home has, with ten blocks each. bytes_per_s: how
+    much is written beside what is timed.
     """
 
     context_tokens: int = 6000
@@ -67,7 +68,7 @@ def run_store(
 
 
 def _parts(loaded: LoadedModel, plan: StorePlan) -> dict[str, Callable[[], Iterable[Figure]]]:
-    """What is measured, by its label, in order."""
+    """Return what is measured, by its label, in order."""
     writing = partial(bytes_written, loaded, num_turns=plan.chat_turns)
     committing = partial(commit_figure, loaded, num_turns=plan.num_commits)
     return {

@@ -20,7 +20,9 @@ MAX_STEP_RATIO = 1.10
 def decode_beside_writes(
     loaded: LoadedModel, *, bytes_per_s: float, num_rounds: int, num_steps: int, seed: int
 ) -> Figure:
-    """Steps with and without writing take turns; a step includes handing over what is written."""
+    """Compare steps with and without writing, in turns. A step includes handing over what is
+    written.
+    """
     prompts = [
         prompt_ids(loaded.tokenizer, PROMPT_TOKENS, seed=seed + row) for row in range(NUM_ROWS)
     ]

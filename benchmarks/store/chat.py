@@ -1,4 +1,5 @@
-"""Agents that talk for the store's benchmarks: a real engine, store and tokenizer, no model.
+"""Agents that talk for the store's benchmarks, on a real engine, store and tokenizer, without a
+model.
 
 The fake generator's KV takes as many bytes for each token as the model's would.
 """
@@ -40,9 +41,9 @@ def temporary_home() -> Iterator[Path]:
 
 
 class FullSizeGenerator(FakeBatchGenerator):
-    """Packs as many bytes as the layout says, of which the first hold the fake KV.
+    """Packs as many bytes as the layout says, the first of which hold the fake KV.
 
-    `decoded_s` is when it sampled last.
+    `decoded_s`: when it sampled last.
     """
 
     def __init__(self, layout: CacheLayout, script: Sequence[int]) -> None:
@@ -66,7 +67,7 @@ class FullSizeGenerator(FakeBatchGenerator):
 
 
 def pieces_of(data: memoryview, layout: CacheLayout, num_tokens: int) -> tuple[memoryview, ...]:
-    """The bytes of so many tokens, cut into the layout's tensors."""
+    """Cut `num_tokens` tokens of bytes into the layout's tensors."""
     ends = accumulate(tensor.nbytes for tensor in layout.tensors(num_tokens))
     return tuple(data[start:end] for start, end in pairwise([0, *ends]))
 
@@ -95,25 +96,29 @@ class Chat:
         self._num_turns = 0
 
     def say(self, agent_id: str) -> float:
-        """A turn of a few new words. Seconds from its last token to its final event."""
+        """Say a turn of a few new words. Returns the seconds from its last token to its final
+        event.
+        """
         request_id = self.engine.submit(
             agent_id=agent_id, append=[self._message()], max_tokens=REPLY_TOKENS
         )
         return self._finish(request_id)
 
     def begin(self, agent_id: str) -> float:
-        """The same for an agent that nobody knows yet."""
+        """Say the first turn of a new agent. Returns the seconds from its last token to its final
+        event.
+        """
         request_id = self.engine.submit(
             agent_id=agent_id, messages=[self._message()], max_tokens=REPLY_TOKENS
         )
         return self._finish(request_id)
 
     def read(self, agent_id: str, token_ids: Sequence[int]) -> None:
-        """A turn with a prompt of ids."""
+        """Run a turn with a prompt of ids."""
         self._finish(self.engine.submit(agent_id=agent_id, token_ids=token_ids, max_tokens=4))
 
     def settle(self) -> None:
-        """Until the store has taken all that was for it."""
+        """Step until the store has taken all that was for it."""
         until = time.monotonic() + SETTLE_TIMEOUT_S
         while self.engine.has_work or len(self.engine.tiers.saves):
             require(time.monotonic() < until, f"{self.engine!r} after a minute")
@@ -146,9 +151,9 @@ def _completed(events: Sequence[Event], request_id: str) -> Completed | None:
 
 
 def store_thread_bytes() -> int | None:
-    """What the thread of the open store has handed to the system's write calls so far.
+    """Return how many bytes the store's thread has handed to write calls so far.
 
-    None where the system does not count that (it is Linux that does).
+    None where the system does not count them: only Linux does.
     """
     ids = [t.native_id for t in threading.enumerate() if t.name == "keepwarm-store"]
     require(len(ids) == 1, f"{len(ids)} stores are open")

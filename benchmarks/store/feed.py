@@ -1,4 +1,4 @@
-"""A store that is kept busy: records of a benchmark's own are written beside the engine's."""
+"""A store that is kept busy: noise of a benchmark's own is written beside the engine's records."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ WITHOUT_PAUSE = 1e12
 class FedStore(AgentCacheStore):
     """Writes whole blocks of noise at a pace, while it is told to; the engine hears nothing of it.
 
-    `feed` is called by the engine's thread, like everything of a store. `commit_s` are the seconds
+    `feed` is called by the engine's thread, like everything of a store. `commit_s`: the seconds
     from each commit to its answer.
     """
 
@@ -47,7 +47,7 @@ class FedStore(AgentCacheStore):
 
     @contextmanager
     def fed(self, bytes_per_s: float) -> Iterator[None]:
-        """Inside, `feed` keeps this pace."""
+        """Keep this pace in `feed` until the block ends."""
         self._bytes_per_s, self._started_s, self._fed_bytes = bytes_per_s, time.perf_counter(), 0
         written_before = self.health().written_bytes
         try:
@@ -59,7 +59,7 @@ class FedStore(AgentCacheStore):
 
     @property
     def written_per_s(self) -> float:
-        """What was written while it was fed."""
+        """Return how many bytes were written per second while it was fed."""
         return self.written_while_fed / self.fed_s
 
     def feed(self) -> None:
@@ -102,7 +102,7 @@ class FedStore(AgentCacheStore):
 
 
 def recycle_page_cache(folder: Path, nbytes: int) -> None:
-    """Have the system own memory for so many bytes of files.
+    """Have the system own memory for `nbytes` bytes of files.
 
     A virtual machine gets it from its host at the first touch, ten times slower than ever after.
     """

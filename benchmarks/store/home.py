@@ -53,7 +53,7 @@ class _LookUps:
 
 @dataclass(frozen=True, slots=True)
 class _Home:
-    """Seconds of one home's operations."""
+    """What one home's operations took, in seconds."""
 
     open_s: float
     plan: _LookUps
@@ -62,7 +62,7 @@ class _Home:
 
 
 def home_figures(*, num_agents: int, num_look_ups: int, seed: int) -> tuple[Figure, ...]:
-    """Of a home with so many agents; the facts tell of one with a tenth of them, too."""
+    """Measure a home of `num_agents` agents; the facts tell of one with a tenth of them, too."""
     small = _measure(num_agents // 10, num_look_ups=num_look_ups, seed=seed)
     large = _measure(num_agents, num_look_ups=num_look_ups, seed=seed)
     where = f"{num_agents:,} agents, {num_agents * BLOCKS_PER_AGENT:,} blocks"
@@ -114,14 +114,17 @@ def _measure(num_agents: int, *, num_look_ups: int, seed: int) -> _Home:
 
 
 def read_through(file: Path) -> None:
-    """Have all of a file in the page cache; not of a database that is open: its locks would go."""
+    """Bring a file into the page cache.
+
+    Not for a database that is open: closing the file would drop SQLite's locks.
+    """
     with file.open("rb") as source:
         while source.read(1 << 20):
             pass
 
 
 def _have_in_page_cache(catalog: Path, chosen: Sequence[int]) -> None:
-    """What is measured is the look-up, not the disk: some systems drop pages early."""
+    """Bring the chosen agents' pages into the cache: the look-up is measured, not the disk."""
     with CatalogReader.open(catalog) as reader:
         for number in chosen:
             reader.load_agent(f"agent-{number}")
@@ -134,7 +137,7 @@ def _opening_s(home: Path) -> float:
 
 
 def _compare_files(store: AgentCacheStore) -> None:
-    """Until the store has looked at all files, which it does when nothing else is to be done."""
+    """Wait until the store has compared all files, which it does when it has nothing else to do."""
     num_records = store.health().num_records
     started = time.perf_counter()
     while time.perf_counter() - started < QUIET_S:
@@ -171,7 +174,7 @@ def token_ids_of(number: int, *, seed: int) -> list[int]:
 
 
 def build_home(home: Path, num_agents: int, *, seed: int) -> None:
-    """As the store would write it, agent after agent; but in larger transactions."""
+    """Write what the store would write, agent after agent, in larger transactions."""
     catalog = Catalog.open(home / CATALOG_NAME)
     budget = DiskBudget(home, budget_bytes=1 << 40)
     files = RecordFiles(home, budget, max_set_aside_bytes=0)
@@ -204,7 +207,7 @@ def _add_record(
 def _state(
     agent_id: str, token_ids: Sequence[int], hashes: tuple[BlockHash, ...], *, last_used: int
 ) -> AgentState:
-    """A conversation of so many turns: a question, a special token, a reply, another one."""
+    """Make a conversation whose every message is `_TEXT` and a special token."""
     per_message = len(token_ids) // (2 * TURNS_PER_AGENT)
     spans: list[Span] = []
     messages: list[Message] = []

@@ -33,7 +33,7 @@ class _FirstTokens:
 def restore_figures(
     loaded: LoadedModel, *, num_tokens: int, num_repeats: int, seed: int
 ) -> tuple[Figure, Figure]:
-    """One prefill serves both."""
+    """Measure the restore and the first token after it; one prefill serves both."""
     with temporary_home() as home, AgentCacheStore(home) as store:
         lab = Lab(loaded, checked=False, store=store)
         prompt = prompt_ids(loaded.tokenizer, num_tokens, seed=seed)
@@ -48,7 +48,7 @@ def restore_figures(
 
 
 def _restore_speed(lab: Lab, files: Sequence[Path], *, num_tokens: int, num_repeats: int) -> Figure:
-    """From the step in which the fetch begins to the one that completes the slab."""
+    """Time the steps from the one in which the fetch begins to the one that completes the slab."""
     kv_bytes = num_tokens * lab.loaded.layout.token_bytes
     reader = PlainReader(files)
     restoring: list[float] = []
@@ -111,7 +111,7 @@ def _speed_up(times: _FirstTokens) -> Figure:
 
 
 def _park(lab: Lab) -> None:
-    """Out of memory altogether."""
+    """Put the agent out of memory altogether."""
     lab.engine.park("ada")
     lab.settle()
     require(lab.engine.agent("ada").tier is Tier.COLD, "the agent is still in memory")
@@ -124,7 +124,7 @@ def _prefetch(lab: Lab) -> None:
 
 
 class PlainReader:
-    """Reads files into memory of their total size, which was touched once."""
+    """Reads files into memory of their total size that was touched before."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._files = files
@@ -151,7 +151,7 @@ def _parts(file: Path, memory: memoryview) -> Iterator[int]:
 
 
 def drop_from_page_cache(files: Sequence[Path]) -> bool:
-    """Have the system forget what it keeps of these. Returns whether it can be asked to."""
+    """Have the system forget what it keeps of these files. Whether it can be asked to."""
     if not hasattr(os, "posix_fadvise"):
         return False
     for file in files:

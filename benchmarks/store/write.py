@@ -30,10 +30,11 @@ SAMPLE_EVERY_S = 0.002
 
 
 def bytes_written(loaded: LoadedModel, *, num_turns: int, demoting: bool) -> Figure:
-    """Of a chat of short turns, down to its last token: all bytes that went into files.
+    """Compare the bytes that a chat of short turns writes with its KV, down to its last token.
 
     Counted is what the store's thread handed to write calls: records, the write-ahead log and what
-    checkpoints copy out of it. Where nobody counts that: the records, and how the catalogue grew.
+    checkpoints copy out of it. Where the system does not count that: the records, and how the
+    catalogue grew.
     """
     with temporary_home() as home, AgentCacheStore(home) as store:
         chat = Chat(loaded, store)
@@ -69,7 +70,9 @@ def bytes_written(loaded: LoadedModel, *, num_turns: int, demoting: bool) -> Fig
 
 
 def most_on_disk(loaded: LoadedModel, *, budget_bytes: int, load_bytes: int, seed: int) -> Figure:
-    """Agents read prompts, rest, and come back; meanwhile the folder is measured."""
+    """Compare the folder's largest size with its budget while agents read prompts, rest and come
+    back.
+    """
     rng = np.random.default_rng(seed)
     with temporary_home() as home:
         config = StoreConfig(disk_budget_bytes=budget_bytes)
@@ -107,8 +110,8 @@ def most_on_disk(loaded: LoadedModel, *, budget_bytes: int, load_bytes: int, see
 class FolderMeter:
     """Measures a folder's files every few milliseconds, in a thread of its own.
 
-    By their lengths, as `du --apparent-size` does, and by the disk's blocks. A file that is moved
-    meanwhile counts once.
+    Once by their lengths, as `du --apparent-size` does, and once by the disk's blocks. A file that
+    is moved meanwhile counts once.
     """
 
     folder: Path
@@ -153,10 +156,11 @@ class FolderMeter:
 def commit_figure(
     loaded: LoadedModel, *, num_turns: int, beside: str = "", bytes_per_s: float = 0.0
 ) -> Figure:
-    """Seconds from a turn's last token to its final event, which says that it is durable.
+    """Time the end of a turn, from its last token to its final event, which says that it is
+    durable.
 
-    The agents' own KV is tiny: what is written beside the commits is what `beside` says.
-    `store_p95_ms` is the store's part of it.
+    The agents' own KV is tiny: what is written meanwhile is what `beside` says. `store_p95_ms` is
+    the store's part.
     """
     small = replace(loaded, layout=FAKE_LAYOUT)
     with temporary_home() as home, FedStore(home, loaded.layout) as store:

@@ -1,4 +1,4 @@
-"""`python -m benchmarks swap`: what two models cost that share memory for one of them."""
+"""What two models cost that share memory for one of them."""
 
 import asyncio
 import time
@@ -37,9 +37,12 @@ _STATUS = Path("/proc/self/status")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SwapPlan:
-    """num_alternations: timed swaps in either direction. num_tokens: of the agent that is left and
-    found again, `num_returns` times. num_swaps: over which memory is watched. The others are the
-    load's; `patience_s` is how long its models may go on answering when they have to go.
+    """Sizes, and how often each figure is repeated.
+
+    num_alternations: timed swaps in either direction. num_tokens: how long the agent is that is
+    left and found again, `num_returns` times. num_swaps: over how many swaps memory is watched. The
+    other fields are the load's; `patience_s` is how long its models may go on answering when they
+    have to go.
     """
 
     num_alternations: int = 5
@@ -76,7 +79,7 @@ def run_swap(model: str, plan: SwapPlan, on_progress: OnProgress = no_progress) 
 async def _measure(
     pair: ModelPair, folder: Path, plan: SwapPlan, on_progress: OnProgress
 ) -> Report:
-    """Each part on a server of its own."""
+    """Run each part on a server of its own."""
     figures: list[Figure] = []
     notes: list[str] = []
     parts = _parts(plan)
@@ -113,7 +116,7 @@ def _parts(plan: SwapPlan) -> list[_Part]:
 
 @dataclass(frozen=True, slots=True)
 class _Swap:
-    """Seconds; nothing drains, so the first begin when the files have been looked at."""
+    """Seconds of a swap in which nothing drains; they begin when the files have been measured."""
 
     unload_s: float
     load_s: float
@@ -125,7 +128,9 @@ class _Swap:
 
 
 async def _swap_times(house: House, plan: SwapPlan) -> Report:
-    """A swap to either model and a bare load of it take turns, after one turn for the caches."""
+    """Compare a swap to either model with a bare load of it, in turns, after one turn for the
+    caches.
+    """
     swaps: list[_Swap] = []
     bare_s: list[float] = []
     for number in range(plan.num_alternations + 1):
@@ -172,7 +177,7 @@ def _bare_load_s(source: str) -> float:
 
 
 async def _return(house: House, plan: SwapPlan) -> Report:
-    """The agent's own first prefill, over its TTFT after its model went and came back."""
+    """Compare an agent's own first prefill with its TTFT after its model went and came back."""
     prompt = prompt_ids(house.source.tokenizer, plan.num_tokens, seed=plan.seed)
     new = prompt_ids(house.source.tokenizer, NEW_TOKENS, seed=plan.seed + 1)
     first = await _first_token(house, prompt)
@@ -208,14 +213,14 @@ async def _first_token(house: House, token_ids: Sequence[int]) -> Completed:
 
 @dataclass(frozen=True, slots=True)
 class _Level:
-    """Bytes: MLX's active memory, and what the system counts as the process's own, if it does."""
+    """Bytes: MLX's active memory, and the process's resident memory where the system tells it."""
 
     active: int
     resident: int | None
 
 
 async def _memory(house: House, plan: SwapPlan) -> Report:
-    """Both models in turn, each alone; after one turn for what is made once."""
+    """Watch memory while the models come and go, after one turn for what is made only once."""
     names = list(house.sources)
     levels: list[_Level] = []
     weight_bytes = 0
@@ -275,7 +280,9 @@ def _resident_growth(sizes_bytes: Sequence[int]) -> Figure:
 
 
 def _resident_bytes() -> int | None:
-    """None where the system does not say it so (it is Linux that does)."""
+    """Return the process's resident memory; None where the system does not tell it: only Linux
+    does.
+    """
     if not _STATUS.exists():
         return None
     lines = _STATUS.read_text("ascii").splitlines()

@@ -24,22 +24,22 @@ from keepwarm.wiring import MLXSource, start_server
 
 OTHER = "other"
 NOISE = 0.1
-"""Of every number in the other model's weights, as a share of it."""
+"""The noise on every number in the other model's weights, as a share of it."""
 KV_BUDGET_BYTES = 1 << 31
 ROOM_FOR = 1.5
-"""So many of the two models fit into memory."""
+"""How many of the two models fit into memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelPair:
-    """A model, and a folder with another of the same shapes."""
+    """A model, and a folder with another one of the same shapes."""
 
     first: str
     other: Path
 
     @classmethod
     def beside(cls, model: str, folder: Path, *, seed: int) -> "ModelPair":
-        """Makes the other one: the same files, with seeded noise on the weights."""
+        """Make the other model: the same files, with seeded noise on the weights."""
         original = resolve(model, keepwarm_home())
         shutil.copytree(original, folder, ignore=shutil.ignore_patterns("*.safetensors"))
         for number, file in enumerate(sorted(original.glob("*.safetensors"))):
@@ -48,12 +48,12 @@ class ModelPair:
 
     @property
     def limit_bytes(self) -> int:
-        """Of memory, too few for both."""
+        """Return a limit of memory that is too small for both."""
         return int(ROOM_FOR * estimate_bytes(self.other))
 
 
 def _copy_with_noise(source: Path, target: Path, key: mx.array) -> None:
-    """Dtypes, shapes and packed integers stay."""
+    """Copy weights; dtypes, shapes and packed integers stay."""
     arrays, metadata = cast(
         "tuple[dict[str, mx.array], dict[str, str]]", mx.load(str(source), return_metadata=True)
     )
@@ -66,7 +66,7 @@ def _copy_with_noise(source: Path, target: Path, key: mx.array) -> None:
 
 
 class WatchedSource:
-    """Implements `ModelSource` as the server's own, and notes when it did what.
+    """Implements `ModelSource` with the server's own, and notes when it did what.
 
     `measured_s`, `began_s` and `loaded_s` are times of the performance counter.
     """
@@ -94,7 +94,7 @@ class WatchedSource:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Of the model that was loaded first; both have the same."""
+        """Return the tokenizer of the model that was loaded first; both have the same."""
         if self._tokenizer is None:
             raise AssertionError("nothing was loaded")
         return self._tokenizer
@@ -102,7 +102,7 @@ class WatchedSource:
 
 @dataclass(frozen=True, slots=True)
 class House:
-    """A server on both models, of which one fits into memory: the first, to begin with."""
+    """A server on both models, one of which fits into memory: the first, to begin with."""
 
     pair: ModelPair
     engine: AsyncEngine
@@ -111,11 +111,11 @@ class House:
 
     @property
     def sources(self) -> dict[str, str]:
-        """Of either model, by its name."""
+        """Return what each model is loaded from, by its name."""
         return {self.pair.first: self.pair.first, OTHER: str(self.pair.other)}
 
     async def swap_to(self, name: str) -> None:
-        """Nobody has asked for anything, so nothing has to be waited for."""
+        """Load the model, with no request running, so that nothing drains."""
         require(not self.engine.num_requests, f"{self.engine.num_requests} requests are running")
         await self.models.load(name)
         ready = [m.name for m in self.models.registry if m.state is ModelState.READY]
@@ -124,7 +124,7 @@ class House:
 
 @asynccontextmanager
 async def house_of(pair: ModelPair, home: Path, **more: object) -> AsyncIterator[House]:
-    """`more` are settings, `__` for the dot."""
+    """Start a server on the pair. `more` are settings, with `__` for the dot."""
     source = WatchedSource()
     running = await start_server(_settings(pair, home, more), home, source=source)
     if running.engine.models is None:

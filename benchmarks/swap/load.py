@@ -16,7 +16,7 @@ from keepwarm.engine.requests import GenerateRequest
 from keepwarm.service.async_engine import AsyncEngine
 
 HANG_S = 120.0
-"""A request that has not ended by then is lost."""
+"""How many seconds a request may take before it is lost."""
 WORDS_PER_MESSAGE = 24
 MAX_SHOWN = 20
 
@@ -25,8 +25,8 @@ MAX_SHOWN = 20
 class LoadPlan:
     """`num_clients` on each model; the n-th of them asks for n times `reply_tokens`.
 
-    compares_replies: where equal bits are promised, every reply must be the one that the same
-    client got while its model was there alone. Elsewhere those of two runs may differ in ties.
+    compares_replies: every reply must be the one that the same client got while its model was there
+    alone; only where equal bits are promised, since two runs may differ in ties elsewhere.
     """
 
     seconds: float
@@ -38,7 +38,7 @@ class LoadPlan:
 
 @dataclass(slots=True)
 class _Tally:
-    """What came of the requests. `turns`: how many each agent was told that it has had."""
+    """What came of the requests. `turns`: how many turns each agent was told that it has."""
 
     num_requests: int = 0
     num_interrupted: int = 0
@@ -49,7 +49,7 @@ class _Tally:
 async def load_figure(
     engine: AsyncEngine, models: Sequence[str], plan: LoadPlan
 ) -> tuple[Figure, tuple[str, ...]]:
-    """The figure, and what was wrong with the first answers that were."""
+    """Run the load. Returns the figure, and what was wrong with the first wrong answers."""
     clients = await _clients_with_answers(engine, models, plan)
     tally = _Tally()
     loads_before = _num_loads(engine)
@@ -76,7 +76,7 @@ async def load_figure(
 
 
 async def reply_of(engine: AsyncEngine, request: GenerateRequest) -> Completed:
-    """Read to its end. Raises what the request ends with."""
+    """Read a reply to its end. Raises what the request failed with."""
     stream = await engine.submit(request)
     text = "".join([event.text async for event in stream if isinstance(event, Delta)])
     end = await stream.end
@@ -87,7 +87,7 @@ async def reply_of(engine: AsyncEngine, request: GenerateRequest) -> Completed:
 
 
 class _Client:
-    """Talks to one model: with one agent after another, which all hear the same messages."""
+    """Talks to one model, with one agent after another, which all hear the same messages."""
 
     def __init__(
         self, engine: AsyncEngine, model: str, name: str, number: int, plan: LoadPlan
@@ -101,7 +101,7 @@ class _Client:
         self.expected: list[str] = []
 
     async def learn(self) -> None:
-        """What the model answers when nobody takes it away."""
+        """Ask for the model's answers while no swap can disturb them."""
         agent_id = await self._new_agent(0)
         replies = [await self._ask(agent_id, message) for message in self._messages]
         self.expected = [reply.text for reply in replies]
@@ -125,7 +125,7 @@ class _Client:
         return agent_id
 
     async def _say_next(self, agent_id: str, tally: _Tally) -> str:
-        """What is wrong with the answer; empty when it is right."""
+        """Say the next message. Returns what is wrong with the answer; empty when it is right."""
         num_turns = tally.turns[agent_id]
         tally.num_requests += 1
         try:
@@ -165,7 +165,7 @@ class _Client:
 async def _clients_with_answers(
     engine: AsyncEngine, models: Sequence[str], plan: LoadPlan
 ) -> list[_Client]:
-    """They know what their models say; the models must not say the same."""
+    """Make clients that know what their models say; the models must not say the same."""
     numbers = range(1, plan.num_clients + 1)
     by_model: list[list[_Client]] = []
     for letter, model in zip("abcdefgh", models, strict=False):
@@ -173,11 +173,12 @@ async def _clients_with_answers(
         await asyncio.gather(*(client.learn() for client in clients))
         by_model.append(clients)
     said = {tuple(reply for client in some for reply in client.expected) for some in by_model}
-    require(len(said) == len(models), "the models say the same, so nobody sees which one answers")
+    require(len(said) == len(models), "the models say the same: answers cannot be told apart")
     return [client for some in by_model for client in some]
 
 
 async def _look_for_lost_turns(engine: AsyncEngine, tally: _Tally) -> None:
+    """Compare the turns of every agent with those that its client was told of."""
     for agent_id, num_told in tally.turns.items():
         turns = await engine.call_at(agent_id, methodcaller("turns", agent_id))
         # A turn that was answered wrongly has been counted, and is not told.

@@ -1,4 +1,4 @@
-"""`keepwarm bench batch`: agents beside agents, in speed and in bytes."""
+"""Agents beside agents, in speed and in bytes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ REMAINDER_TOKENS = 40
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchPlan:
-    """Tokens of the contexts, and how often each figure is repeated."""
+    """How many tokens the contexts have, and how often each figure is repeated."""
 
     long_tokens: int = 6000
     mixed_tokens: tuple[int, ...] = (200, 743, 1286, 1829, 2371, 2914, 3457, 4000)
@@ -48,8 +48,10 @@ QUICK = partial(
 def run_batch(
     loaded: LoadedModel, plan: BatchPlan, on_progress: OnProgress = no_progress
 ) -> Report:
-    """One prefill of the long context serves all that need one: others take their beginnings from
-    its blocks."""
+    """Measure what agents cost each other.
+
+    The long context is prefilled once; other agents take their beginnings from its blocks.
+    """
     numbers = count(0)
     total = 9
 
@@ -87,7 +89,7 @@ def run_batch(
 
 
 def shared_bytes(loaded: LoadedModel, plan: BatchPlan) -> Figure:
-    """Agents that begin alike, demoted: bytes of their blocks and tails over what they must be."""
+    """Measure what demoted agents that begin alike hold, over the bytes that they need."""
     lab = Lab(loaded, budget_bytes=2 << 30)
     prefix = prompt_ids(loaded.tokenizer, plan.shared_tokens, seed=plan.seed + 70)
     for number in range(NUM_SHARERS):

@@ -1,4 +1,4 @@
-"""What a step costs those who decode when somebody joins them or prefills beside them."""
+"""What a step costs the agents that decode when another one joins or prefills beside them."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,10 @@ MAX_STEP_RATIO = 4.0
 def join(
     loaded: LoadedModel, lab: Lab, parked: Sequence[int], *, num_repeats: int, seed: int
 ) -> Figure:
-    """The agent "ada" holds all of `parked` but its last token, hot and at rest."""
+    """Measure the step in which the agent "ada" joins, over the steps that follow.
+
+    The agent holds all of `parked` but its last token, hot and at rest.
+    """
     companions = start_rows(lab, _companions(loaded, seed))
     joining: list[float] = []
     steady: list[float] = []
@@ -43,7 +46,7 @@ def join(
 
 
 def prefill(loaded: LoadedModel, lab: Lab, *, num_tokens: int, seed: int) -> Figure:
-    """The longest step while a new agent's prompt is computed, over the steady one.
+    """Measure the longest step while a new agent's prompt is computed, over the steady one.
 
     The companions' contexts grow meanwhile, and their steady step with them: it is measured before
     and after, and taken to grow evenly in between.

@@ -21,12 +21,13 @@ _LOST_BITS = {"float32": 13, "float16": 3, "bfloat16": 4}
 
 @dataclass(frozen=True, slots=True)
 class Canary:
-    """`damage` gives the KV that is put into the slab of a resting agent."""
+    """A damage: `damage` makes the KV that is put into the slab of a resting agent."""
 
     name: str
     damage: Damage
 
     def run(self, setting: Setting, case: Case) -> Recording:
+        """Record the reply of an agent whose KV was damaged."""
         lab = setting.lab()
         turn = first_turn(lab, setting, case)
         slab = lab.recorder.slabs[turn.seed]
@@ -36,12 +37,14 @@ class Canary:
 
 
 def rounded(lab: Lab, setting: Setting, case: Case, slab: RowSlab) -> KVPayload:
+    """Round the KV to the next coarser format."""
     held = _held(lab, slab)
     num_bits = _LOST_BITS[setting.loaded.layout.dtype]
     return KVPayload(held.num_tokens, tuple(_rounded(array, num_bits) for array in held.arrays))
 
 
 def one_position_zeroed(lab: Lab, setting: Setting, case: Case, slab: RowSlab) -> KVPayload:
+    """Zero the position in the middle, in every layer."""
     held = _held(lab, slab)
     for array in held.arrays:
         array[:, held.num_tokens // 2] = 0
@@ -49,7 +52,7 @@ def one_position_zeroed(lab: Lab, setting: Setting, case: Case, slab: RowSlab) -
 
 
 def stale_tail_token(lab: Lab, setting: Setting, case: Case, slab: RowSlab) -> KVPayload:
-    """The last position is of another token: what a rollback that trims too little leaves."""
+    """Put another token's KV at the last position, as a rollback that trims too little would."""
     held = _held(lab, slab)
     split = split_of(setting, case)
     seen = [*split.prompt, *split.reply][: held.num_tokens]

@@ -13,23 +13,26 @@ from keepwarm.mlx_backend.compute.payload import RawArray
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """The largest differences that legitimate computations of the same thing may show."""
+    """The largest differences that legitimate computations of one reply may show."""
 
     logits: float
     kv: float
 
 
 FLOAT32_BOUNDS = Bounds(logits=1e-3, kv=5e-4)
-"""Measured between legitimate paths: 2.2e-4 and 1.0e-4; with float16-rounded KV 7e-3."""
+"""Legitimate paths differ by 2.2e-4 and 1.0e-4 (measured); float16-rounded KV by 7e-3."""
 
 BOUND_FACTOR = 4
-"""In other dtypes: so many times the largest difference between mlx-lm's own runs."""
+"""How many times the largest difference between mlx-lm's own runs, in dtypes but float32."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Of a recording from its reference. `num_ties`: the best token differs where the reference's
-    two best are closer than twice the bound; `num_flips`: where they are not."""
+    """How far a recording is from its reference.
+
+    `num_ties`: steps in which the best token differs and the reference's two best are closer than
+    twice the bound. `num_flips`: those in which they are not.
+    """
 
     num_steps: int
     max_logits: float
@@ -49,7 +52,7 @@ def difference(
     bounds: Bounds,
     forbidden: Collection[int],
 ) -> Difference:
-    """Compared are all steps with the same history: up to the first token that differs."""
+    """Compare all steps that have the same history: up to the first token that differs."""
     num_same = _num_same(reference.tokens, other.tokens)
     num_steps = min(num_same + 1, len(reference.tokens), len(other.tokens))
     ours, theirs = other.logits[:num_steps], reference.logits[:num_steps]
@@ -64,7 +67,9 @@ def difference(
 
 
 def why_not_identical(expected: Recording, other: Recording) -> str | None:
-    """None when the shorter of the two is, bit for bit, how the longer begins."""
+    """Return what differs, or None when the shorter recording is, bit for bit, how the longer
+    begins.
+    """
     num_steps = min(len(expected.tokens), len(other.tokens))
     if not np.array_equal(_bits(expected.logits[:num_steps]), _bits(other.logits[:num_steps])):
         return f"logits differ at {_first_step(expected.logits, other.logits)}"
@@ -82,7 +87,7 @@ def why_not_identical(expected: Recording, other: Recording) -> str | None:
 
 
 def bounds_from(runs: list[Recording], dtype: str) -> Bounds:
-    """Bounds for a device: a multiple of what the reference's own runs differ by."""
+    """Return bounds for a device: a multiple of what the reference's own runs differ by."""
     wide = Bounds(np.inf, np.inf)
     differences = [
         difference(a, b, dtype=dtype, bounds=wide, forbidden=()) for a, b in pairwise(runs)
@@ -94,7 +99,10 @@ def bounds_from(runs: list[Recording], dtype: str) -> Bounds:
 
 
 def as_floats(raw: RawArray, dtype: str) -> Logits:
-    """Raw KV bits as numbers. numpy has no bfloat16: its bits are the upper half of a float32."""
+    """Return raw KV bits as numbers.
+
+    numpy has no bfloat16: its bits are the upper half of a float32.
+    """
     if dtype == "bfloat16":
         return (raw.astype(np.uint32) << 16).view(np.float32)
     return raw.view(dtype).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Decoding speed, beside bare mlx-lm and beside the deterministic mode, in turns."""
+"""Decoding speed beside bare mlx-lm's and beside the deterministic mode's, in turns."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -21,7 +21,10 @@ MAX_DETERMINISTIC_RATIO = 1.7
 
 
 def one_agent(loaded: LoadedModel, *, num_repeats: int, num_tokens: int, seed: int) -> Figure:
-    """Tokens per second after the first. mlx-lm's side is the loop inside `stream_generate`."""
+    """Compare tokens per second after the first one.
+
+    mlx-lm's side is the loop inside `stream_generate`.
+    """
     prompt = prompt_ids(loaded.tokenizer, SHORT_TOKENS, seed=seed)
     model = cast("nn.Module", loaded.model)
     lab = Lab(loaded, checked=False)
@@ -47,7 +50,7 @@ def eight_agents(
     num_rounds: int,
     at_least: float,
 ) -> Figure:
-    """Steps of eight rows whose prompts are beginnings of the context."""
+    """Compare the steps of eight rows whose prompts are beginnings of the context."""
     turns = start_rows(lab, [context.prompt[:length] for length in lengths])
     bare = _BareBatch(cast("nn.Module", loaded.model), context, lengths)
     ours_s: list[float] = []
@@ -92,7 +95,7 @@ def deterministic(loaded: LoadedModel, *, num_rows: int, num_rounds: int, seed: 
 
 
 def start_rows(lab: Lab, prompts: Sequence[Sequence[int]]) -> list[Turn]:
-    """Agents that all decode when this returns."""
+    """Start agents, all of which decode when this returns."""
     turns = [
         lab.start(f"row-{number}", prompt, UNTIL_CANCELLED) for number, prompt in enumerate(prompts)
     ]
@@ -109,12 +112,13 @@ def stop_rows(lab: Lab, turns: Sequence[Turn]) -> None:
 
 
 def run_steps(lab: Lab, num_steps: int) -> None:
+    """Run `num_steps` steps and wait for them."""
     for _ in range(num_steps):
         lab.step()
 
 
 def _decode_s(lab: Lab, agent_id: str, prompt: Sequence[int], num_tokens: int) -> float:
-    """From the first token to the last of `num_tokens` more."""
+    """Return the seconds from the first token to the last of `num_tokens` more."""
     turn = lab.start(agent_id, prompt, num_tokens + 1)
     while not lab.num_draws(turn):
         lab.step()
@@ -147,7 +151,7 @@ class _BareBatch:
         mx.synchronize(self._generator.stream)
 
     def run_steps(self, num_steps: int) -> None:
-        """It computes one step ahead: waiting for that makes it just so many."""
+        """Run `num_steps` steps. It computes one ahead; waiting for that one makes it as many."""
         for _ in range(num_steps):
             self._generator.next()
         mx.synchronize(self._generator.stream)

@@ -23,19 +23,19 @@ READY = "the first turn is on disk"
 
 @dataclass(frozen=True, slots=True)
 class FirstTurn:
-    """What the agent says before it is put away."""
+    """What is said to the agent, and what it replies, before it is put away."""
 
     prompt: tuple[int, ...]
     reply: tuple[int, ...]
 
     @property
     def num_held(self) -> int:
-        """How many tokens have KV after the turn: the reply's last one was never fed."""
+        """Return how many tokens have KV after the turn: the reply's last one was never fed."""
         return len(self.prompt) + len(self.reply) - 1
 
 
 def parked(setting: Setting, first: FirstTurn, case: Case) -> Recording:
-    """Out of memory altogether, and back from the disk, in one process."""
+    """Bring back an agent that had left memory altogether, in one process."""
     with _folder() as folder, AgentCacheStore(folder) as store:
         lab = setting.lab(store=store)
         lab.say("ada", first.prompt, first.reply)
@@ -46,7 +46,7 @@ def parked(setting: Setting, first: FirstTurn, case: Case) -> Recording:
 
 
 def restarted(setting: Setting, first: FirstTurn, case: Case) -> Recording:
-    """An engine and a store that know nothing but the folder, after a clean stop."""
+    """Bring back an agent with a new engine and a new store on the folder, after a clean stop."""
     with _folder() as folder:
         with AgentCacheStore(folder) as store:
             lab = setting.lab(store=store)
@@ -57,7 +57,7 @@ def restarted(setting: Setting, first: FirstTurn, case: Case) -> Recording:
 
 
 def killed(setting: Setting, first: FirstTurn, case: Case) -> Recording:
-    """After SIGKILL to a process that was in the middle of the agent's second turn."""
+    """Bring back an agent after SIGKILL to a process in the middle of the agent's second turn."""
     with _folder() as folder:
         _run_and_kill(setting, first, folder)
         with AgentCacheStore(folder) as store:
@@ -90,7 +90,7 @@ def _run_and_kill(setting: Setting, first: FirstTurn, folder: FilePath) -> None:
 
 
 def play_victim() -> None:
-    """The process that is killed: says the first turn, and then goes on until it is."""
+    """Be the process that is killed: say the first turn, and go on with the second until then."""
     from keepwarm import load_model
 
     order = json.load(sys.stdin)
@@ -108,7 +108,7 @@ def play_victim() -> None:
 
 @contextmanager
 def temporary_store() -> Iterator[AgentCacheStore]:
-    """Of the test's own, gone afterwards."""
+    """Open a store on a folder that is removed when the block ends."""
     with _folder() as folder, AgentCacheStore(folder) as store:
         yield store
 

@@ -1,4 +1,4 @@
-"""EXP-005: whatever way the KV came about, the computation is the same.
+"""EXP-005: however the KV came about, the computation is the same.
 
 Normal form: the reference's tokens are fed through each path, and logits and KV must stay within
 bounds of bare mlx-lm's. Free-running: the reply is the same up to the first tie. Strict form: in
@@ -39,6 +39,7 @@ from keepwarm.mlx_backend.compute.canonical import why_not_promised
 def run_exp005(
     loaded: LoadedModel, plan: Plan, on_progress: OnProgress = no_progress
 ) -> Exp005Result:
+    """Take every path of the plan and compare its replies. Reports the progress in jobs."""
     on_progress("bare mlx-lm", 0, 1)
     note = why_not_promised()
     experiment = Experiment(loaded, plan, has_strict=not note)
@@ -102,7 +103,11 @@ class Experiment:
         return results
 
     def _run_free(self, path: Path, lengths: Sequence[int]) -> list[PathResult]:
-        """A free reply that is the reference's own counts as fed with it: same ids, same steps."""
+        """Compare the path's own replies.
+
+        A reply that is the reference's to its end also counts as one that was fed: it has the same
+        ids and the same steps.
+        """
         recordings = _take(path, self._normal, [self._free(length) for length in lengths])
         if isinstance(recordings, PathNotTaken):
             return [_not_taken(Form.FREE, path, lengths, recordings)]
@@ -142,7 +147,9 @@ class Experiment:
         return [replace(result, problem=problem)]
 
     def _strict_canary(self) -> list[PathResult]:
-        """In ordinary shapes some path must have other bits than the cold run in the same mode."""
+        """Check that some path had other bits than the cold run in ordinary shapes: or the strict
+        form would not notice the difference.
+        """
         problem = None if self._ordinary_bits_differ else "ordinary shapes passed the strict form"
         return [PathResult(Form.CANARY, "ordinary shapes", self._plan.canary_length, problem)]
 

@@ -24,7 +24,7 @@ class Form(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class PathResult:
-    """One reply by one path. `problem` says why it failed; a canary fails when it passes."""
+    """One reply by one path. `problem` says why it failed; a canary fails by passing unnoticed."""
 
     form: Form
     path: str
@@ -42,7 +42,10 @@ class PathResult:
 
 @dataclass(frozen=True, slots=True)
 class Exp005Result:
-    """`strict_note` says why the strict form was left out, where equal bits cannot be promised."""
+    """The replies of all paths.
+
+    `strict_note` says why the strict form was left out where equal bits cannot be promised.
+    """
 
     bounds: Bounds
     results: tuple[PathResult, ...]
@@ -76,7 +79,7 @@ class Exp005Result:
         return failed
 
     def table(self, title: str) -> Table:
-        """One row for each path and form: the worst over its prompt lengths."""
+        """Return a row for each path and form: the worst over its prompt lengths."""
         caption = (
             f"{self.num_steps:,} steps compared with bare mlx-lm, {self.num_ties} ties; bounds: "
             f"logits {self.bounds.logits:.1e}, KV {self.bounds.kv:.1e}"

@@ -38,7 +38,7 @@ MAX_GATHERED_RATIO = 1.3
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """So many blocks of a model's KV."""
+    """The KV of `num_blocks` blocks of a model."""
 
     num_blocks: int
     layout: CacheLayout
@@ -74,7 +74,7 @@ SHAPES = (
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What is measured, and how often."""
+    """Which shapes are measured, and how often."""
 
     shapes: tuple[Shape, ...] = SHAPES
     num_warm_ups: int = 10
@@ -84,12 +84,14 @@ class Sizes:
 FULL_SIZES = Sizes()
 QUICK_SIZES = Sizes(SHAPES[:-1], num_calls=20)
 TARGET_SHAPE = SHAPES[-1].name
-"""The figures have to hold there."""
+"""The shape at which the figures have to hold."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShapeResult:
-    """`slab_moved`: a buffer has another address after the calls; None where that is unknown."""
+    """One shape's times. `slab_moved`: a buffer has another address after the calls; None where
+    that is unknown.
+    """
 
     shape: str
     nbytes: int
@@ -131,7 +133,7 @@ class Exp006Result:
         return ()
 
     def table(self, title: str) -> Table:
-        """Three rows for each shape."""
+        """Return three rows for each shape."""
         table = Table(
             title=title,
             caption="ratio: the median over that of a plain copy of the same bytes",
@@ -188,7 +190,7 @@ def _measure(shape: Shape, num_warm_ups: int, num_calls: int) -> ShapeResult:
 
 
 class _KVWriter(nn.Module):
-    """A model as far as KV goes: each layer writes one token's keys and values."""
+    """As much of a model as KV needs: each layer writes one token's keys and values."""
 
     def __init__(self, layout: CacheLayout) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -210,7 +212,7 @@ class _KVWriter(nn.Module):
 
 
 def _writer(layout: CacheLayout, capacity_tokens: int) -> LoadedModel:
-    """A model that computes nothing and writes given KV."""
+    """Return a model that computes nothing and writes the KV that it is given."""
 
     def generator(*, deterministic: bool) -> BatchGenerator:
         return RowBatchGenerator(_KVWriter(layout), layout)
@@ -263,18 +265,20 @@ class _Bench:
         return timed(lambda: np.copyto(self._target, self._source))
 
     def demote(self) -> None:
-        """The slab becomes a spare: memory that the next gathering recycles."""
+        """Turn the slab into a spare: memory that the next gathering recycles."""
         self._tiers.demote(self._line)
 
     def addresses(self) -> list[int] | None:
-        """Where the slab's buffers are; None where the host does not see the device's memory."""
+        """Return where the slab's buffers are; None where the host does not see the device's
+        memory.
+        """
         if mx.default_device() != mx.cpu and not mx.metal.is_available():
             return None
         slab = cast("RowSlab", self._line.slab)
         return [_address(array) for array in slab.arrays()]
 
     def holds_what_was_put_in(self) -> bool:
-        """The first block is, bit for bit, what it was before all calls."""
+        """Whether the first block is, bit for bit, what it was before all calls."""
         self._tiers.make_hot(self._line, self._ids, self._capacity)
         self._tiers.promotion.restore(self._line)
         slab = cast("RowSlab", self._line.slab)
@@ -293,7 +297,7 @@ class _Bench:
         return line
 
     def _make_current(self) -> None:
-        """What the engine does between admission and the first decode, and the first write."""
+        """Do what the engine does between admission and the first decode, and the first write."""
         self._tiers.make_hot(self._line, self._ids, self._capacity)
         if self._line.num_to_restore:
             self._tiers.promotion.restore(self._line)
@@ -308,7 +312,7 @@ class _Bench:
 
 
 def _noise(layout: CacheLayout, *, seed: int) -> KVPayload:
-    """A block of random bits, each array of its own."""
+    """Return a block of random bits, with memory of its own for each array."""
     random = np.random.default_rng(seed)
     shapes = [
         (layer.num_kv_heads, BLOCK_TOKENS, dim)

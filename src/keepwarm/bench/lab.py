@@ -1,4 +1,4 @@
-"""An engine on the real model with a recorder in it, and short words for what a path does."""
+"""An engine with a recorder in it, and short words for what a path does."""
 
 import time
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ SETTLE_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A prompt and what to do with it. `script` None: the reply is the engine's own."""
+    """A prompt and how many tokens to reply. `script` None: the reply is the engine's own."""
 
     prompt: tuple[int, ...]
     num_tokens: int
@@ -32,7 +32,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A request on its way."""
+    """A request that was submitted."""
 
     request_id: str
     seed: int
@@ -42,7 +42,8 @@ class Turn:
 class Lab:
     """Owns an engine whose tokens are recorded, or given by a script.
 
-    `checked`: the engine's invariants are checked after every step; not where speed is measured.
+    `checked`: the engine's invariants are checked after every step, which would disturb a
+    measurement of speed.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Lab:
         stop: str | None = None,
         keep: bool = False,
     ) -> Turn:
+        """Submit a prompt, whose reply is recorded where `keep` says so."""
         seed = self.recorder.register(script=script, keep=keep)
         request_id = self.engine.submit(
             agent_id=agent_id, token_ids=prompt, max_tokens=num_tokens, stop=stop, seed=seed
@@ -96,7 +98,7 @@ class Lab:
         return Turn(request_id, seed, len(prompt))
 
     def say(self, agent_id: str, prompt: Sequence[int], reply: Sequence[int]) -> Turn:
-        """A whole turn with a given reply."""
+        """Run a whole turn with a given reply."""
         turn = self.start(agent_id, prompt, len(reply), script=reply)
         self.finish(turn)
         return turn
@@ -121,11 +123,12 @@ class Lab:
         return events
 
     def finish(self, *turns: Turn) -> None:
+        """Step until all of these have completed. Raises what a request failed with."""
         while not all(turn.request_id in self._completed for turn in turns):
             self.step()
 
     def settle(self) -> None:
-        """Until the store has taken all that was for it."""
+        """Step until the store has taken all that was for it."""
         until = time.monotonic() + SETTLE_TIMEOUT_S
         while len(self.engine.tiers.saves):
             require(time.monotonic() < until, f"{self.engine.tiers.saves!r} after a minute")
@@ -158,6 +161,7 @@ class Lab:
         )
 
     def require_reuse(self, turn: Turn, tier: Tier, cached_tokens: int) -> None:
+        """Raise PathNotTaken unless at least `cached_tokens` tokens of this tier were reused."""
         cache = self.completed(turn).cache
         require(
             cache.tier is tier and cache.cached_tokens >= cached_tokens,
@@ -167,7 +171,7 @@ class Lab:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A model and a form of computing; every path makes its own labs of it."""
+    """A model and a way of computing, of which every path makes labs of its own."""
 
     loaded: LoadedModel
     deterministic: bool

@@ -30,7 +30,9 @@ Run = Callable[[Setting, Sequence[Case]], list[Recording]]
 
 @dataclass(frozen=True, slots=True)
 class Path:
-    """`group_size` cases run together; prompts shorter than `min_tokens` cannot take the path."""
+    """A named path. `group_size` cases run together; a prompt shorter than `min_tokens` cannot take
+    it.
+    """
 
     name: str
     run: Run
@@ -43,7 +45,7 @@ def _alone(run: Callable[[Setting, Case], Recording]) -> Run:
 
 
 def split_of(setting: Setting, case: Case) -> FirstTurn:
-    """The prompt cut shortly before its end, by the seed."""
+    """Cut the prompt shortly before its end, where the seed says."""
     num_tokens = len(case.prompt)
     num_left = int(np.random.default_rng([setting.seed, num_tokens]).integers(4, 20))
     start = num_tokens - FIRST_REPLY_TOKENS - num_left
@@ -51,7 +53,7 @@ def split_of(setting: Setting, case: Case) -> FirstTurn:
 
 
 def _other_ids(setting: Setting, num_tokens: int) -> tuple[int, ...]:
-    """Text that no case begins with."""
+    """Return text that no case begins with."""
     return prompt_ids(setting.loaded.tokenizer, num_tokens, seed=setting.seed + 1000)
 
 
@@ -71,7 +73,7 @@ def cold(setting: Setting, case: Case) -> Recording:
 
 
 def hot(setting: Setting, case: Case) -> Recording:
-    """After a reply that ended by its length."""
+    """Resume after a reply that ended by its length."""
     lab = setting.lab()
     first_turn(lab, setting, case)
     turn = lab.run_case("ada", case)
@@ -89,7 +91,7 @@ def warm(setting: Setting, case: Case) -> Recording:
 
 
 def after_stop(setting: Setting, case: Case) -> Recording:
-    """The first reply ends by a stop string in the middle of it."""
+    """Resume after a first reply that a stop string ended in the middle."""
     lab = setting.lab()
     split = split_of(setting, case)
     detokenizer = setting.loaded.tokenizer.detokenizer()
@@ -118,7 +120,7 @@ def after_cancel(setting: Setting, case: Case) -> Recording:
 
 
 def rollback(setting: Setting, case: Case) -> Recording:
-    """Back to the first turn, from a second one that had gone elsewhere."""
+    """Resume after a second turn that had gone elsewhere and was taken back."""
     lab = setting.lab()
     split = split_of(setting, case)
     first_turn(lab, setting, case)
@@ -135,7 +137,7 @@ def _durably(run: Callable[[Setting, FirstTurn, Case], Recording]) -> Run:
 
 
 def chunked(setting: Setting, case: Case) -> Recording:
-    """Chunks that end where no block does."""
+    """Prefill in chunks that end where no block does."""
     lab = setting.lab(config=EngineConfig(prefill_chunk_tokens=CHUNK_TOKENS))
     turn = lab.run_case("ada", case)
     return lab.recording(turn)
@@ -145,7 +147,7 @@ def chunked(setting: Setting, case: Case) -> Recording:
 
 
 def fork(setting: Setting, case: Case) -> Recording:
-    """The fork goes on while the parent says something else; the parent's KV is still its own."""
+    """Resume a fork while its parent says something else."""
     lab = setting.lab()
     split = split_of(setting, case)
     first_turn(lab, setting, case)
@@ -159,7 +161,7 @@ def fork(setting: Setting, case: Case) -> Recording:
 
 
 def forked_from(setting: Setting, case: Case) -> Recording:
-    """The parent goes on after its fork has written elsewhere."""
+    """Resume a parent whose fork has written elsewhere."""
     lab = setting.lab()
     split = split_of(setting, case)
     first_turn(lab, setting, case)
@@ -172,12 +174,12 @@ def forked_from(setting: Setting, case: Case) -> Recording:
 
 
 def shared_hot(setting: Setting, case: Case) -> Recording:
-    """From the slab of another agent that begins alike."""
+    """Begin with the slab of another agent that begins alike."""
     return _shared(setting, case, demoted=False)
 
 
 def shared_warm(setting: Setting, case: Case) -> Recording:
-    """From the blocks of another agent that begins alike."""
+    """Begin with the blocks of another agent that begins alike."""
     return _shared(setting, case, demoted=True)
 
 
@@ -194,7 +196,7 @@ def _shared(setting: Setting, case: Case, *, demoted: bool) -> Recording:
 
 
 def preempted(setting: Setting, case: Case) -> Recording:
-    """An older row grows into the memory of this one, which waits and comes back."""
+    """Have an older row grow into the memory of this one, which waits and comes back."""
     capacity = capacity_for(len(case.prompt))
     slack_bytes = SLACK_TOKENS * setting.loaded.layout.token_bytes
     filler_bytes = setting.slab_bytes(2 * BLOCK_TOKENS)
@@ -219,7 +221,9 @@ def preempted(setting: Setting, case: Case) -> Recording:
 
 
 def _num_prefill_steps(num_tokens: int) -> int:
-    """Beside decode; unthrottled, the budget grows by a half from step to step."""
+    """Return how many steps a prefill beside decode takes; unthrottled, its budget grows by half in
+    each.
+    """
     budget, num_steps = PrefillThrottle(UNTHROTTLED).budget_tokens, 0
     while num_tokens > 0:
         num_tokens -= int(budget)
@@ -229,7 +233,7 @@ def _num_prefill_steps(num_tokens: int) -> int:
 
 
 def beside_decode(setting: Setting, case: Case) -> Recording:
-    """Prefilled in what the decode steps of another agent leave."""
+    """Prefill in what the decode steps of another agent leave."""
     lab = setting.lab()
     companion = lab.start("companion", _other_ids(setting, 40), 4000)
     while lab.num_draws(companion) < 2:
@@ -246,8 +250,9 @@ def beside_decode(setting: Setting, case: Case) -> Recording:
 
 
 def batch(setting: Setting, cases: Sequence[Case]) -> list[Recording]:
-    """Hot agents that join one after the other, and leave as their replies end."""
-    lab = setting.lab()
+    """Resume hot agents that join one after the other, and leave as their replies end."""
+    # Throttled, a prompt on a busy machine waits until the first of these short replies has ended.
+    lab = setting.lab(config=EngineConfig(max_step_stretch=UNTHROTTLED))
     names = [f"agent-{index}" for index in range(len(cases))]
     for name, case in zip(names, cases, strict=True):
         first_turn(lab, setting, case, name)
@@ -263,7 +268,7 @@ def batch(setting: Setting, cases: Sequence[Case]) -> list[Recording]:
 
 
 def swapped(setting: Setting, cases: Sequence[Case]) -> list[Recording]:
-    """The weights go and come back: every other agent rests, and the rest is in mid-reply."""
+    """Have the weights go and come back while every other agent rests and the others reply."""
     with temporary_store() as store:
         lab = setting.lab(store=store)
         names = [f"agent-{index}" for index in range(len(cases))]

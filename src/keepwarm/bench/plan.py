@@ -12,12 +12,14 @@ FULL_LENGTHS = (50, 255, 256, 257, 500, 511, 512, 513, 2000)
 REPLY_TOKENS = 60
 SHORT_REPLY_TOKENS = 12
 LONGER = (BLOCK_TOKENS + 1, 2 * BLOCK_TOKENS + 1)
-"""For paths of the quick plan that short prompts cannot take."""
+"""Lengths for paths of the quick plan that short prompts cannot take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Prompt lengths by path, by name. Replies of `long_replies` lengths have 60 tokens."""
+    """Prompt lengths for each path, by its name. Replies to prompts of `long_replies` have 60
+    tokens.
+    """
 
     lengths: dict[str, tuple[int, ...]]
     long_replies: frozenset[int]
@@ -33,7 +35,9 @@ class Plan:
         return REPLY_TOKENS if length in self.long_replies else SHORT_REPLY_TOKENS
 
     def groups(self, path: Path) -> list[tuple[int, ...]]:
-        """The path's lengths in groups that run together; the last is filled up from the front."""
+        """Return the path's lengths in groups that run together; the last is filled up from the
+        front.
+        """
         lengths = self.lengths.get(path.name, ())
         size = path.group_size
         return [
@@ -43,7 +47,7 @@ class Plan:
 
 
 def full_plan(*, seed: int = 0, lengths: Sequence[int] = FULL_LENGTHS) -> Plan:
-    """Every path at every length that can take it, 60 tokens each."""
+    """Plan every path at every length that can take it, with 60 tokens each."""
     return Plan(
         lengths={path.name: _able(path, lengths) for path in PATHS},
         long_replies=frozenset(lengths),
@@ -53,7 +57,9 @@ def full_plan(*, seed: int = 0, lengths: Sequence[int] = FULL_LENGTHS) -> Plan:
 
 
 def quick_plan(*, seed: int = 0) -> Plan:
-    """Every path once, at a short length or at a block's edge by the seed; few long replies."""
+    """Plan every path once, at a short length or at a block's edge, as the seed says; few long
+    replies.
+    """
     shuffler = np.random.default_rng(seed)
     edges = (BLOCK_TOKENS - 1, BLOCK_TOKENS, BLOCK_TOKENS + 1)
     lengths: dict[str, tuple[int, ...]] = {}

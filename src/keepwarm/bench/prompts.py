@@ -1,4 +1,4 @@
-"""Seeded prompts of an exact length, out of passages of prose and code that ship with Keepwarm."""
+"""Seeded prompts of an exact length, made of the passages that ship with Keepwarm."""
 
 from functools import cache
 from importlib import resources
@@ -10,12 +10,13 @@ from keepwarm.core.ports import Tokenizer
 
 @cache
 def passages() -> tuple[str, ...]:
+    """Return the passages of prose and code."""
     text = resources.files("keepwarm.bench").joinpath("passages.txt").read_text("utf-8")
     return tuple(text.strip().split("\n\n"))
 
 
 def prompt_ids(tokenizer: Tokenizer, num_tokens: int, *, seed: int) -> tuple[int, ...]:
-    """The first `num_tokens` ids of the passages in an order of the seed's, repeated as needed.
+    """Return the first `num_tokens` ids of the passages in the seed's order, repeated as needed.
 
     Another seed or length begins with another passage, so that prompts share no block by chance.
     """

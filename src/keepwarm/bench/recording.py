@@ -35,7 +35,9 @@ class Recording:
 
 
 def choose_token(logits: Logits, forbidden: Collection[int]) -> int:
-    """The best token that is not forbidden. Ends of text are, so that replies have one length."""
+    """Return the best token that is not forbidden: ends of text are, so that replies have one
+    length.
+    """
     allowed = logits.copy()
     allowed[list(forbidden)] = -np.inf
     return int(allowed.argmax())
@@ -63,7 +65,7 @@ class Recorder:
         self._seeds = itertools.count(1)
 
     def register(self, *, script: Sequence[int] | None, keep: bool) -> int:
-        """A seed for a request; `script` fixes its reply, `keep` records it."""
+        """Return a seed for a request; `script` fixes its reply, `keep` records it."""
         seed = next(self._seeds)
         self.num_draws[seed] = 0
         if script is not None:
@@ -80,7 +82,7 @@ class Recorder:
         return mx.array([self._choose(item, row) for item, row in zip(inputs, rows, strict=True)])
 
     def close_row(self, seed: int, generator: RowBatchGenerator, slab: RowSlab) -> None:
-        """The request's row left the batch with this slab."""
+        """Note that the request's row left the batch with this slab."""
         self.slabs[seed] = slab
         if seed in self._kept:
             self._kv[seed] = raw_kv(generator.extract(slab, 0, slab.num_tokens))
@@ -88,7 +90,7 @@ class Recorder:
     def recording(
         self, seed: int, *, num_prompt_tokens: int, tokens: tuple[int, ...], text: str
     ) -> Recording:
-        """What was kept of the request; it is forgotten here."""
+        """Return what was kept of the request, and forget it."""
         return Recording(
             num_prompt_tokens=num_prompt_tokens,
             tokens=tokens,
@@ -101,7 +103,7 @@ class Recorder:
         return seed in self._kept or seed in self._scripts
 
     def _choose_unwatched(self, logits: mx.array, inputs: Sequence[RowInput]) -> mx.array:
-        """As the engine's own sampler does, lazily: so that speed can be measured."""
+        """Choose lazily, as the engine's own sampler does, so that speed can be measured."""
         for item in inputs:
             self.num_draws[item.sampling.seed] += 1
         if self._mask is None:

@@ -12,7 +12,7 @@ from keepwarm.bench.recording import Logits, Recording, choose_token
 from keepwarm.mlx_backend.compute.payload import RawArray
 
 PREFILL_TOKENS = 2048
-"""mlx-lm's own default."""
+"""The size of a chunk that mlx-lm itself takes."""
 
 _RAW = {mx.float32: mx.uint32, mx.float16: mx.uint16, mx.bfloat16: mx.uint16}
 
@@ -26,9 +26,9 @@ def run_reference(
     script: Sequence[int] | None = None,
     prefill_tokens: int = PREFILL_TOKENS,
 ) -> Recording:
-    """As `mlx_lm.generate_step` does it: all but the last id in chunks, then one id at a time.
+    """Run what `mlx_lm.generate_step` does: all but the last id in chunks, then one id at a time.
 
-    Its attention is mlx-lm's own: the seam lets every cache of mlx-lm's pass through.
+    The attention is mlx-lm's own: the hook lets mlx-lm's caches pass.
     """
     cache = cast("list[KVCache]", make_prompt_cache(model))
     for start in range(0, len(prompt) - 1, prefill_tokens):

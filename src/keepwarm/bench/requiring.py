@@ -1,8 +1,8 @@
-"""What a benchmark takes for granted: where it does not hold, its figures would mean nothing."""
+"""What a benchmark takes for granted: where it does not hold, its figures mean nothing."""
 
 
 class PathNotTaken(Exception):
-    """Something else was done than the benchmark is there to show."""
+    """Something else happened than the benchmark is there to measure."""
 
 
 def require(condition: bool, problem: str) -> None:

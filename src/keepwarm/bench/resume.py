@@ -1,4 +1,4 @@
-"""How long a resting agent with a long context takes to say its first token again."""
+"""How long a resting agent with a long context takes to its next first token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ MIN_SPEED_UP = 100.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResumePlan:
-    """`num_repeats` times hot, bare mlx-lm and warm take turns."""
+    """Hot, bare mlx-lm and warm take turns, `num_repeats` times."""
 
     num_tokens: int = 6000
     num_repeats: int = 7
@@ -106,7 +106,7 @@ def _measure(loaded: LoadedModel, plan: ResumePlan, on_progress: OnProgress) -> 
 
 
 def _first_token_s(lab: Lab, ids: Sequence[int]) -> float:
-    """From submit to the first token; the agent is then where it was before."""
+    """Return the seconds from submit to the first token; the agent is then rolled back."""
     turn = lab.start("ada", ids, 1)
     lab.finish(turn)
     lab.engine.rollback("ada", turn=1)

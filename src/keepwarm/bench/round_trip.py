@@ -1,4 +1,4 @@
-"""KV bytes through a slab and out again: the same bits, however they are cut."""
+"""KV through a slab and out again: the same bits, however they are cut."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -12,7 +12,11 @@ from keepwarm.mlx_backend.compute.payload import KVPayload, RawArray
 
 
 def round_trip_problem(setting: Setting, kv: Sequence[RawArray]) -> str | None:
-    """Reconstruct block by block, extract in odd pieces, reconstruct and extract once more."""
+    """Return what differs after KV went into slabs and out again, or None.
+
+    It is reconstructed block by block, extracted in odd pieces, reconstructed and extracted once
+    more.
+    """
     generator = setting.loaded.batch_gen_factory(deterministic=setting.deterministic)
     num_tokens = kv[0].shape[1]
     first = generator.new_slab(capacity_for(num_tokens))

@@ -1,4 +1,4 @@
-"""What `keepwarm doctor --selftest` runs: short EXP-005 and EXP-006 on this very device."""
+"""What `keepwarm doctor --selftest` runs: short EXP-005 and EXP-006 on the user's own device."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from keepwarm.core.ports import LoadedModel
 
 @dataclass(frozen=True, slots=True)
 class SelftestResult:
-    """Times are shown and never fail here: whatever else runs on the machine disturbs them."""
+    """Both experiments' results. Times are shown and never fail: other programs disturb them."""
 
     computation: Exp005Result
     reconstruction: Exp006Result

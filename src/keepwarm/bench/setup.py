@@ -1,4 +1,4 @@
-"""What the speed benchmarks need before they can measure: long contexts, on both sides.
+"""Long contexts for the speed benchmarks, on both sides.
 
 A context of thousands of tokens is prefilled once by the engine. Other agents get it, or its
 beginning, by content; mlx-lm gets the same KV as caches of its own classes.
@@ -22,14 +22,16 @@ _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Context:
-    """A prompt and the KV of all of it, once computed."""
+    """A prompt and the KV of all of it, once it was computed."""
 
     prompt: tuple[int, ...]
     kv: tuple[RawArray, ...]
     layout: CacheLayout
 
     def bare_cache(self, model: nn.Module, num_tokens: int) -> list[KVCache]:
-        """mlx-lm's own cache of the first tokens, with room for more, as after its own prefill."""
+        """Return mlx-lm's own cache of the first tokens, with room for more, as after its own
+        prefill.
+        """
         caches = cast("list[KVCache]", make_prompt_cache(model))
         for index, layer in enumerate(caches):
             keys, values = self.kv[2 * index : 2 * index + 2]
@@ -43,12 +45,12 @@ class Context:
 
 
 def _fill(layer: KVCache, keys: mx.array, values: mx.array) -> None:
-    """Through its own writing, so that it allocates as mlx-lm does."""
+    """Write KV into the cache through its own method, so that it allocates as in mlx-lm."""
     cast("Any", layer).update_and_fetch(keys, values)
 
 
 def prefilled(lab: Lab, agent_id: str, prompt: Sequence[int]) -> tuple[Turn, Context]:
-    """An agent that has read the prompt and replied one token."""
+    """Prefill a new agent with the prompt. Returns its turn of one token, and the context."""
     turn = lab.start(agent_id, prompt, 1)
     lab.finish(turn)
     generator = lab.engine.tiers.model.generator

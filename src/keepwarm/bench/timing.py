@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Percentiles:
-    """Of calls, in seconds."""
+    """Percentiles of the times of calls, in seconds."""
 
     p50_s: float
     p95_s: float
@@ -21,7 +21,7 @@ class Percentiles:
 
 
 def timed(call: Callable[[], object]) -> float:
-    """Seconds that the call takes."""
+    """Return the seconds that the call takes."""
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
