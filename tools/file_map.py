@@ -1,4 +1,4 @@
-"""Write docs/files.md: every module of `src` beside the first line of its docstring."""
+"""Write docs/files.md: every module beside the first line of its docstring."""
 
 import ast
 from collections.abc import Iterator
@@ -6,6 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "keepwarm"
+BENCHMARKS = ROOT / "benchmarks"
 PAGE = ROOT / "docs" / "files.md"
 
 INTRODUCTION = """\
@@ -17,9 +18,16 @@ Each module's first sentence, as `make file-map` copies it; a test compares.
 ```
 """
 
+BESIDE = """
+`benchmarks/`, beside `src` and not in the wheel:
+
+```
+"""
+
 
 def page() -> str:
-    return INTRODUCTION + "\n".join(_lines(PACKAGE, depth=0)) + "\n```\n"
+    shipped, beside = ("\n".join(_lines(root, depth=0)) for root in (PACKAGE, BENCHMARKS))
+    return f"{INTRODUCTION}{shipped}\n```\n{BESIDE}{beside}\n```\n"
 
 
 def _lines(folder: Path, depth: int) -> Iterator[str]:

@@ -11,7 +11,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.server.fuzz import run_fuzz
-from benchmarks.server.load import (
+from benchmarks.server.process import FAKE, STEP_S, bench_settings, server_of, source_of
+from benchmarks.server.streams import (
     Connection,
     Timeline,
     in_turns,
@@ -20,7 +21,6 @@ from benchmarks.server.load import (
     rounds_directly,
     rounds_over_http,
 )
-from benchmarks.server.process import FAKE, STEP_S, bench_settings, server_of, source_of
 from keepwarm.bench.progress import OnProgress, no_progress
 from keepwarm.bench.prompts import passages
 from keepwarm.bench.report import Figure, Report

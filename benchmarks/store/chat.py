@@ -1,5 +1,4 @@
-"""Agents that talk for the store's benchmarks, on a real engine, store and tokenizer, without a
-model.
+"""Agents that talk on a real engine, store and tokenizer, without a model.
 
 The fake generator's KV takes as many bytes for each token as the model's would.
 """

@@ -6,11 +6,11 @@ from functools import partial
 from itertools import count
 
 from keepwarm.bench import beside, decode
+from keepwarm.bench.context import prefilled
 from keepwarm.bench.lab import Lab
 from keepwarm.bench.progress import OnProgress, no_progress
 from keepwarm.bench.prompts import prompt_ids
 from keepwarm.bench.report import Figure, Report
-from keepwarm.bench.setup import prefilled
 from keepwarm.core.pool import Kind
 from keepwarm.core.ports import LoadedModel
 

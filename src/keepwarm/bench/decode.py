@@ -7,10 +7,10 @@ import mlx.core as mx
 from mlx import nn
 from mlx_lm.generate import BatchGenerator, generate_step, generation_stream
 
+from keepwarm.bench.context import Context
 from keepwarm.bench.lab import Lab, Turn
 from keepwarm.bench.prompts import prompt_ids
 from keepwarm.bench.report import Figure
-from keepwarm.bench.setup import Context
 from keepwarm.bench.timing import median, timed
 from keepwarm.core.ports import LoadedModel
 

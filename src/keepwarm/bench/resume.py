@@ -10,11 +10,11 @@ from mlx import nn
 from mlx_lm.generate import generate_step, generation_stream
 from mlx_lm.models.cache import KVCache, trim_prompt_cache
 
+from keepwarm.bench.context import prefilled
 from keepwarm.bench.lab import Lab
 from keepwarm.bench.progress import OnProgress, no_progress
 from keepwarm.bench.prompts import prompt_ids
 from keepwarm.bench.report import Figure, Report
-from keepwarm.bench.setup import prefilled
 from keepwarm.bench.timing import median, timed
 from keepwarm.core.ports import LoadedModel
 
