@@ -13,6 +13,7 @@ import pytest
 
 from engines import ids
 from keepwarm import AgentCacheStore
+from keepwarm.bench.child_process import ChildProcess
 from keepwarm.store.disk.home_lock import HomeInUse
 from stores import opened, record_files
 from waiting import PATIENCE_S
@@ -35,19 +36,11 @@ AgentCacheStore(sys.argv[1]).close()
 
 
 @contextmanager
-def holder(folder: Path) -> Iterator["subprocess.Popen[str]"]:
+def holder(folder: Path) -> Iterator[ChildProcess]:
     """A process that has the home open."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(folder)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
+    with ChildProcess("-c", HOLD, str(folder)) as process:
+        assert process.read_line() == "held", process.complaints()
         yield process
-        process.kill()
 
 
 def test_a_second_process_is_refused_and_told_who_has_it(tmp_path: Path) -> None:
