@@ -1,14 +1,18 @@
 """Corners of the moves between the tiers, each on a budget that leaves no other way."""
 
+from collections.abc import Sequence
+
+import pytest
+
 from engines import BLOCK_BYTES, check_values, fake_loaded, ids
-from keepwarm.core.agent import AgentBlocks
+from keepwarm.core.agent import AgentBlocks, Tier
 from keepwarm.core.layout import capacity_for
 from keepwarm.core.pool import BlockPool
-from keepwarm.core.ports import RowId
+from keepwarm.core.ports import Payload, RowId, Slab
 from keepwarm.core.stored import KVFamily
 from keepwarm.kv.generator_source import GeneratorSource
 from keepwarm.kv.tiers import Tiers
-from keepwarm.testing.generator import FAKE_LAYOUT
+from keepwarm.testing.generator import FAKE_LAYOUT, GeneratorFault
 
 ROW = RowId(1)
 
@@ -92,3 +96,22 @@ def test_where_there_is_no_room_to_save_it_the_others_forget_it() -> None:
     tiers.truncate(parent, 0)
     check(tiers)
     assert child.num_tokens == 0
+
+
+def test_a_slab_that_fails_while_it_is_dismantled_stays_with_its_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tiers = new_tiers(3 * BLOCK_BYTES)
+    line = computed(tiers, ids(700))
+
+    def fail(slab: Slab, spans: Sequence[tuple[int, int]]) -> list[Payload]:
+        raise GeneratorFault("no memory left")
+
+    monkeypatch.setattr(tiers.model.generator, "dismantle", fail)
+    with pytest.raises(GeneratorFault):
+        tiers.demote(line)
+    tiers.check()
+    assert line.tier is Tier.HOT
+    tiers.discard_slab(line)
+    check(tiers)
+    assert line.num_tokens == 0

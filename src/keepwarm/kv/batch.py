@@ -142,6 +142,8 @@ class Batch:
         for sequence in self._queue:
             if sequence.phase is not Phase.WAITING or sequence.row is not None:
                 raise InvariantBroken(f"{sequence.request_id} waits in phase {sequence.phase}")
+            if sequence.blocks.is_held:
+                raise InvariantBroken(f"{sequence.request_id} waits, and its line is held")
 
     # -- a step ----------------------------------------------------------------------------------
 
