@@ -18,7 +18,7 @@ def state_of(engine: BlockPoolBatchEngine, name: str) -> State:
 
 def submitted(engine: BlockPoolBatchEngine, request_id: str) -> tuple[list[int], int]:
     """Return the prompt's ids of a request that was just submitted, and its `max_tokens`."""
-    sequence = engine._active[request_id].sequence
+    sequence = engine._turns.active[request_id].sequence
     return list(sequence.prompt_ids), sequence.max_tokens
 
 

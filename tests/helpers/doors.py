@@ -200,6 +200,6 @@ def check_is_empty(engine: BlockPoolBatchEngine) -> None:
     engine.check()
     assert not engine.batch.waiting
     assert not engine.batch.running
-    assert not engine._active
+    assert not engine._turns.active
     lines = [line for agent in engine._book for line in agent.lines]
     assert not [line for line in lines if line.in_use or line.blocks.is_held]

@@ -281,9 +281,9 @@ def main_blocks(engine: BlockPoolBatchEngine, agent_id: str) -> Any:
 
 def prompt_of(engine: BlockPoolBatchEngine, request_id: str) -> list[int]:
     """Return the prompt's ids of a request that has not ended."""
-    sequence = engine._active[request_id].sequence
+    sequence = engine._turns.active[request_id].sequence
     return list(sequence.prompt_ids)
 
 
 def phase_of(engine: BlockPoolBatchEngine, request_id: str) -> str:
-    return engine._active[request_id].sequence.phase.value
+    return engine._turns.active[request_id].sequence.phase.value

@@ -105,7 +105,7 @@ def test_all_that_was_said_is_in_the_prompt(model: tuple[str, LoadedModel], shap
         return
     engine = fake_engine(tokenizer=loaded.tokenizer)
     request_id = engine.submit(messages=SHAPES[shape], max_tokens=1)
-    active = engine._active[request_id]
+    active = engine._turns.active[request_id]
     text = "".join(span.text or "" for span in active.wanted.prompt.transcript.spans)
     words = [message["content"] for message in SHAPES[shape] if message["content"]]
     lost = [word for word in words if word.strip() not in text]
@@ -161,7 +161,7 @@ def check_all_shapes(tokenizer: HFTokenizer) -> None:
         assert end.request_id == request_id
     engine.check()
     assert engine.batch.counters.generator_failures == 0
-    assert not engine._active
+    assert not engine._turns.active
 
 
 def run_unchecked(engine: Any) -> list[Any]:

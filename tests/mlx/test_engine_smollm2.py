@@ -86,7 +86,7 @@ def cold(smollm2: LoadedModel) -> Cold:
 def run_ids(engine: BlockPoolBatchEngine, **request: Any) -> tuple[Completed, list[int]]:
     """The reply, and the prompt's ids that led to it."""
     request_id = engine.submit(**request)
-    prompt_ids = list(engine._active[request_id].sequence.token_ids)
+    prompt_ids = list(engine._turns.active[request_id].sequence.token_ids)
     return done(drain(engine), request_id), prompt_ids
 
 
@@ -121,7 +121,7 @@ def test_three_agents_at_once_say_what_they_say_alone(
     events: list[Event] = []
     for name, messages in prompts.items():
         requests[name] = engine.submit(agent_id=name, messages=messages, max_tokens=12)
-        prompt_ids[name] = list(engine._active[requests[name]].sequence.token_ids)
+        prompt_ids[name] = list(engine._turns.active[requests[name]].sequence.token_ids)
         events += engine.step()
     events += drain(engine)
     replies = {name: done(events, request_id) for name, request_id in requests.items()}
@@ -254,7 +254,7 @@ def test_words_put_into_its_mouth(engine: BlockPoolBatchEngine, smollm2: LoadedM
     messages = [user("Name a colour.")]
     begun = [*messages, {"role": "assistant", "content": "My favourite colour is"}]
     request_id = engine.submit(messages=begun, continue_final_message=True, max_tokens=8)
-    prompt_ids = list(engine._active[request_id].sequence.token_ids)
+    prompt_ids = list(engine._turns.active[request_id].sequence.token_ids)
     reply = done(drain(engine), request_id)
     tokenizer = smollm2.tokenizer
     pieces = tokenizer.render(messages)

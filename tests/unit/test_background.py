@@ -195,7 +195,7 @@ class TestVerify:
             before = scratch_tokens(engine)
             step(engine)
             sizes.append(scratch_tokens(engine) - before)
-        assert engine._active, "the request has ended before the verification"
+        assert engine._turns.active, "the request has ended before the verification"
         assert max(sizes) <= 256
         report = result.result()
         assert report.passed

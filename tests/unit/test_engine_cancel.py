@@ -27,7 +27,7 @@ def cancelled(engine: BlockPoolBatchEngine, request_id: str, before: list[Event]
     """Cancel it, and see that it ended rightly."""
     assert engine.cancel(request_id)
     engine.check()
-    assert request_id not in engine._active
+    assert request_id not in engine._turns.active
     events = before + step(engine)
     done = completed(events, request_id)
     assert done.finish_reason is FinishReason.CANCELLED
@@ -103,7 +103,7 @@ def test_in_the_step_before_its_last_token() -> None:
     engine = fake_engine()
     request_id = engine.submit(token_ids=ids(20), max_tokens=2)
     events = step(engine, 2)
-    assert engine._active[request_id].sequence.num_reply_tokens == 1
+    assert engine._turns.active[request_id].sequence.num_reply_tokens == 1
     cancelled(engine, request_id, events)
 
 
@@ -122,7 +122,7 @@ def test_while_half_a_character_is_held_back() -> None:
     engine = scripted(*b"ab", *smile)
     request_id = engine.submit(agent_id="ada", messages=[user("Hello")], max_tokens=20)
     events = step(engine, 5)
-    assert engine._active[request_id].sequence.num_reply_tokens == 4
+    assert engine._turns.active[request_id].sequence.num_reply_tokens == 4
     cancelled(engine, request_id, events)
     assert text_of(events, request_id) == "ab"
     run(engine, agent_id="ada", append=[user("Go on")], max_tokens=6)
@@ -152,10 +152,10 @@ def test_a_preempted_request_in_any_phase(num_steps: int) -> None:
     events: list[Event] = []
     while not engine.batch.counters.preemptions:
         events += step(engine)
-    sequence = engine._active[young].sequence
+    sequence = engine._turns.active[young].sequence
     events += step(engine, num_steps)
     assert sequence.num_preemptions
-    if young in engine._active:
+    if young in engine._turns.active:
         cancelled(engine, young, events)
     completed(events + drain(engine), oldest)
 

@@ -139,3 +139,14 @@ def test_blocks_that_others_computed_survive_a_failure() -> None:
     fail_next_call(engine)
     failed(drain(engine), request_id)
     assert run(engine, agent_id="bob", token_ids=ids(600), max_tokens=1).usage.cached_tokens == 512
+
+
+def test_a_token_whose_outcome_was_lost_is_not_sampled_again() -> None:
+    engine = fake_engine()
+    request_id = engine.submit(token_ids=ids(300), max_tokens=20)
+    sequence = engine._turns.active[request_id].sequence
+    while sequence.num_reply_tokens < 9:
+        engine.batch.step()
+        engine.check()
+    reply_ids = tuple(sequence.token_ids[sequence.num_prompt_tokens :])
+    assert reply_ids == fresh_reply(ids(300), max_tokens=20)[:9]

@@ -65,7 +65,7 @@ class BrokenDetokenizer(FakeDetokenizer):
 
 def check_is_as_before(engine: BlockPoolBatchEngine, agent_id: str) -> None:
     """The agent can be spoken to, and nothing is left of what ended."""
-    assert not engine._active
+    assert not engine._turns.active
     assert not engine.batch.running
     assert not engine.agent(agent_id).in_use
     engine.check()
@@ -108,7 +108,7 @@ def test_a_detokenizer_that_raises_ends_its_own_request(error: Exception) -> Non
     engine = fake_engine()
     run(engine, agent_id="ada", messages=[user("Hello")], max_tokens=5)
     broken = engine.submit(agent_id="ada", messages=[user("Hello")], max_tokens=5)
-    engine._active[broken].reply._detokenizer = BrokenDetokenizer(error)
+    engine._turns.active[broken].reply._detokenizer = BrokenDetokenizer(error)
     beside = engine.submit(agent_id="bob", messages=[user("Hello")], max_tokens=5)
     events = drain(engine)
     ending = failed(events, broken)
@@ -121,8 +121,8 @@ def test_a_detokenizer_that_raises_ends_its_own_request(error: Exception) -> Non
 
 
 PLACES: dict[str, Callable[[BlockPoolBatchEngine, str], tuple[object, str]]] = {
-    "its start": lambda engine, request_id: (engine._active[request_id], "wanted"),
-    "its reply": lambda engine, request_id: (engine._active[request_id].reply, "_send"),
+    "its start": lambda engine, request_id: (engine._turns.active[request_id], "wanted"),
+    "its reply": lambda engine, request_id: (engine._turns.active[request_id].reply, "_send"),
     "its turn": lambda engine, request_id: (engine._book, "record_turn"),
     "its commit": lambda engine, request_id: (engine._link, "commit"),
 }
@@ -141,7 +141,7 @@ def test_whatever_raises_for_a_request_ends_that_request(
         raise LookupError(place)
 
     target, name = PLACES[place](engine, broken)
-    wanted = engine._active[broken].wanted
+    wanted = engine._turns.active[broken].wanted
     value = replace(wanted, locate=fail) if name == "wanted" else fail
     events: list[Event] = []
     with monkeypatch.context() as patch:
@@ -195,7 +195,7 @@ def test_a_reply_that_cannot_begin_takes_nothing(monkeypatch: pytest.MonkeyPatch
         patch.setattr(turns, "ReplyText", fail)
         with pytest.raises(LookupError):
             engine.submit(agent_id="ada", messages=[user("Hello")])
-    assert not engine._active
+    assert not engine._turns.active
     assert not engine.knows("ada")
 
 

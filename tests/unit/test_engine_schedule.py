@@ -122,7 +122,7 @@ def test_a_flood_of_higher_priority_starves_no_request(priority: int) -> None:
     patient = engine.submit(token_ids=ids(10), max_tokens=1)
     num_served = 0
     salt = 0
-    while patient in engine._active:
+    while patient in engine._turns.active:
         while len(engine.batch.waiting) < 3:
             salt += 1
             engine.submit(token_ids=ids(10, salt % 50), max_tokens=1, priority=priority)

@@ -282,7 +282,7 @@ class EngineMachine(RuleBasedStateMachine):
             engine.tiers.pool.snapshot(),
             list(engine.batch.waiting),
             len(engine.tiers._lines),
-            list(engine._active),
+            list(engine._turns.active),
         )
 
     def check(self) -> None:

@@ -74,7 +74,7 @@ class TestSwap:
         assert setup.fleet.cancel(request)
         assert setup.finish(request).finish_reason == "cancelled"
         setup.attach("small")
-        assert not setup.fleet.engine("small")._active
+        assert not setup.fleet.engine("small")._turns.active
 
     def test_other_weights_fail_what_ran_and_keep_what_was_said(self, setup: Setup) -> None:
         create(setup, "ada")

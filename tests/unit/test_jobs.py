@@ -123,10 +123,10 @@ class TestInTheMiddle:
         known = [*ids(num_tokens), *first.token_ids]
         prompt = [*known, *ids(300, 1)]
         request = engine.submit(agent_id="ada", token_ids=prompt, max_tokens=600)
-        while engine._active[request].sequence.num_reply_tokens < 20:
+        while engine._turns.active[request].sequence.num_reply_tokens < 20:
             step(engine)
         summary = finish(engine, export(engine, path))
-        assert request in engine._active
+        assert request in engine._turns.active
         assert engine.agent("ada").in_use
         reply = completed(drain(engine), request)
         assert reply.token_ids == fresh_reply(prompt, max_tokens=600)
@@ -186,7 +186,7 @@ class TestInTheMiddle:
             known = [*ids(100), *first.token_ids]
             settle(engine)
             request = engine.submit(agent_id="ada", token_ids=[*known, 1], max_tokens=650)
-            while engine._active[request].sequence.num_reply_tokens < 500:
+            while engine._turns.active[request].sequence.num_reply_tokens < 500:
                 step(engine)
             answer: Future[ExportSummary] = Future()
             engine.begin_export("ada", path, answer, timeout_s=0.2)

@@ -51,7 +51,7 @@ def test_it_is_refused_by_its_size_alone(request_: dict[str, Any], least: int) -
     with pytest.raises(ContextTooLong) as caught:
         engine.submit(**request_)
     assert str(caught.value).startswith(f"prompt is too long: {least} tokens > 8191 maximum; ")
-    assert not engine._active
+    assert not engine._turns.active
     assert not engine.turns("ada")
 
 

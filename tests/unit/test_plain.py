@@ -76,7 +76,7 @@ def test_every_way_into_the_engine_refuses_it(value: Any) -> None:
     for way in ways:
         with pytest.raises(InvalidRequest):
             way()
-    assert not engine._active
+    assert not engine._turns.active
     assert engine.turns("ada") == ()
 
 

@@ -390,7 +390,7 @@ class TestPriority:
 
 def priority_of(engine: BlockPoolBatchEngine, **request: Any) -> int:
     request_id = engine.submit(token_ids=ids(5), max_tokens=1, **request)
-    priority = engine._active[request_id].sequence.priority
+    priority = engine._turns.active[request_id].sequence.priority
     engine.cancel(request_id)
     drain(engine)
     return priority

@@ -14,7 +14,6 @@ from keepwarm.engine.requests import GenerateRequest, PromptSource, ReceiptKey
 from keepwarm.engine.snapshot import EngineSnapshot
 from keepwarm.engine.turn.intake import Reading
 from keepwarm.kv.generator_source import GeneratorSource
-from keepwarm.kv.outcomes import Outcome
 
 
 class BlockPoolBatchEngine:
@@ -68,7 +67,6 @@ class BlockPoolBatchEngine:
         self._states = parts.states
         self._link = parts.link
         self._turns = parts.turns
-        self._active = parts.turns.active
         self._prefetches = parts.prefetches
         self._verifies = parts.verifies
         self._transfers = parts.transfers
@@ -178,7 +176,7 @@ class BlockPoolBatchEngine:
     def has_work(self) -> bool:
         """Whether a step would do anything, or events wait to be fetched."""
         is_running = not self.is_suspended and bool(
-            self._active or self._prefetches or self._verifies
+            self._turns or self._prefetches or self._verifies
         )
         is_waited_for = bool(self._events) or self._link.is_committing or self._jobs.is_ready
         return is_running or is_waited_for
@@ -205,7 +203,8 @@ class BlockPoolBatchEngine:
         self._link.take_events()
         outcomes = self.batch.step()
         for outcome in outcomes:
-            self._take_outcome(outcome)
+            if not self._turns.take(outcome):
+                self._prefetches.take(outcome)
         has_verified = self._verifies.advance(self.batch.spare_tokens)
         self.tiers.save_some(self.config.save_bytes_per_step)
         self._link.take_events()
@@ -307,13 +306,6 @@ class BlockPoolBatchEngine:
         self._store.check()
 
     # -- inside ----------------------------------------------------------------------------------
-
-    def _take_outcome(self, outcome: Outcome) -> None:
-        active = self._active.get(outcome.sequence.request_id)
-        if active is None:
-            self._prefetches.take(outcome)
-        else:
-            self._turns.take(active, outcome)
 
     def _take_events(self) -> list[Event]:
         events = list(self._events)

@@ -50,6 +50,9 @@ class Turns:
     def __repr__(self) -> str:
         return f"Turns({len(self.active)} requests)"
 
+    def __len__(self) -> int:
+        return len(self.active)
+
     def begin(self, asked: Asked, wanted: Wanted) -> str:
         """Queue the request on its line, or on a new one. Returns its id."""
         reply = ReplyText(self._tokenizer.detokenizer(), asked.stops)
@@ -89,10 +92,14 @@ class Turns:
             self._batch.leave(active.sequence)
             self._fail(active, error)
 
-    def take(self, active: ActiveRequest, outcome: Outcome) -> None:
-        """A step of the batch brought this request on, or broke it."""
+    def take(self, outcome: Outcome) -> bool:
+        """Bring the outcome's request on, or end it. Returns whether it is a request of these."""
+        active = self.active.get(outcome.sequence.request_id)
+        if active is None:
+            return False
         with self._at_its_own_risk(active):
             self._take(active, outcome)
+        return True
 
     @contextmanager
     def _at_its_own_risk(self, active: ActiveRequest) -> Iterator[None]:
