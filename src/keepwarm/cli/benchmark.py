@@ -65,6 +65,7 @@ def command_line(name: str, about: str, benchmarks: Sequence[Benchmark]) -> type
         help=f"{about} Exit code 1: an aim was missed.",
         no_args_is_help=True,
         add_completion=False,
+        pretty_exceptions_enable=False,
     )
     for benchmark in benchmarks:
         text = f"{benchmark.question}\n\nAims: {benchmark.aims}."
