@@ -142,12 +142,12 @@ def test_names_and_faults_are_text(page: Page) -> None:
 def test_a_key_is_asked_for_and_kept_for_the_tab(page: Page, tmp_path: Path) -> None:
     with fake_server(tmp_path, server__api_keys={"default": KEY}) as server:
         page.open(server.url)
-        page.wait_for_text("#door", "wants an API key")
+        page.wait_for_text("#door", "needs an API key")
         assert page.value(VISIBLE) is False
         _enter(page, "sk-wrong")
-        page.wait_for_text("#door", "does not know this key")
+        page.wait_for_text("#door", "does not accept this key")
         _enter(page, "schlüssel")
-        page.wait_for_text("#door", "cannot be a key")
+        page.wait_for_text("#door", "not a valid key")
         _enter(page, KEY)
         page.wait_for(VISIBLE)
         assert page.text("#state") == "serving"
@@ -157,7 +157,7 @@ def test_a_key_is_asked_for_and_kept_for_the_tab(page: Page, tmp_path: Path) -> 
         page.send("Page.reload")
         page.wait_for("document.getElementById('state').innerText === 'serving'")
         page.value("document.getElementById('forget').click()")
-        page.wait_for_text("#door", "Look in")
+        page.wait_for_text("#door", "Open")
         assert page.value("sessionStorage.length") == 0
 
 

@@ -1,1 +1,1 @@
-"""Static pages; no build step."""
+"""Static pages, without a build step."""
