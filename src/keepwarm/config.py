@@ -206,7 +206,9 @@ def _model_of(name: str, table: Mapping[str, object], path: Path) -> ModelSettin
     for key, value in table.items():
         setting = f"{MODELS}.{name}.{key}"
         if key not in hints:
-            raise ConfigError(setting, f"is no setting (from {path}); there are {_listed(hints)}")
+            raise ConfigError(
+                setting, f"is not a setting (from {path}); there are {_listed(hints)}"
+            )
         try:
             values[key] = _parsed(key, value, hints[key])
         except _WrongValue as error:
@@ -225,7 +227,7 @@ def _from_file(path: Path) -> dict[str, Given]:
     document.pop(MODELS, None)
     for section, table in document.items():
         if section not in SECTIONS or not isinstance(table, dict):
-            raise ConfigError(section, f"is no section of {path}; there are {_listed(SECTIONS)}")
+            raise ConfigError(section, f"is not a section of {path}; there are {_listed(SECTIONS)}")
         for key, value in table.items():
             values[f"{section}.{key}"] = Given(value, str(path))
     return values
@@ -238,7 +240,7 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Given]:
         if not variable.startswith(PREFIX) or variable in OTHER_VARIABLES:
             continue
         if variable not in names:
-            raise ConfigError(variable, "is no setting; docs/configuration.md lists them")
+            raise ConfigError(variable, "is not a setting; docs/configuration.md lists them")
         values[names[variable]] = Given(value, f"the environment's {variable}")
     return values
 
@@ -253,7 +255,7 @@ class _WrongValue(Exception):
 def _valid(name: str, given: Given) -> object:
     setting = dict(all_settings()).get(name)
     if setting is None:
-        problem = f"is no setting (from {given.source}); docs/configuration.md lists them"
+        problem = f"is not a setting (from {given.source}); docs/configuration.md lists them"
         raise ConfigError(name, problem)
     section, _, key = name.partition(".")
     hint = get_type_hints(SECTIONS[section])[key]

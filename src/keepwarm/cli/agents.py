@@ -293,7 +293,7 @@ def _confirm(name: str, client: Client) -> None:
             raise
         length = "damaged conversation"
     if not sys.stdin.isatty():
-        raise typer.BadParameter("this is no terminal, so it cannot ask; add --yes to delete it")
+        raise typer.BadParameter("nothing can be asked here; add --yes to delete it")
     typer.confirm(f"Delete {name} with its {length}?", abort=True, err=True)
 
 

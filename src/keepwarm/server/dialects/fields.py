@@ -63,7 +63,7 @@ def time_limits(config: ServerConfig) -> dict[str, Any]:
 
 
 def leave_out(where: str, kind: str, left_out: list[str] | None) -> str:
-    """Replace a part that is no text with words, and note its place in `left_out`.
+    """Replace a part that is not text with words, and note its place in `left_out`.
 
     None instead of a list: the part is in a new message, and Unsupported is raised.
     """

@@ -71,7 +71,7 @@ def _does_work(scope: Scope) -> bool:
 
 
 def _name_of(host: str) -> str:
-    """Return the host without its port and DNS's final dot; empty where it is no name."""
+    """Return the host without its port and DNS's final dot; empty where it is not a name."""
     try:
         name = urlsplit(f"//{host}").hostname or ""
     except ValueError:

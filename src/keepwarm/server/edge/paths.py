@@ -1,4 +1,4 @@
-"""Corrects paths that clients write with a slash too many, or without the `/v1`."""
+"""Corrects paths that clients write with an extra slash, or without the `/v1`."""
 
 import re
 from urllib.parse import unquote

@@ -145,7 +145,7 @@ def _call_of(where: str, block: ContentBlock) -> dict[str, Any]:
     try:
         arguments = json.dumps(block.input or {}, ensure_ascii=False, allow_nan=False)
     except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"{where}.input", f"is no JSON: {error}") from error
+        raise InvalidRequest(f"{where}.input", f"is not JSON: {error}") from error
     function = {"name": block.name, "arguments": arguments}
     return {"id": block.id, "type": "function", "function": function}
 

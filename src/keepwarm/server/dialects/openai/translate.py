@@ -106,7 +106,7 @@ def translate_completion(
 def message_of(index: int, message: ChatMessage, left_out: list[str] | None) -> Message:
     """Write a message as the chat template wants it: known roles, content as one text.
 
-    `left_out` takes the places of an old message's parts that are no text; None: the message is
+    `left_out` takes the places of an old message's parts that are not text; None: the message is
     new, and such parts are refused with Unsupported.
     """
     fields: dict[str, Any] = {
