@@ -14,10 +14,13 @@ from keepwarm.core.agent_store import AgentStore
 from keepwarm.core.events import Completed
 from keepwarm.store.agent_cache_store import StoreConfig
 from keepwarm.store.disk.io_thread import Units
+from keepwarm.testing.agent_store import MemoryAgentStore
 from keepwarm.testing.clock import FakeClock
 from waiting import wait_until
 
 MEGABYTE = 1 << 20
+
+Restart = Callable[..., BlockPoolBatchEngine]
 
 T = TypeVar("T")
 
@@ -107,6 +110,31 @@ def opened(folder: Path, *, config: dict[str, Any] | None = None, **engine: Any)
         setup = Setup(fake_engine(store=store, **engine), store, clock)
         yield setup
         setup.engine.check()
+
+
+@contextmanager
+def restarting(kind: str, folder: Path) -> Iterator[Restart]:
+    """Give a function that opens an engine on what the last one left, in memory or on the disk.
+
+    With `clean=False` the last engine is not closed first.
+    """
+    memory = MemoryAgentStore()
+    stores: list[AgentCacheStore] = []
+    engines: list[BlockPoolBatchEngine] = []
+
+    def again(*, clean: bool = True, **more: Any) -> BlockPoolBatchEngine:
+        if engines and clean:
+            assert engines[-1].close()
+        while stores:
+            stores.pop().close()
+        if kind == "disk":
+            stores.append(AgentCacheStore(folder))
+        engines.append(fake_engine(store=stores[0] if stores else memory, **more))
+        return engines[-1]
+
+    yield again
+    while stores:
+        stores.pop().close()
 
 
 def record_files(folder: Path) -> list[Path]:

@@ -1,6 +1,5 @@
 """Agents that outlive their engine: the engine over a store, with a real one on a real disk."""
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,36 +20,11 @@ from engines import (
     step,
     user,
 )
-from keepwarm import AgentCacheStore, BlockPoolBatchEngine
+from keepwarm import BlockPoolBatchEngine
 from keepwarm.core.agent import Tier
 from keepwarm.core.errors import UnknownAgent
 from keepwarm.testing.agent_store import MemoryAgentStore
-from stores import HeldAnswers
-
-Restart = Callable[..., BlockPoolBatchEngine]
-
-
-@pytest.fixture(params=["memory", "disk"])
-def restart(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Restart]:
-    """A new engine on what the last one left; with `clean` the last one is closed properly."""
-    memory = MemoryAgentStore()
-    stores: list[AgentCacheStore] = []
-    engines: list[BlockPoolBatchEngine] = []
-
-    def again(*, clean: bool = True, **more: object) -> BlockPoolBatchEngine:
-        if engines and clean:
-            assert engines[-1].close()
-        while stores:
-            stores.pop().close()
-        if request.param == "disk":
-            stores.append(AgentCacheStore(tmp_path / "store"))
-        store = stores[0] if stores else memory
-        engines.append(fake_engine(store=store, **more))  # type: ignore[arg-type]
-        return engines[-1]
-
-    yield again
-    while stores:
-        stores.pop().close()
+from stores import HeldAnswers, Restart
 
 
 def num_prefilled(engine: BlockPoolBatchEngine) -> int:

@@ -1,6 +1,5 @@
 """The main line is the conversation: the line that goes on, whichever was asked for first."""
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,37 +7,14 @@ import pytest
 
 from engines import assistant, drain, fake_engine, run, user
 from fleets import Setup, opened
-from keepwarm import AgentCacheStore, BlockPoolBatchEngine
+from keepwarm import BlockPoolBatchEngine
 from keepwarm.core.events import Completed
 from keepwarm.testing.agent_store import MemoryAgentStore
+from stores import Restart
 
 TITLE = [{"role": "system", "content": "Give a title. " * 20}, user("Fix the bug")]
 CODE = [{"role": "system", "content": "You write code. " * 20}, user("Fix the bug")]
 HELP = [{"role": "system", "content": "You look for files. " * 20}, user("Where is it?")]
-
-Restart = Callable[..., BlockPoolBatchEngine]
-
-
-@pytest.fixture(params=["memory", "disk"])
-def restart(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Restart]:
-    """A new engine on what the last one left; with `kill` the last one was not closed."""
-    memory = MemoryAgentStore()
-    stores: list[AgentCacheStore] = []
-    engines: list[BlockPoolBatchEngine] = []
-
-    def again(*, kill: bool = False, **more: Any) -> BlockPoolBatchEngine:
-        if engines and not kill:
-            assert engines[-1].close()
-        while stores:
-            stores.pop().close()
-        if request.param == "disk":
-            stores.append(AgentCacheStore(tmp_path / "store"))
-        engines.append(fake_engine(store=stores[0] if stores else memory, **more))
-        return engines[-1]
-
-    yield again
-    while stores:
-        stores.pop().check()
 
 
 class Client:
@@ -90,11 +66,11 @@ class TestElection:
         client = Client(engine)
         client.ask("title", TITLE)
         client.ask("code", CODE)
-        client.engine = restart(kill=kill)
+        client.engine = restart(clean=not kill)
         client.ask("code", CODE)
         before = main_says(client.engine)
         assert before == client.said["code"]
-        client.engine = engine = restart(kill=kill)
+        client.engine = engine = restart(clean=not kill)
         assert [s.num_turns for s in engine._store.summaries()] == [2]
         assert main_says(engine) == before
         assert [len(turn.messages or ()) for turn in engine.turns("ada")] == [3, 5]

@@ -1,7 +1,6 @@
 """Does what an agent keeps say the same as a cold run? And what becomes of what does not."""
 
 from array import array
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from engines import (
     settle,
     step,
 )
-from keepwarm import AgentCacheStore, BlockPoolBatchEngine
+from keepwarm import BlockPoolBatchEngine
 from keepwarm.core.agent_store import AgentStore
 from keepwarm.core.errors import AgentBusy, GeneratorFailed, PoolExhausted, UnknownAgent
 from keepwarm.core.fidelity import kv_bound
@@ -29,31 +28,7 @@ from keepwarm.core.stored import Record, Saved
 from keepwarm.kv.verifier import SCRATCH_ROW, VerifyReport
 from keepwarm.testing.agent_store import MemoryAgentStore
 from keepwarm.testing.generator import FakePayload, FakeSlab
-from stores import hear
-
-Restart = Callable[..., BlockPoolBatchEngine]
-
-
-@pytest.fixture(params=["memory", "disk"])
-def restart(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Restart]:
-    """A new engine on what the last one left."""
-    memory = MemoryAgentStore()
-    stores: list[AgentCacheStore] = []
-    engines: list[BlockPoolBatchEngine] = []
-
-    def again(**more: Any) -> BlockPoolBatchEngine:
-        if engines:
-            assert engines[-1].close()
-        while stores:
-            stores.pop().close()
-        if request.param == "disk":
-            stores.append(AgentCacheStore(tmp_path / "store"))
-        engines.append(fake_engine(store=stores[0] if stores else memory, **more))
-        return engines[-1]
-
-    yield again
-    while stores:
-        stores.pop().close()
+from stores import Restart, hear
 
 
 def verified(engine: BlockPoolBatchEngine, agent_id: str = "ada") -> VerifyReport:
