@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from engines import completed, drain, run, text_of, user
 from keepwarm import BlockPool, BlockPoolBatchEngine, load_model
 from keepwarm.core.agent import Tier
 from keepwarm.core.events import Completed, Delta, Event, FinishReason
@@ -23,10 +24,6 @@ SYSTEM = {
 }
 
 
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
 def new_engine(loaded: LoadedModel) -> BlockPoolBatchEngine:
     return BlockPoolBatchEngine(loaded, pool=BlockPool(BUDGET_BYTES))
 
@@ -34,32 +31,6 @@ def new_engine(loaded: LoadedModel) -> BlockPoolBatchEngine:
 @pytest.fixture
 def engine(smollm2: LoadedModel) -> BlockPoolBatchEngine:
     return new_engine(smollm2)
-
-
-def drain(engine: BlockPoolBatchEngine) -> list[Event]:
-    events: list[Event] = []
-    while engine.has_work:
-        events += engine.step()
-        engine.check()
-    return events
-
-
-def done(events: list[Event], request_id: str) -> Completed:
-    (ending,) = (e for e in events if isinstance(e, Completed) and e.request_id == request_id)
-    return ending
-
-
-def text_of(events: list[Event], request_id: str) -> str:
-    return "".join(
-        event.text
-        for event in events
-        if isinstance(event, Delta) and event.request_id == request_id
-    )
-
-
-def run(engine: BlockPoolBatchEngine, **request: Any) -> Completed:
-    request_id = engine.submit(**request)
-    return done(drain(engine), request_id)
 
 
 class Cold:
@@ -87,7 +58,7 @@ def run_ids(engine: BlockPoolBatchEngine, **request: Any) -> tuple[Completed, li
     """The reply, and the prompt's ids that led to it."""
     request_id = engine.submit(**request)
     prompt_ids = list(engine._turns.active[request_id].sequence.token_ids)
-    return done(drain(engine), request_id), prompt_ids
+    return completed(drain(engine), request_id), prompt_ids
 
 
 @pytest.mark.parametrize("tier", [Tier.HOT, Tier.WARM])
@@ -124,7 +95,7 @@ def test_three_agents_at_once_say_what_they_say_alone(
         prompt_ids[name] = list(engine._turns.active[requests[name]].sequence.token_ids)
         events += engine.step()
     events += drain(engine)
-    replies = {name: done(events, request_id) for name, request_id in requests.items()}
+    replies = {name: completed(events, request_id) for name, request_id in requests.items()}
     for name in prompts:
         assert replies[name].token_ids == cold(prompt_ids[name], 12).token_ids
     assert replies["bob"].usage.cached_tokens == 256
@@ -162,7 +133,7 @@ def test_a_reply_in_another_script_has_no_half_characters(engine: BlockPoolBatch
     ]
     events = drain(engine)
     for request_id in requests:
-        reply = done(events, request_id)
+        reply = completed(events, request_id)
         assert text_of(events, request_id) == reply.text
         assert "\ufffd" not in reply.text
 
@@ -192,7 +163,7 @@ def test_a_cancelled_reply_is_kept_as_far_as_it_was_sent(
         events += engine.step()
     engine.cancel(request_id)
     events += drain(engine)
-    reply = done(events, request_id)
+    reply = completed(events, request_id)
     assert reply.finish_reason is FinishReason.CANCELLED
     assert reply.text == text_of(events, request_id)
     again, prompt_ids = run_ids(engine, agent_id="ada", append=[user("Go on.")], max_tokens=8)
@@ -228,7 +199,7 @@ def test_a_model_that_is_loaded_in_another_thread_runs_there(keepwarm_home: Path
             engine = new_engine(load_model("smollm2", home=keepwarm_home))
             engine.submit(messages=[user("Hello")], max_tokens=3, temperature=1.0, seed=1)
             request = engine.submit(messages=[user("Hello")], max_tokens=3)
-            replies.append(done(drain(engine), request))
+            replies.append(completed(drain(engine), request))
         except Exception as error:  # noqa: BLE001 - the assertion below shows it
             replies.append(error)
 
@@ -255,7 +226,7 @@ def test_words_put_into_its_mouth(engine: BlockPoolBatchEngine, smollm2: LoadedM
     begun = [*messages, {"role": "assistant", "content": "My favourite colour is"}]
     request_id = engine.submit(messages=begun, continue_final_message=True, max_tokens=8)
     prompt_ids = list(engine._turns.active[request_id].sequence.token_ids)
-    reply = done(drain(engine), request_id)
+    reply = completed(drain(engine), request_id)
     tokenizer = smollm2.tokenizer
     pieces = tokenizer.render(messages)
     text = "".join(piece.text for piece in pieces) + "My favourite colour is"

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from engines import run
 from keepwarm import AgentCacheStore, BlockPool, BlockPoolBatchEngine
-from keepwarm.core.events import Completed
 from keepwarm.core.ports import LoadedModel
 
 pytestmark = pytest.mark.slow
@@ -20,15 +20,6 @@ MESSAGE = {
 
 def engine_on(smollm2: LoadedModel, store: AgentCacheStore, **more: Any) -> BlockPoolBatchEngine:
     return BlockPoolBatchEngine(smollm2, pool=BlockPool(1 << 30), store=store, **more)
-
-
-def run(engine: BlockPoolBatchEngine, **request: Any) -> Completed:
-    request_id = engine.submit(**request)
-    while engine.has_work:
-        for event in engine.step():
-            if isinstance(event, Completed) and event.request_id == request_id:
-                return event
-    raise AssertionError("the request has not ended")
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
