@@ -28,9 +28,10 @@ test: check
 
 # What needs no model and no child process: two minutes.
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow" tests/unit tests/contract tests/docs tests/server/test_smoke.py
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow" \
+	  tests/unit tests/contract tests/docs tests/server/test_smoke.py
 
-# Which lines and branches the tests reach; tracing makes them slower by half.
+# Which lines and branches the tests reach; tracing makes them several times slower.
 coverage: $(STAMP)
 	rm -rf .cache/coverage
 	$(BIN)/coverage run -m pytest -n $(WORKERS) --dist loadgroup

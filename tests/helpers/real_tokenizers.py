@@ -44,4 +44,8 @@ def _fetch(package: str, folder: Path) -> None:
                 assert member is not None
                 with member, (new / name).open("xb") as file:
                     shutil.copyfileobj(member, file)
-        new.rename(folder)
+        try:
+            new.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # unless another worker was faster
+                raise
