@@ -42,9 +42,8 @@ def real(smollm2: LoadedModel) -> Exp005Result:
 
 
 @pytest.fixture(params=["tiny", "real"])
-def result(request: pytest.FixtureRequest) -> Exp005Result:
-    result: Exp005Result = request.getfixturevalue(request.param)
-    return result
+def result(request: pytest.FixtureRequest, tiny: Exp005Result, real: Exp005Result) -> Exp005Result:
+    return {"tiny": tiny, "real": real}[request.param]
 
 
 def paths_of(result: Exp005Result, form: Form) -> set[str]:
