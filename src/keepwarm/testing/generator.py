@@ -139,9 +139,7 @@ class FakeBatchGenerator:
 
     def reconstruct(self, slab: Slab, payloads: Sequence[Payload]) -> None:
         target = self._outside(slab)
-        for payload in payloads:
-            if not isinstance(payload, FakePayload):
-                raise InvariantBroken(f"{payload!r} is no payload of this generator")
+        for payload in map(_own_payload, payloads):
             self._append(target, payload.values)
             self.num_copied_tokens += payload.num_tokens
 
@@ -153,14 +151,13 @@ class FakeBatchGenerator:
         self.num_copied_tokens -= stop - start
 
     def cut(self, payload: Payload, start: int, stop: int) -> Payload:
-        if not isinstance(payload, FakePayload) or not start <= stop <= payload.num_tokens:
-            raise InvariantBroken(f"[{start}, {stop}) cannot be cut from {payload!r}")
-        return FakePayload(payload.values[start:stop], payload.token_bytes)
+        own = _own_payload(payload)
+        if not start <= stop <= own.num_tokens:
+            raise InvariantBroken(f"[{start}, {stop}) cannot be cut from {own!r}")
+        return FakePayload(own.values[start:stop], own.token_bytes)
 
     def pack(self, payload: Payload) -> tuple[memoryview, ...]:
-        if not isinstance(payload, FakePayload):
-            raise InvariantBroken(f"{payload!r} is no payload of this generator")
-        data = memoryview(array("Q", payload.values).tobytes())
+        data = memoryview(array("Q", _own_payload(payload).values).tobytes())
         tensors = self._layout.tensors(payload.num_tokens)
         ends = list(accumulate(tensor.nbytes for tensor in tensors))
         return tuple(data[start:end] for start, end in pairwise([0, *ends]))
@@ -172,11 +169,9 @@ class FakeBatchGenerator:
         return FakePayload(values, self._layout.token_bytes)
 
     def largest_difference(self, a: Payload, b: Payload) -> float:
-        if not isinstance(a, FakePayload) or not isinstance(b, FakePayload):
-            raise InvariantBroken(f"{a!r} or {b!r} is no payload of this generator")
         if a.num_tokens != b.num_tokens:
             raise InvariantBroken(f"{a.num_tokens} tokens were compared with {b.num_tokens}")
-        pairs = zip(a.values, b.values, strict=True)
+        pairs = zip(_own_payload(a).values, _own_payload(b).values, strict=True)
         return float(max((abs(x - y) for x, y in pairs), default=0))
 
     def open_row(self, row: RowId, slab: Slab) -> None:
@@ -258,3 +253,9 @@ class FakeBatchGenerator:
         if not isinstance(slab, FakeSlab) or slab.is_gone:
             raise InvariantBroken(f"{slab!r} is not a live slab of this generator")
         return slab
+
+
+def _own_payload(payload: Payload) -> FakePayload:
+    if not isinstance(payload, FakePayload):
+        raise InvariantBroken(f"{payload!r} is no payload of this generator")
+    return payload

@@ -146,9 +146,8 @@ class PromptReader:
         if not messages:
             return known.token_ids
         encoder = PromptEncoder(self._tokenizer, guard)
-        return (
-            TextContinuation(self._renderer.pieces(messages), encoder).prompt_from(known).token_ids
-        )
+        continuation = TextContinuation(self._renderer.pieces(messages), encoder)
+        return continuation.prompt_from(known).token_ids
 
     def message_at(
         self, token_index: int, draft: Draft, prompt: Prompt, known: Conversation | None

@@ -19,35 +19,34 @@ _MARK = "_keepwarm_original"
 
 
 class OwnAttention:
-    """A layer's cache for one step that attends by itself.
+    """One layer of a decode step that attends by itself: one token and one LayerCache for each row.
 
-    mlx-lm's models use `offset`, `update_and_fetch` and `make_mask` of a cache.
+    mlx-lm's models use `offset`, `update_and_fetch` and `make_mask` of a cache. Rows behind those
+    of the caches are padding.
     """
-
-    offset: mx.array
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Take the step's keys and values, (rows, KV heads, tokens, dim)."""
-        raise NotImplementedError
-
-    def attend(self, queries: mx.array, scale: float) -> mx.array:
-        """The attention of queries (rows, heads, tokens, dim), in their shape."""
-        raise NotImplementedError
-
-    def make_mask(self, *_: object, **__: object) -> None:
-        """No mask: a row attends to what its slab holds."""
-
-
-class RowsLayer(OwnAttention):
-    """One layer of a decode step: one token for each row, and a LayerCache for each row."""
 
     def __init__(self, caches: Sequence[LayerCache], offset: mx.array) -> None:
         self._caches = caches
         self.offset = offset
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        append_rows(self._caches, keys, values)
+        """Append each row's new token, (rows, KV heads, 1, dim), to its own slab."""
+        num_rows = keys.shape[0]
+        rows = zip(self._caches, mx.split(keys, num_rows), mx.split(values, num_rows), strict=False)
+        for cache, key, value in rows:
+            cache.append(key, value)
         return keys, values
+
+    def make_mask(self, *_: object, **__: object) -> None:
+        """No mask: a row attends to what its slab holds."""
+
+    def attend(self, queries: mx.array, scale: float) -> mx.array:
+        """The attention of queries (rows, heads, 1, dim), in their shape."""
+        raise NotImplementedError
+
+
+class RowsLayer(OwnAttention):
+    """Attends with all rows as they are, each to its own length."""
 
     def attend(self, queries: mx.array, scale: float) -> mx.array:
         num_rows, num_heads, _, dim = queries.shape
@@ -57,14 +56,6 @@ class RowsLayer(OwnAttention):
         rows = zip(mx.split(merged, num_rows), self._caches, strict=True)
         outputs = mx.concatenate([_attention(query, *cache.held()) for query, cache in rows])
         return outputs.reshape(num_rows, num_heads, 1, -1)
-
-
-def append_rows(caches: Sequence[LayerCache], keys: mx.array, values: mx.array) -> None:
-    """Append each row's new token (rows, heads, 1, dim) to its slab; further rows are padding."""
-    num_rows = keys.shape[0]
-    rows = zip(caches, mx.split(keys, num_rows), mx.split(values, num_rows), strict=False)
-    for cache, key, value in rows:
-        cache.append(key, value)
 
 
 def _attention(query: mx.array, keys: mx.array, values: mx.array) -> mx.array:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from keepwarm.mlx_backend import CPU_SETUP
-from keepwarm.mlx_backend.compute.attention_hook import OwnAttention, append_rows
+from keepwarm.mlx_backend.compute.attention_hook import OwnAttention
 from keepwarm.mlx_backend.compute.slab import LayerCache
 
 ROW_MULTIPLE = 4
@@ -55,18 +55,13 @@ class CanonicalChunk:
 
 
 class CanonicalRows(OwnAttention):
-    """One layer of a decode step, a LayerCache for each real row; the rows behind are padding."""
+    """Attends in canonical shapes, with a mask for each real row."""
 
     def __init__(
         self, caches: Sequence[LayerCache], offset: mx.array, masks: Sequence[mx.array]
     ) -> None:
-        self._caches = caches
+        super().__init__(caches, offset)
         self._masks = masks
-        self.offset = offset
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        append_rows(self._caches, keys, values)
-        return keys, values
 
     def attend(self, queries: mx.array, scale: float) -> mx.array:
         outputs = [

@@ -1,7 +1,7 @@
 """A slab: one line's KV as MLX arrays, contiguous for each layer, written in place.
 
-A slab's arrays never leave it. A live view of an array makes MLX's next in-place write copy the
-whole slab, because MLX (0.32.4) writes in place only what nothing else refers to.
+A slab's arrays leave it for the length of a call at most. A live view of one makes the next write
+copy the whole slab, because MLX (0.32.4) writes in place only what nothing else refers to.
 """
 
 from collections.abc import Sequence

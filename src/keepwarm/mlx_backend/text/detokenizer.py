@@ -12,23 +12,32 @@ MAX_CHARACTER_BYTES = 4
 """How long a character is in UTF-8 at most, and so how many tokens can wait for its end."""
 
 
-class ByteLevelDetokenizer:
+class _Vocabulary:
+    """What a detokenizer knows of the ids: which of them are text."""
+
+    def __init__(self, tokenizer: Tokenizer, hidden_ids: Collection[int]) -> None:
+        self._tokenizer = tokenizer
+        self._hidden_ids = hidden_ids
+
+    def has_text(self, token_id: int) -> bool:
+        """Whether the id is a token of the vocabulary, and not a hidden one."""
+        is_hidden = token_id in self._hidden_ids
+        return not is_hidden and self._tokenizer.id_to_token(token_id) is not None
+
+
+class ByteLevelDetokenizer(_Vocabulary):
     """Detokenizes byte-level vocabularies: a token is a run of bytes, and the text is their UTF-8.
 
     Bytes that can no longer become a character are shown as U+FFFD at once.
     """
 
     def __init__(self, tokenizer: Tokenizer, hidden_ids: Collection[int]) -> None:
-        self._tokenizer = tokenizer
-        self._hidden_ids = hidden_ids
+        super().__init__(tokenizer, hidden_ids)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     @property
     def pending(self) -> bool:
         return bool(self._decoder.getstate()[0])
-
-    def has_text(self, token_id: int) -> bool:
-        return has_text(self._tokenizer, self._hidden_ids, token_id)
 
     def push(self, token_id: int) -> str:
         token = self._tokenizer.id_to_token(token_id)
@@ -37,7 +46,7 @@ class ByteLevelDetokenizer:
         return self._decoder.decode(bytes_of_token(token))
 
 
-class WindowDetokenizer:
+class WindowDetokenizer(_Vocabulary):
     """Detokenizes every other vocabulary: decodes the waiting tokens after those shown last.
 
     The tokens shown last are the context that decides on a leading space. Text that ends in U+FFFD
@@ -45,17 +54,13 @@ class WindowDetokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, hidden_ids: Collection[int]) -> None:
-        self._tokenizer = tokenizer
-        self._hidden_ids = hidden_ids
+        super().__init__(tokenizer, hidden_ids)
         self._context: list[int] = []
         self._waiting: list[int] = []
 
     @property
     def pending(self) -> bool:
         return bool(self._waiting)
-
-    def has_text(self, token_id: int) -> bool:
-        return has_text(self._tokenizer, self._hidden_ids, token_id)
 
     def push(self, token_id: int) -> str:
         if token_id in self._hidden_ids:
@@ -76,11 +81,6 @@ class WindowDetokenizer:
 
     def _decode(self, token_ids: list[int]) -> str:
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=False))
-
-
-def has_text(tokenizer: Tokenizer, hidden_ids: Collection[int], token_id: int) -> bool:
-    """Whether the id is a token of the vocabulary, and not a hidden one."""
-    return token_id not in hidden_ids and tokenizer.id_to_token(token_id) is not None
 
 
 def bytes_of_token(token: str) -> bytes:
