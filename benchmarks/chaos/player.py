@@ -206,7 +206,7 @@ class Player:
         return self._is_known(name) and self._engine.agent(name).in_use
 
     def _is_known(self, name: str) -> bool:
-        return name in self._engine._book
+        return name in self._engine.book
 
 
 def _messages_of(request: dict[str, Any]) -> list[Any]:

@@ -5,6 +5,7 @@ from typing import Any
 from keepwarm.core.events import Completed
 from keepwarm.core.ports import Detokenizer
 from keepwarm.core.stored import AgentState
+from keepwarm.engine.agents import agent_state
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
 
 State = dict[str, Any]
@@ -13,7 +14,7 @@ State = dict[str, Any]
 
 def state_of(engine: BlockPoolBatchEngine, name: str) -> State:
     """Return an agent as it would be stored now."""
-    return plain_state(engine._states.state_of(engine._book.get(name)))
+    return plain_state(agent_state.state_of(engine.book.get(name)))
 
 
 def submitted(engine: BlockPoolBatchEngine, request_id: str) -> tuple[list[int], int]:

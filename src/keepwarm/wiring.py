@@ -16,6 +16,7 @@ from keepwarm.core.agent_store import AgentStore
 from keepwarm.core.errors import ModelUnavailable
 from keepwarm.core.pool import BlockPool
 from keepwarm.core.ports import LoadedModel
+from keepwarm.engine.agents.book import AgentBook
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
 from keepwarm.fleet.fleet import Fleet, NewEngine, Weights
 from keepwarm.server.app import build_app
@@ -139,7 +140,7 @@ def build_engine(
         store = AgentCacheStore(home / STORE_FOLDER, config=settings.disk)
         opened.callback(store.close)
         pool = BlockPool(memory_budget(settings, source.memory_bytes()))
-        engine = _engine_maker(settings)(loaded, pool, store, itertools.count(1))
+        engine = _engine_maker(settings)(loaded, pool, store, AgentBook(store), itertools.count(1))
         return engine, opened.pop_all().close
 
 
@@ -186,7 +187,11 @@ def _fleet_opener(
 
 def _engine_maker(settings: Settings) -> NewEngine:
     def new_engine(
-        loaded: LoadedModel, pool: BlockPool, store: AgentStore, request_ids: Iterator[int]
+        loaded: LoadedModel,
+        pool: BlockPool,
+        store: AgentStore,
+        book: AgentBook,
+        request_ids: Iterator[int],
     ) -> BlockPoolBatchEngine:
         return BlockPoolBatchEngine(
             loaded,
@@ -194,6 +199,7 @@ def _engine_maker(settings: Settings) -> NewEngine:
             store=store,
             config=settings.engine,
             deterministic=settings.model.deterministic,
+            book=book,
             request_ids=request_ids,
             recorded_as="" if loaded.name == settings.model.name else loaded.name,
         )

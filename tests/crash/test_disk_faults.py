@@ -63,8 +63,8 @@ def fill(folder: Path) -> Path:
 def say(setup: Setup, agent_id: str) -> Completed:
     """A turn of 300 new tokens, whose answer is compared with a cold engine's."""
     known: list[int] = []
-    if agent_id in setup.engine._book:
-        known = list(setup.engine._book.get(agent_id).main.transcript.token_ids)
+    if agent_id in setup.engine.book:
+        known = list(setup.engine.book.get(agent_id).main.transcript.token_ids)
     prompt = [*known, *ids(300, len(known) + sum(agent_id.encode()))]
     turn = setup.run(agent_id=agent_id, token_ids=prompt, max_tokens=4)
     assert turn.token_ids == fresh_reply(prompt, max_tokens=4)

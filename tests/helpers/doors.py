@@ -201,5 +201,5 @@ def check_is_empty(engine: BlockPoolBatchEngine) -> None:
     assert not engine.batch.waiting
     assert not engine.batch.running
     assert not engine._turns.active
-    lines = [line for agent in engine._book for line in agent.lines]
+    lines = [line for agent in engine.book for line in agent.lines]
     assert not [line for line in lines if line.in_use or line.blocks.is_held]

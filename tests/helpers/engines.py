@@ -12,6 +12,7 @@ from keepwarm.core.events import Completed, Delta, Event, Failed
 from keepwarm.core.layout import BLOCK_TOKENS
 from keepwarm.core.policies import EngineConfig
 from keepwarm.core.ports import LoadedModel, RowInput, Tokenizer
+from keepwarm.engine.agents.book import AgentBook
 from keepwarm.kv.tiers import Tiers
 from keepwarm.testing.clock import FakeClock
 from keepwarm.testing.generator import (
@@ -107,6 +108,8 @@ def fake_engine(
     factory: FakeFactory | None = None,
     store: AgentStore | None = None,
     fingerprint: str = "fake",
+    recorded_as: str = "",
+    book: AgentBook | None = None,
     **config: Any,
 ) -> BlockPoolBatchEngine:
     """Build an engine on a fake generator with a budget of `num_blocks` blocks."""
@@ -124,6 +127,8 @@ def fake_engine(
         # The fake computes faster than any disk reads.
         config=EngineConfig(**{"always_restore": True, **config}),
         clock=FakeClock(),
+        recorded_as=recorded_as,
+        book=book,
     )
 
 
@@ -281,7 +286,7 @@ def check_values(tiers: Tiers) -> None:
 
 def main_blocks(engine: BlockPoolBatchEngine, agent_id: str) -> Any:
     """Return the block table of the agent's main line."""
-    return engine._book.get(agent_id).main.blocks
+    return engine.book.get(agent_id).main.blocks
 
 
 def prompt_of(engine: BlockPoolBatchEngine, request_id: str) -> list[int]:

@@ -13,6 +13,7 @@ from keepwarm.core.agent_store import AgentStore
 from keepwarm.core.events import Completed, Event, Failed
 from keepwarm.core.policies import EngineConfig
 from keepwarm.core.ports import LoadedModel
+from keepwarm.engine.agents.book import AgentBook
 from keepwarm.engine.agents.transfer import ImportSummary
 from keepwarm.engine.requests import GenerateRequest
 from keepwarm.fleet.fleet import Fleet
@@ -35,6 +36,10 @@ class OtherTokenizer(FakeTokenizer):
         return list(text.encode())
 
 
+def tokenizer_of(name: str) -> FakeTokenizer:
+    return OtherTokenizer() if name == "other" else FakeTokenizer()
+
+
 def loaded(
     name: str, *, fingerprint: str = "", tokenizer: FakeTokenizer | None = None
 ) -> LoadedModel:
@@ -53,8 +58,7 @@ class Setup:
     ended: dict[str, Completed | Failed] = field(default_factory=dict)
 
     def attach(self, name: str, **more: Any) -> None:
-        tokenizer = OtherTokenizer() if name == "other" else FakeTokenizer()
-        self.fleet.attach(loaded(name, tokenizer=tokenizer, **more))
+        self.fleet.attach(loaded(name, tokenizer=tokenizer_of(name), **more))
 
     def start(self, model: str = "", **request: Any) -> str:
         return self.fleet.submit(GenerateRequest(model=model, **request))
@@ -102,13 +106,19 @@ class Setup:
 
 
 def new_engine(
-    model: LoadedModel, pool: BlockPool, store: AgentStore, request_ids: Iterator[int]
+    model: LoadedModel,
+    pool: BlockPool,
+    store: AgentStore,
+    book: AgentBook,
+    request_ids: Iterator[int],
+    **config: Any,
 ) -> BlockPoolBatchEngine:
     return BlockPoolBatchEngine(
         model,
         pool=pool,
         store=store,
-        config=EngineConfig(always_restore=True),
+        config=EngineConfig(always_restore=True, **config),
+        book=book,
         request_ids=request_ids,
         recorded_as="" if model.name == "small" else model.name,
     )

@@ -155,7 +155,7 @@ def test_verify(server: FakeServer, ada: str) -> None:
 
 def test_verify_that_fails(server: FakeServer, ada: str) -> None:
     def damage(engine: object) -> None:
-        line = next(iter(engine._book)).main.blocks  # type: ignore[attr-defined]
+        line = next(iter(engine.book)).main.blocks  # type: ignore[attr-defined]
         line.slab.values[3] += 1
 
     server.call(damage)

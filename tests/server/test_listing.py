@@ -41,7 +41,7 @@ def test_after_a_restart(tmp_path: Path, length: int) -> None:
         for field in ("context_tokens", "num_turns", "num_side_lines", "model"):
             assert after["ada"][field] == before[field]
         assert after["new"]["tier"] == "none"
-        assert not server.call(lambda engine: engine.moves.agent_ids())
+        assert not server.call(lambda engine: list(engine.book))
         stats = client.get("/v1/stats").json()
         assert stats["num_agents"] == 2
         assert {agent["id"]: agent for agent in stats["agents"]} == after

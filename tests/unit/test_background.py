@@ -63,14 +63,14 @@ class TestPrefetch:
         num_read = main_blocks(engine, "ada").num_tokens
         turn = run(engine, agent_id="ada", append=[user("Next")], max_tokens=3)
         assert turn.turn == 2
-        assert not engine._book.get("ada").sides
+        assert not engine.book.get("ada").sides
         assert turn.usage.cached_tokens >= engine.turns("ada")[0].num_tokens - 1 > num_read
 
     def test_a_whole_conversation_goes_on_with_the_main_line(self) -> None:
         engine = prefetching()
-        said = list(engine._book.get("ada").main.messages or ())
+        said = list(engine.book.get("ada").main.messages or ())
         turn = run(engine, agent_id="ada", messages=[*said, user("Next")], max_tokens=3)
-        assert not engine._book.get("ada").sides
+        assert not engine.book.get("ada").sides
         assert turn.turn == 2
         assert turn.usage.cached_tokens > 1_000
 
@@ -111,7 +111,7 @@ class TestPrefetch:
     def test_it_is_not_busy_to_look_at(self) -> None:
         engine = prefetching()
         assert not engine.agent("ada").in_use
-        assert not engine.moves.is_in_use("ada")
+        assert not engine.book.get("ada").in_use
 
     def test_a_row_that_a_request_needs(self) -> None:
         engine = prefetching(max_rows=1)
@@ -173,9 +173,9 @@ def check_is_left_clean(engine: BlockPoolBatchEngine) -> None:
     check_values(engine.tiers)
     assert not engine._verifies
     assert SCRATCH_ROW not in generator_of(engine)._rows
-    known = {line.blocks.line for agent in engine._book for line in agent.lines}
+    known = {line.blocks.line for agent in engine.book for line in agent.lines}
     assert set(engine.tiers._lines) == known | {
-        line.blocks.line for line in engine._book._anonymous
+        line.blocks.line for line in engine._lines.anonymous
     }
 
 

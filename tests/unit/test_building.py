@@ -8,7 +8,7 @@ import pytest
 
 from engines import BLOCK_BYTES, ids
 from fleets import NAMES, Setup, create, opened
-from keepwarm.core.agent import Tier
+from keepwarm.core.agent import AgentBlocks, Tier
 from keepwarm.core.errors import InvalidRequest
 from keepwarm.fleet.idle_builder import IDLE_S
 from keepwarm.testing.clock import FakeClock
@@ -32,6 +32,12 @@ def setup(tmp_path: Path, clock: FakeClock) -> Iterator[Setup]:
 
 def num_prefilled(setup: Setup, name: str) -> int:
     return setup.fleet.engine(name).batch.counters.prefilled_tokens
+
+
+def kv_at_small(setup: Setup, agent_id: str) -> AgentBlocks:
+    """What the small model's memory has of the agent's main line, wherever the agent is."""
+    agent, small = setup.fleet.book.get(agent_id), setup.fleet.engine("small").place
+    return agent.main.blocks if agent.place is small else agent.main.resting[small]
 
 
 def is_building(setup: Setup) -> bool:
@@ -213,20 +219,22 @@ def test_not_for_one_with_a_quota(setup: Setup, clock: FakeClock) -> None:
 def test_a_pinned_agent_is_pinned_where_it_is(setup: Setup, clock: FakeClock) -> None:
     setup.fleet.of("ada").pin("ada")
     rest(setup, clock)
-    small = setup.fleet.engine("small")
-    assert small.agent("ada").held_tokens > 800
-    assert not small.agent("ada").pinned
+    built = kv_at_small(setup, "ada")
+    assert built.num_tokens > 800
+    assert not built.pinned
     setup.say("ada", "three", "small")
-    assert small.agent("ada").pinned
+    assert setup.fleet.of("ada").agent("ada").pinned
+    assert kv_at_small(setup, "ada") is built
+    assert built.pinned
 
 
 def test_what_was_built_unasked_goes_first(setup: Setup, clock: FakeClock) -> None:
     create(setup, "bob")
     setup.say("bob", "word " * 100, "small")
     rest(setup, clock)
-    small = setup.fleet.engine("small")
-    assert small.agent("ada").held_tokens > 800
-    assert small.moves.last_used("ada") < small.moves.last_used("bob")
+    built = kv_at_small(setup, "ada")
+    assert built.num_tokens > 800
+    assert built.last_used < kv_at_small(setup, "bob").last_used
 
 
 def test_one_attempt_at_a_time(

@@ -47,6 +47,7 @@ from keepwarm.core.stored import (
     Record,
 )
 from keepwarm.core.transcript import EMPTY, Receipt, Span, Transcript, Turn
+from keepwarm.engine.agents import agent_state
 from keepwarm.store.agent_cache_store import StoreConfig
 from keepwarm.store.bundle.agent_json import (
     MAX_SIBLINGS,
@@ -103,7 +104,7 @@ def num_prefilled(engine: BlockPoolBatchEngine) -> int:
 
 def state_of(engine: BlockPoolBatchEngine, agent_id: str) -> AgentState:
     """What was said and decided, without what differs between homes."""
-    state = engine._states.state_of(engine._book.get(agent_id))
+    state = agent_state.state_of(engine.book.get(agent_id))
     lines = (replace(ln, block_hashes=(), last_used=0, namespace="") for ln in state.lines)
     return replace(state, lines=tuple(lines))
 

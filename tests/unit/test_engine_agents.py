@@ -30,7 +30,7 @@ LONG = [{"role": "system", "content": "s" * 400}, user("Hello")]
 def talk(engine: BlockPoolBatchEngine, agent_id: str, *texts: str) -> None:
     """One turn for each text, begun with the long system message."""
     for position, text in enumerate(texts):
-        if position == 0 and agent_id not in engine._book:
+        if position == 0 and agent_id not in engine.book:
             run(engine, agent_id=agent_id, messages=[LONG[0], user(text)], max_tokens=7)
         else:
             run(engine, agent_id=agent_id, append=[user(text)], max_tokens=7)
@@ -215,7 +215,7 @@ class TestRollback:
     def test_an_edit_of_an_earlier_message_ends_the_turns_after_it(self) -> None:
         engine = fake_engine()
         talk(engine, "ada", "one", "two", "three")
-        messages = list(engine._book.get("ada").main.messages or ())
+        messages = list(engine.book.get("ada").main.messages or ())
         messages[3] = user("another two")
         run(engine, agent_id="ada", messages=messages[:4], max_tokens=7)
         assert engine.agent("ada").num_turns == 2

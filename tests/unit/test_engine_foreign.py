@@ -88,15 +88,17 @@ def test_a_reply_that_the_template_refuses_is_kept(agent_id: str | None) -> None
 
 def test_an_agent_whose_history_the_template_refuses_is_not_built_in_advance() -> None:
     home = fake_engine()
-    other = fake_engine(tokenizer=RefusingTokenizer(), fingerprint="other")
-    run(home, agent_id="ada", messages=[user("Hello")], max_tokens=3)
-    run(other, agent_id="ada", messages=[user("Good")], max_tokens=3)
-    clock = [0.0]
-    builder = IdleBuilder(
-        {"home": home, "other": other}, lambda agent_id: "home", clock=lambda: clock[0]
+    other = fake_engine(
+        tokenizer=RefusingTokenizer(), fingerprint="other", recorded_as="other", book=home.book
     )
+    run(other, agent_id="ada", messages=[user("Good")], max_tokens=3)
+    run(home, agent_id="ada", messages=[user("Hello")], max_tokens=3)
+    clock = [0.0]
+    builder = IdleBuilder({"home": home, "other": other}, home.book, clock=lambda: clock[0])
     builder.look()
     clock[0] = 10.0
+    builder.look()
+    builder.wait(60.0)
     builder.look()
     assert not other.building.is_computing
     assert not drain(other)
@@ -123,7 +125,7 @@ def test_a_detokenizer_that_raises_ends_its_own_request(error: Exception) -> Non
 PLACES: dict[str, Callable[[BlockPoolBatchEngine, str], tuple[object, str]]] = {
     "its start": lambda engine, request_id: (engine._turns.active[request_id], "wanted"),
     "its reply": lambda engine, request_id: (engine._turns.active[request_id].reply, "_send"),
-    "its turn": lambda engine, request_id: (engine._book, "record_turn"),
+    "its turn": lambda engine, request_id: (engine._lines, "record_turn"),
     "its commit": lambda engine, request_id: (engine._link, "commit"),
 }
 
@@ -165,7 +167,7 @@ def test_what_raises_when_a_client_hangs_up_ends_that_request(
         raise LookupError
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._book, "record_turn", fail)
+        patch.setattr(engine._lines, "record_turn", fail)
         assert engine.cancel(request_id)
         assert isinstance(failed(drain(engine), request_id).error, RequestBroke)
     check_is_as_before(engine, "ada")
@@ -180,7 +182,7 @@ def test_bookkeeping_that_contradicts_itself_fails_every_request(
     def fail(*arguments: object, **named: object) -> None:
         raise InvariantBroken("lost")
 
-    monkeypatch.setattr(engine._book, "record_turn", fail)
+    monkeypatch.setattr(engine._lines, "record_turn", fail)
     with pytest.raises(InvariantBroken):
         drain(engine)
 

@@ -125,14 +125,14 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(name=names, system=systems, text=texts, more=st.data())
     def edit(self, name: str | None, system: str, text: str, more: Any) -> None:
         """The whole conversation again, with something in its middle changed."""
-        known = None if name is None or name not in self.engine._book else self.messages_of(name)
+        known = None if name is None or name not in self.engine.book else self.messages_of(name)
         if known:
             messages = [*known[:-2], user(text), *known[-1:], user("and?")]
             self.submit(more, agent_id=name, messages=messages)
 
     @rule(name=names, num_kept=st.integers(0, 900), more=st.data())
     def send_ids(self, name: str | None, num_kept: int, more: Any) -> None:
-        lines = self.engine._book.lines_of(name)
+        lines = self.engine._lines.of(name)
         known = list(lines[-1].transcript.token_ids[:num_kept]) if lines else []
         self.submit(more, agent_id=name, token_ids=[*known, *range(97, 110)])
 
@@ -273,7 +273,7 @@ class EngineMachine(RuleBasedStateMachine):
         return {**sent.settings, "max_tokens": min(sent.settings["max_tokens"], room)}
 
     def messages_of(self, name: str) -> list[Any]:
-        return list(self.engine._book.get(name).main.messages or ())
+        return list(self.engine.book.get(name).main.messages or ())
 
     def state(self) -> object:
         engine = self.engine
@@ -288,7 +288,7 @@ class EngineMachine(RuleBasedStateMachine):
     def check(self) -> None:
         self.engine.check()
         check_values(self.engine.tiers)
-        for agent in self.engine._book:
+        for agent in self.engine.book:
             for line in agent.lines:
                 line.transcript.check()
                 if not line.in_use and not self.engine._prefetches:

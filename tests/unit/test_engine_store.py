@@ -253,7 +253,7 @@ class TestAgentsAsData:
         run(engine, agent_id="ada", messages=[user("One")], max_tokens=3)
         engine.configure("ada", pinned=True, priority=3, quota_bytes=1 << 20)
         assert engine.flush()
-        settings = restart()._book.get("ada").settings
+        settings = restart().book.get("ada").settings
         assert (settings.pinned, settings.priority, settings.quota_bytes) == (True, 3, 1 << 20)
 
     def test_a_deleted_agent_is_gone(self, restart: Restart) -> None:

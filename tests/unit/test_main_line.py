@@ -36,11 +36,11 @@ class Client:
 
 
 def main_says(engine: BlockPoolBatchEngine) -> list[Any]:
-    return list(engine._book.get("ada").main.messages or ())
+    return list(engine.book.get("ada").main.messages or ())
 
 
 def numbers(engine: BlockPoolBatchEngine) -> list[int]:
-    return sorted(line.number for line in engine._book.get("ada").lines)
+    return sorted(line.number for line in engine.book.get("ada").lines)
 
 
 class TestElection:
@@ -102,7 +102,7 @@ class TestElection:
         client.ask("title", TITLE)
         client.ask("code", CODE)
         client.ask("code", CODE)
-        agent = engine._book.get("ada")
+        agent = engine.book.get("ada")
         assert [line.blocks.pinned for line in agent.lines] == [True, False]
 
     def test_an_agent_that_was_created_first(self, restart: Restart) -> None:
@@ -173,7 +173,7 @@ class TestWhatStays:
             engine.import_agent(tmp_path / "old", "ada")
         else:
             engine.fork("old", "ada")
-            engine._book.get("ada").has_fixed_main = False
+            engine.book.get("ada").has_fixed_main = False
             engine.rollback("ada", turn=1)
         client.more["agent_id"] = "ada"
         client.ask("help", HELP)
@@ -207,12 +207,12 @@ class TestFleets:
             said = {name: asked(setup, "third", opening) for name, opening in OPENINGS}
             said["code"] = asked(setup, "small", [*said["code"], user("Go on")])
             small = setup.fleet.engine("small")
-            assert list(small._book.get("ada").main.messages or ()) == said["code"]
+            assert list(small.book.get("ada").main.messages or ()) == said["code"]
             turn = ask(setup, "third", [*said["code"], user("Go on")])
             third = setup.fleet.engine("third")
             assert turn.turn == 3
             assert turn.usage.cached_tokens > 200
-            assert list(third._book.get("ada").main.messages or ())[:-2] == said["code"]
+            assert list(third.book.get("ada").main.messages or ())[:-2] == said["code"]
             setup.settle()
         with opened(tmp_path) as setup:
             setup.attach("third")

@@ -134,7 +134,7 @@ def append(house: House, data: st.DataObject, limits: dict[str, Any]) -> None:
     name = limits["agent_id"]
     if name is None or not house.engine.knows(name):
         return
-    before = house.engine._book.get(name).main.messages
+    before = house.engine.book.get(name).main.messages
     if before is None:
         return
     messages = [*before, user(data.draw(TEXTS))]
@@ -173,7 +173,7 @@ def test_whatever_lines_know(tokenizer: FakeTokenizer, data: st.DataObject) -> N
         limits = {"agent_id": data.draw(NAMES), "max_tokens": data.draw(st.sampled_from([1, 3, 9]))}
         limits["stop"] = data.draw(st.sampled_from([None, "e", "l"]))
         operation(house, data, limits)
-        for agent in house.engine._book:
+        for agent in house.engine.book:
             for line in agent.lines:
                 line.transcript.check()
         assert house.engine.snapshot().num_mended_spans == 0

@@ -11,6 +11,7 @@ from engines import fake_engine, ids, run, settle
 from keepwarm import AgentCacheStore, BlockPoolBatchEngine
 from keepwarm.core.agent_store import BundleTicket
 from keepwarm.core.stored import BundleTerms
+from keepwarm.engine.agents.agent_state import state_of
 from keepwarm.store.agent_cache_store import StoreConfig
 from keepwarm.store.bundle.export import Export, export_agent
 from keepwarm.store.catalog.catalog import Catalog
@@ -73,7 +74,7 @@ def answer_of(store: AgentCacheStore, ticket: BundleTicket[Any]) -> Any:
 
 def commit_and_fetch(engine: BlockPoolBatchEngine, store: AgentCacheStore) -> None:
     """What somebody waits for: a turn that is committed, and KV that is read."""
-    state = engine._states.state_of(engine._book.get("eve"))
+    state = state_of(engine.book.get("eve"))
     store.commit(state, lambda durable: None)
     family = engine.tiers.family_of("")
     (record, *_) = store.plan(family, family.root, ids(300, 1))
@@ -88,7 +89,7 @@ def test_a_turn_and_a_restore_wait_for_one_record_of_an_export(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gate = Gate(monkeypatch)
-    state = engine._states.state_of(engine._book.get("ada"))
+    state = state_of(engine.book.get("ada"))
     ticket = store.write_bundle(engine.tiers.family_of(""), "fake", state, tmp_path / "ada")
     assert gate.is_there.wait(PATIENCE_S)
     commit_and_fetch(engine, store)
@@ -106,7 +107,7 @@ def test_and_for_one_record_of_an_import(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    state = engine._states.state_of(engine._book.get("ada"))
+    state = state_of(engine.book.get("ada"))
     answer_of(
         store, store.write_bundle(engine.tiers.family_of(""), "fake", state, tmp_path / "ada")
     )
@@ -130,7 +131,7 @@ def test_an_export_has_a_unit_for_each_record(
     engine: BlockPoolBatchEngine, store: AgentCacheStore, tmp_path: Path
 ) -> None:
     """Whatever a unit does, it reads one record at most."""
-    state = engine._states.state_of(engine._book.get("ada"))
+    state = state_of(engine.book.get("ada"))
     asked: list[str] = []
 
     class Files:

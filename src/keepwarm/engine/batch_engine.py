@@ -9,6 +9,7 @@ from keepwarm.core.events import Event
 from keepwarm.core.policies import EngineConfig
 from keepwarm.core.pool import BlockPool
 from keepwarm.core.ports import BatchGenFactory, LoadedModel, Message
+from keepwarm.engine.agents.book import AgentBook
 from keepwarm.engine.parts import EngineParts, Surroundings
 from keepwarm.engine.requests import GenerateRequest, PromptSource, ReceiptKey
 from keepwarm.engine.snapshot import EngineSnapshot
@@ -23,9 +24,9 @@ class BlockPoolBatchEngine:
     used from one thread. A change of an agent returns its `Commit`, whose `durable` is known when a
     later step, or `flush`, has heard the disk. `batch_gen_factory` replaces the model's generator.
     `deterministic=True` computes in canonical shapes: the same bits whatever the chunks, the batch
-    and the history (on the CPU). `request_ids` is for engines that share a thread. `recorded_as` is
-    the model's name in what is committed of agents that talked to it last; empty for a server's
-    default one.
+    and the history (on the CPU). Engines that share a thread share `request_ids` and the `book` of
+    agents, in which an agent is at one of them. `recorded_as` is the model's name in what is
+    committed of agents that talked to it last; empty for a server's default one.
 
     `suspend` gives the weights back and `resume` takes the same ones again: in between everything
     works that computes nothing, and whatever ran waits.
@@ -42,6 +43,7 @@ class BlockPoolBatchEngine:
         deterministic: bool = False,
         clock: Callable[[], float] = time.perf_counter,
         request_ids: Iterator[int] | None = None,
+        book: AgentBook | None = None,
         recorded_as: str = "",
     ) -> None:
         self.config = config or EngineConfig()
@@ -50,6 +52,7 @@ class BlockPoolBatchEngine:
         given = Surroundings(
             pool=pool,
             store=self._store,
+            book=book or AgentBook(self._store),
             config=self.config,
             clock=clock,
             recorded_as=recorded_as,
@@ -60,11 +63,10 @@ class BlockPoolBatchEngine:
         self.batch = parts.batch
         self.background = parts.background
         self.intake = parts.intake
-        self.commands = parts.commands
-        self.moves = parts.moves
+        self.place = parts.place
         self.building = parts.building
-        self._book = parts.book
-        self._states = parts.states
+        self.book = parts.book
+        self._lines = parts.lines
         self._link = parts.link
         self._turns = parts.turns
         self._prefetches = parts.prefetches
@@ -147,13 +149,13 @@ class BlockPoolBatchEngine:
             namespace=namespace,
             receipt_key=receipt_key,
         ).checked()
-        self._book.check_stays(asked.agent_id)
         if self.batch.num_waiting >= self.config.max_waiting:
             raise QueueFull(num_waiting=self.batch.num_waiting)
-        wanted = self.intake.choose(asked, reading)
-        if asked.agent_id is not None:
-            self.background.give_way(asked.agent_id)
-        return self._turns.begin(asked, wanted)
+        with self.book.moved(asked.agent_id, self.place):
+            wanted = self.intake.choose(asked, reading)
+            if asked.agent_id is not None:
+                self.background.give_way(asked.agent_id)
+            return self._turns.begin(asked, wanted)
 
     def count_tokens(
         self,
@@ -303,6 +305,8 @@ class BlockPoolBatchEngine:
         """Raise InvariantBroken when any of the bookkeeping contradicts itself."""
         self.tiers.check()
         self.batch.check()
+        self.book.check()
+        self._turns.check()
         self._store.check()
 
     # -- inside ----------------------------------------------------------------------------------

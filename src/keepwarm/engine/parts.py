@@ -10,10 +10,10 @@ from keepwarm.core.fidelity import kv_bound
 from keepwarm.core.policies import EngineConfig
 from keepwarm.core.pool import BlockPool
 from keepwarm.core.stored import KVFamily
-from keepwarm.engine.agents.agent_state import AgentStates
+from keepwarm.engine.agents.agent import Place
 from keepwarm.engine.agents.book import AgentBook
 from keepwarm.engine.agents.commands import AgentCommands
-from keepwarm.engine.agents.moves import AgentMoves
+from keepwarm.engine.agents.lines import Lines
 from keepwarm.engine.agents.store_inbox import StoreInbox
 from keepwarm.engine.agents.transfer import Transfers
 from keepwarm.engine.agents.verification import AgentVerifier, Verifications
@@ -37,6 +37,7 @@ class Surroundings:
 
     pool: BlockPool
     store: AgentStore
+    book: AgentBook
     config: EngineConfig
     clock: Callable[[], float]
     recorded_as: str = ""
@@ -68,24 +69,22 @@ class EngineParts:
             config=config,
             clock=given.clock,
         )
-        self.states = states = AgentStates(
-            store,
-            tokenizer=facts.tokenizer.fingerprint,
-            root_of=tiers.root_of,
-            new_blocks=tiers.new_line,
-            pin=tiers.pin,
-        )
-        self.book = book = AgentBook(
-            new_blocks=tiers.new_line,
-            forget=tiers.forget,
-            pin=tiers.pin,
-            load=states.load,
+        self.book = book = given.book
+        self.place = place = Place(
+            facts.name,
+            given.recorded_as,
+            facts.tokenizer.fingerprint,
+            tiers,
             give_way=background.give_way,
+        )
+        book.add_place(place)
+        self.lines = lines = Lines(
+            book,
+            place,
             max_side_lines=config.max_side_lines,
             max_anonymous_lines=config.max_anonymous_lines,
-            model=given.recorded_as,
         )
-        self.link = link = StoreInbox(store, tiers, states, emit=self.events.append)
+        self.link = link = StoreInbox(store, tiers, emit=self.events.append)
         self.prefetches = Prefetcher(batch, tiers, ids)
         self.verifies = Verifications(
             AgentVerifier(
@@ -98,17 +97,19 @@ class EngineParts:
             ),
             model,
             book=book,
+            place=place,
             link=link,
             alone_tokens=config.prefill_chunk_tokens,
         )
         background.add(self.prefetches)
         background.add(self.verifies)
-        self.intake = Intake(facts, book, tiers)
+        self.intake = Intake(facts, book, lines, tiers)
         self.turns = Turns(
             facts.tokenizer,
             batch=batch,
             tiers=tiers,
             book=book,
+            lines=lines,
             link=link,
             emit=self.events.append,
             clock=given.clock,
@@ -117,20 +118,17 @@ class EngineParts:
         self.transfers = Transfers(
             facts,
             family,
-            tiers,
+            place,
             store=store,
             link=link,
-            states=states,
             book=book,
             jobs=self.jobs,
         )
         self.commands = AgentCommands(
             book,
-            tiers,
+            place,
             store=store,
             link=link,
             prefetches=self.prefetches,
-            recorded_as=given.recorded_as,
         )
-        self.moves = AgentMoves(book, tiers, states=states, link=link)
-        self.building = Building(self.intake, self.prefetches, tiers, store=store, moves=self.moves)
+        self.building = Building(self.intake, self.prefetches, place, store=store)

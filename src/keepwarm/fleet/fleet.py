@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 from keepwarm.core.agent import home_namespace
 from keepwarm.core.agent_store import AgentStore, NoStore
 from keepwarm.core.errors import (
     AgentBusy,
-    AgentExists,
+    DamagedAgent,
     InvariantBroken,
     OtherWeights,
     PoolExhausted,
@@ -23,7 +22,8 @@ from keepwarm.core.errors import (
 from keepwarm.core.events import Event
 from keepwarm.core.pool import BlockPool
 from keepwarm.core.ports import LoadedModel
-from keepwarm.engine.agents.book import AgentView, view_of_summary
+from keepwarm.engine.agents.agent_view import AgentView, view_of, view_of_summary
+from keepwarm.engine.agents.book import AgentBook
 from keepwarm.engine.agents.store_inbox import REFUSED_S, STORE_WAIT_S, Commit
 from keepwarm.engine.agents.transfer import ExportSummary, ImportSummary
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
@@ -32,8 +32,10 @@ from keepwarm.engine.snapshot import EngineSnapshot, merged
 from keepwarm.engine.turn.intake import Reading
 from keepwarm.fleet.idle_builder import IdleBuilder
 
-NewEngine = Callable[[LoadedModel, BlockPool, AgentStore, Iterator[int]], BlockPoolBatchEngine]
-"""Makes an engine of a model, its pool, the store and the requests' numbers."""
+NewEngine = Callable[
+    [LoadedModel, BlockPool, AgentStore, AgentBook, Iterator[int]], BlockPoolBatchEngine
+]
+"""Makes an engine of a model, its pool, the store, the book and request numbers."""
 
 
 @dataclass(slots=True)
@@ -46,10 +48,10 @@ class Weights:
 class Fleet:
     """Owns the engines. No lock: one thread, the engines' own.
 
-    An engine stays when its model goes: suspended, it keeps its agents and whatever waits. An agent
-    may be in several engines, each with the KV of its own model; it is *at* the one that it talked
-    to last, which knows what was said. `builds_when_idle`: the others catch up with it while nobody
-    asks for anything.
+    An engine stays when its model goes: suspended, it keeps its agents and whatever waits. They
+    share one book of agents: an agent is at the engine that it talks to, or talked to last, and has
+    KV in the memory of others. `builds_when_idle`: KV of what an agent has said elsewhere is
+    computed while nothing is asked.
     """
 
     def __init__(
@@ -60,18 +62,19 @@ class Fleet:
         store: AgentStore | None = None,
         budget_bytes: int,
         weights: Weights | None = None,
+        book: AgentBook | None = None,
         builds_when_idle: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.store = store or NoStore()
+        self.book = book or AgentBook(self.store)
         self._new_engine = new_engine
         self._default = default
         self._budget_bytes = budget_bytes
         self._engines: dict[str, BlockPoolBatchEngine] = {}
-        self._at: dict[str, str] = {}
         self._ids = itertools.count(1)
         self._events: list[Event] = []
-        self._builder = IdleBuilder(self._engines, self._whereabouts, clock=clock)
+        self._builder = IdleBuilder(self._engines, self.book, clock=clock)
         self._builds_when_idle = builds_when_idle
         self._weights = weights or Weights()
         for loaded in list(self._weights.loaded.values()):
@@ -79,12 +82,13 @@ class Fleet:
 
     @classmethod
     def of_one(cls, engine: BlockPoolBatchEngine) -> "Fleet":
-        """Of an engine that is there already, with a store of its own."""
+        """Make a fleet of an engine that is there already, with its store and its book."""
 
         def no_other(*_: object) -> BlockPoolBatchEngine:
             raise InvariantBroken("this fleet has one engine")
 
-        fleet = cls(no_other, default=engine.model, budget_bytes=engine.tiers.pool.budget_bytes)
+        budget_bytes = engine.tiers.pool.budget_bytes
+        fleet = cls(no_other, default=engine.model, budget_bytes=budget_bytes, book=engine.book)
         fleet._engines[engine.model] = engine
         return fleet
 
@@ -105,11 +109,11 @@ class Fleet:
         if old is not None and old.fingerprint == loaded.fingerprint:
             old.resume(loaded)
         else:
-            pool = BlockPool(self._budget_bytes, _Others(self._engines, name))
-            new = self._new_engine(loaded, pool, self.store, self._ids)
-            self._engines[name] = new
             if old is not None:
-                self._replace(name, old, new)
+                self._events += old.abandon(OtherWeights(name))
+            pool = BlockPool(self._budget_bytes, _Others(self._engines, name))
+            new = self._new_engine(loaded, pool, self.store, self.book, self._ids)
+            self._engines[name] = new
         self._weights.loaded[name] = loaded
 
     def detach(self, name: str, timeout_s: float = 60.0) -> bool:
@@ -137,14 +141,15 @@ class Fleet:
         return self._engines[name]
 
     def bring(self, agent_id: str, name: str) -> BlockPoolBatchEngine:
-        """The agent to the engine of this model, which is to compute for it; empty: the one that it
+        """The engine of this model, which is to compute for the agent; empty: of the one that it
         talked to last.
 
         Raises UnknownModel, and AgentBusy while the agent talks to another.
         """
         self._builder.stop()
         engine = self.engine(name or self.model_of(agent_id))
-        self._move(agent_id, engine)
+        if self._talks_elsewhere(agent_id, engine):
+            raise AgentBusy(agent_id, "move it to another model")
         return engine
 
     # -- requests --------------------------------------------------------------------------------
@@ -159,20 +164,12 @@ class Fleet:
         agent_id = request.agent_id
         engine = self.engine(request.model or self.model_of(agent_id))
         arguments = {**request.arguments(), "reading": reading}
-        if agent_id is None:
-            return engine.submit(**arguments)
-        if self._talks_elsewhere(agent_id, engine):
+        if agent_id is not None and self._talks_elsewhere(agent_id, engine):
             if request.append is not None:
                 raise AgentBusy(agent_id, "send it another message")
             namespace = home_namespace(agent_id)
             return engine.submit(**{**arguments, "agent_id": None, "namespace": namespace})
-        former = self.of(agent_id)
-        self._move(agent_id, engine)
-        try:
-            return engine.submit(**arguments)
-        except BaseException:
-            self._move(agent_id, former)
-            raise
+        return engine.submit(**arguments)
 
     def check_length(self, request: GenerateRequest, reading: Reading | None = None) -> None:
         """As the engine's own, for what is known of the agent there; nothing moves.
@@ -184,7 +181,8 @@ class Fleet:
         if name not in self._engines:
             return
         engine = self._engines[name]
-        if agent_id is not None and not engine.moves.holds(agent_id):
+        agent = self.book.here(agent_id)
+        if agent_id is not None and (agent is None or agent.place is not engine.place):
             if request.append is not None:
                 return
             namespace = home_namespace(agent_id)
@@ -218,46 +216,36 @@ class Fleet:
     # -- agents ----------------------------------------------------------------------------------
 
     def model_of(self, agent_id: str | None) -> str:
-        """The model that the agent talked to last; the default one for whoever is new.
+        """The model that the agent talks to, or talked to last; the default one for a new agent.
 
-        It may be one that was not loaded since the agent's last run.
+        It may be one that was not loaded since the agent's last run. Raises DamagedAgent.
         """
-        at = self._whereabouts(agent_id)
-        if agent_id is None or at not in self._engines:
-            return at
-        engine = self._engines[at]
-        if engine.moves.is_in_use(agent_id):
-            return at
-        recorded = engine.moves.recorded_model(agent_id)
-        return at if recorded is None else recorded or self._default
+        if agent_id is None or not self._engines:
+            return self._default
+        agent = self.book.find(agent_id)
+        if agent is not None and agent.in_use:
+            return agent.place.model
+        return self._default if agent is None else agent.model or self._default
 
-    def of(self, agent_id: str | None) -> BlockPoolBatchEngine:
-        """The engine that the agent is at, or that can read it from the disk."""
-        return self.engine(self._whereabouts(agent_id))
+    def of(self, agent_id: str) -> BlockPoolBatchEngine:
+        """The engine that the agent is at; the default one for an unknown or damaged agent."""
+        agent = None
+        with suppress(DamagedAgent):
+            agent = self.book.find(agent_id)
+        return self._default_engine if agent is None else self._engines[agent.place.model]
 
     def agents(self) -> tuple[AgentView, ...]:
-        """All agents, each as the engine that it is at sees it."""
-        here = {
-            view.agent_id: view
-            for name, engine in self._engines.items()
-            for view in engine.commands.agents_here()
-            if self._whereabouts(view.agent_id) == name
-        }
-        summaries = (s for s in self.store.summaries() if s.agent_id not in here)
-        return (*here.values(), *map(view_of_summary, summaries))
+        """All agents, those that are only on the disk as well."""
+        there = (s for s in self.store.summaries() if self.book.here(s.agent_id) is None)
+        return (*map(view_of, self.book), *map(view_of_summary, there))
 
     def is_damaged(self, agent_id: str) -> bool:
         """Whether the agent is listed as damaged."""
         return any(s.agent_id == agent_id and s.damage for s in self.store.summaries())
 
     def fork(self, agent_id: str, new_id: str, *, at_turn: int | None = None) -> Commit:
-        """As the engine's own; a name that any engine knows is taken."""
-        if self._holds(new_id):
-            raise AgentExists(new_id)
-        name = self._whereabouts(agent_id)
-        commit = self.engine(name).fork(agent_id, new_id, at_turn=at_turn)
-        self._at[new_id] = name
-        return commit
+        """As the engine's own, where the agent is."""
+        return self.of(agent_id).fork(agent_id, new_id, at_turn=at_turn)
 
     def begin_export(self, agent_id: str, path: Path, answer: "Future[ExportSummary]") -> None:
         """As the engine's own, where the agent is."""
@@ -272,12 +260,7 @@ class Fleet:
         namespace: str = "",
     ) -> None:
         """As the engine's own, of the default model."""
-        self.engine(self._default).begin_import(
-            path, agent_id, answer, namespace=namespace, is_taken=self._holds
-        )
-
-    def _holds(self, agent_id: str) -> bool:
-        return any(engine.moves.holds(agent_id) for engine in self._engines.values())
+        self.engine(self._default).begin_import(path, agent_id, answer, namespace=namespace)
 
     def counted(self, views: Sequence[AgentView]) -> list[AgentView]:
         """The same, with what the disk holds of those that are only there."""
@@ -288,10 +271,7 @@ class Fleet:
 
     def count_agents(self, counts: Callable[[str], bool]) -> Counter[str]:
         """By model, how many of the agents that count talked to it last, in memory or on disk."""
-        model_of = self.store.models()
-        for name, engine in self._engines.items():
-            here = engine.moves.models_of_agents().items()
-            model_of |= {agent: model for agent, model in here if self._whereabouts(agent) == name}
+        model_of = self.store.models() | {agent.agent_id: agent.model for agent in self.book}
         ids = filter(counts, model_of)
         return Counter(model_of[agent_id] or self._default for agent_id in ids)
 
@@ -303,19 +283,9 @@ class Fleet:
     def delete(self, agent_id: str) -> Commit:
         """As the engine's own, from all engines. Raises UnknownAgent, AgentBusy."""
         self._builder.stop()
-        for engine in self._engines.values():
-            if engine.moves.is_in_use(agent_id):
-                raise AgentBusy(agent_id, "delete it")
         commit = self.of(agent_id).delete(agent_id)
-        commit.then(partial(self._end_deletion, agent_id))
+        commit.then(lambda is_done: self._builder.forget(agent_id) if is_done else None)
         return commit
-
-    def _end_deletion(self, agent_id: str, is_done: bool) -> None:
-        if is_done:
-            for engine in self._engines.values():
-                engine.moves.let_go(agent_id)
-            self._at.pop(agent_id, None)
-            self._builder.forget(agent_id)
 
     # -- the whole -------------------------------------------------------------------------------
 
@@ -361,47 +331,22 @@ class Fleet:
             engine.check()
             if engine.is_suspended == self.is_attached(name):
                 raise InvariantBroken(f"{name}: suspended and attached, or neither")
-        for agent_id, name in self._at.items():
-            if name not in self._engines:
-                raise InvariantBroken(f"{agent_id} is at {name!r}, which has no engine")
+        self.book.check()
 
     # -- inside ----------------------------------------------------------------------------------
 
-    def _whereabouts(self, agent_id: str | None) -> str:
-        """The engine that has the agent; the default one for whoever is in none.
-
-        After a bug there may be no engine of the default one; then any is as good.
-        """
-        if agent_id is not None and agent_id in self._at:
-            return self._at[agent_id]
-        for name, engine in self._engines.items():
-            if agent_id is not None and engine.moves.holds(agent_id):
-                return name
-        if self._default in self._engines:
-            return self._default
-        return next(iter(self._engines), self._default)
-
     def _talks_elsewhere(self, agent_id: str, engine: BlockPoolBatchEngine) -> bool:
         """Whether the agent is in the middle of a request to another model."""
-        here = self.of(agent_id)
-        return here is not engine and here.moves.is_in_use(agent_id)
+        agent = self.book.here(agent_id)
+        return agent is not None and agent.in_use and agent.place is not engine.place
 
-    def _move(self, agent_id: str, engine: BlockPoolBatchEngine) -> None:
-        """The agent is at this engine now, with all that it knew where it was."""
-        here = self.of(agent_id)
-        if here is not engine and here.moves.holds(agent_id):
-            engine.moves.adopt(here.moves.state_of(agent_id))
-            here.moves.leave(agent_id)
-        if engine.moves.holds(agent_id):
-            self._at[agent_id] = engine.model
-        else:
-            self._at.pop(agent_id, None)
+    @property
+    def _default_engine(self) -> BlockPoolBatchEngine:
+        """The default model's; after a bug there may be none, and then any is as good.
 
-    def _replace(self, name: str, old: BlockPoolBatchEngine, new: BlockPoolBatchEngine) -> None:
-        self._events += old.abandon(OtherWeights(name))
-        for view in old.commands.agents_here():
-            if self._whereabouts(view.agent_id) == name and not old.moves.is_leaving(view.agent_id):
-                new.moves.adopt(old.moves.state_of(view.agent_id))
+        Raises UnknownModel where there is no engine at all.
+        """
+        return self._engines.get(self._default) or self.engine(next(iter(self._engines), ""))
 
 
 class _Others:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from keepwarm.core.errors import InvariantBroken
+from keepwarm.engine.agents.book import AgentBook
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
 from keepwarm.engine.prompt.reader_threads import Readers, ReadingJob
 from keepwarm.engine.turn.building import BuildPlan
@@ -38,12 +39,12 @@ class IdleBuilder:
     def __init__(
         self,
         engines: Mapping[str, BlockPoolBatchEngine],
-        home: Callable[[str], str],
+        book: AgentBook,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engines = engines
-        self._home = home
+        self._book = book
         self._clock = clock
         self._idle_since_s: float | None = None
         self._built: dict[tuple[str, str], int] = {}
@@ -97,8 +98,7 @@ class IdleBuilder:
         self._latest = name, agent_id
         self._built[self._latest] = last_used
         with self._nobody_suffers():
-            state = self._engines[self._home(agent_id)].moves.state_of(agent_id)
-            plan = self._engines[name].building.begin(state)
+            plan = self._engines[name].building.begin(self._book.get(agent_id))
             if plan is not None:
                 self._reading = Reading(name, plan, self._readers.begin(plan.read))
 
@@ -127,16 +127,15 @@ class IdleBuilder:
             _log.info("no KV in advance: %r", error)
 
     def _lagging(self) -> Iterator[tuple[int, str, str]]:
-        """When it was last used, the model, and the agent."""
+        """When it was last used, the model, and the agent, of each that has moved on elsewhere."""
         for name, engine in self._engines.items():
-            for agent_id in () if engine.is_suspended else engine.moves.agent_ids():
-                home = self._engines[self._home(agent_id)].moves
-                if home is engine.moves or home.is_in_use(agent_id) or not home.holds(agent_id):
-                    continue
-                last_used = home.last_used(agent_id)
+            for agent in () if engine.is_suspended else self._book:
+                last_used = agent.main.blocks.last_used
                 if (
-                    engine.moves.has_answered(agent_id)
-                    and self._built.get((name, agent_id)) != last_used
-                    and engine.building.has_room_for(home.num_tokens(agent_id))
+                    agent.place is not engine.place
+                    and not agent.in_use
+                    and engine.place in agent.answered
+                    and self._built.get((name, agent.agent_id)) != last_used
+                    and engine.building.has_room_for(agent.main.transcript.num_tokens)
                 ):
-                    yield last_used, name, agent_id
+                    yield last_used, name, agent.agent_id

@@ -81,6 +81,10 @@ class Tiers:
         """Add an empty line. `namespace` None is the agent's own."""
         return self._lines.new(agent_id, namespace)
 
+    def has_line(self, line: AgentBlocks) -> bool:
+        """Whether the line was made here and is not forgotten."""
+        return self._lines.get(line.line) is line
+
     def family_of(self, namespace: str) -> KVFamily:
         """Return the family that the model's KV in this namespace belongs to."""
         return self._lines.family_of(namespace)

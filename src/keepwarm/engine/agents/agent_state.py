@@ -1,117 +1,148 @@
-"""Agents to and from the store: what is committed of them, and how they come back."""
+"""What is committed of an agent, how it comes back, and what changes when it changes models."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from keepwarm.core.agent import AgentBlocks
-from keepwarm.core.agent_store import AgentLog
 from keepwarm.core.block import BlockHash, chain_hashes
 from keepwarm.core.layout import BLOCK_TOKENS, whole_blocks
 from keepwarm.core.stored import AgentState, LineState
-from keepwarm.core.transcript import Turn
-from keepwarm.engine.agents.book import Agent, Line, Pin
+from keepwarm.core.transcript import EMPTY, Turn
+from keepwarm.engine.agents.agent import Agent, Line, Place
 
 
-class AgentStates:
-    """Writes agents to the store after every change, and reads them when they are asked for."""
+def state_of(agent: Agent) -> AgentState:
+    """The agent as it is committed, in the ids of every tokenizer that knows of it.
 
-    def __init__(
-        self,
-        store: AgentLog,
-        *,
-        tokenizer: str,
-        root_of: Callable[[AgentBlocks], BlockHash],
-        new_blocks: Callable[[str | None, str | None], AgentBlocks],
-        pin: Pin,
-    ) -> None:
-        self._store = store
-        self._tokenizer = tokenizer
-        self._root_of = root_of
-        self._new_blocks = new_blocks
-        self._pin = pin
+    A running line is stored as it was before its request; a new one is left out.
+    """
+    lines = sorted(_states(agent), key=lambda line: line.key)
+    return AgentState(
+        agent.agent_id,
+        agent.settings,
+        tuple(lines),
+        agent.model,
+        has_fixed_main=agent.has_fixed_main,
+    )
 
-    def state_of(self, agent: Agent) -> AgentState:
-        """Of lines that run now, what they had before; of new ones nothing."""
-        lines = [
-            self._state_of_line(line)
-            for line in agent.lines
-            if line is agent.main or line.transcript.num_tokens
-        ]
-        lines = sorted([*lines, *agent.foreign], key=lambda line: line.key)
-        return AgentState(
-            agent.agent_id,
-            agent.settings,
-            tuple(lines),
-            agent.model,
-            has_fixed_main=agent.has_fixed_main,
-        )
 
-    def load(self, agent_id: str) -> Agent | None:
-        state = self._store.load_agent(agent_id)
-        return None if state is None else self.agent_of(state)
+def agent_of(state: AgentState, place: Place) -> Agent:
+    """The agent at this place, with what was said last on its lines in any tokenizer's ids.
 
-    def agent_of(self, state: AgentState) -> Agent:
-        """The agent with its lines in this tokenizer's ids, and with what it said last in any.
+    What was said in another tokenizer's ids gets its ids here with the next prompt.
+    """
+    numbers = sorted({line.number for line in state.lines})
+    main, *sides = [
+        _line([line for line in state.lines if line.number == number], state.agent_id, place)
+        for number in numbers
+    ]
+    place.tiers.pin(main.blocks, pinned=state.settings.pinned)
+    return Agent(
+        state.agent_id,
+        place,
+        main,
+        sides,
+        state.settings,
+        model=state.model,
+        has_fixed_main=state.has_fixed_main,
+    )
 
-        What was said in another tokenizer's gets its ids in this one with the next prompt.
-        """
-        own = [line for line in state.lines if line.tokenizer == self._tokenizer]
-        foreign = tuple(line for line in state.lines if line.tokenizer != self._tokenizer)
-        last = max(state.mains, key=lambda line: (line.last_used, len(line.turns)))
-        mains = [line for line in own if line.number == 0]
-        main = (
-            self._line(mains[0], state.agent_id)
-            if mains
-            else Line(self._new_blocks(state.agent_id, None))
-        )
-        main.messages = last.messages
-        self._pin(main.blocks, pinned=state.settings.pinned)
-        sides = [self._line(line, state.agent_id) for line in own if line.number]
-        main.turns = _translated(last.turns, mains[0].turns if mains else ())
-        return Agent(
-            state.agent_id,
-            main,
-            sides,
-            state.settings,
-            foreign,
-            model=state.model,
-            has_fixed_main=state.has_fixed_main,
-        )
 
-    def _line(self, state: LineState, agent_id: str) -> Line:
-        return Line(
-            self._new_blocks(agent_id, state.namespace),
-            state.transcript,
-            state.messages,
-            number=state.number,
-            opened=state.number,
-            turns=list(state.turns),
-        )
+def line_at(agent: Agent, line: Line, place: Place) -> Line:
+    """The agent's line in the ids and the memory of that model; the agent does not move.
 
-    def _state_of_line(self, line: Line) -> LineState:
-        return LineState(
-            number=line.number,
-            tokenizer=self._tokenizer,
-            transcript=line.transcript,
-            messages=line.messages,
-            turns=tuple(line.turns),
-            block_hashes=self._block_hashes(line),
-            last_used=line.blocks.last_used,
-            namespace=line.blocks.namespace,
-        )
+    KV that is computed for it is found when the agent comes.
+    """
+    if place is agent.place:
+        return line
+    transcript, turns = line.transcript, line.turns
+    namespace: str | None = line.blocks.namespace
+    if place.tokenizer != agent.place.tokenizer:
+        known = line.foreign.get(place.tokenizer)
+        transcript = known.transcript if known else EMPTY
+        turns = _translated(line.turns, known.turns if known else ())
+        namespace = known.namespace if known else None
+    if place not in line.resting:
+        line.resting[place] = place.tiers.new_line(agent.agent_id, namespace)
+    return Line(
+        line.resting[place],
+        transcript,
+        line.messages,
+        number=line.number,
+        opened=line.opened,
+        turns=turns,
+    )
 
-    def _block_hashes(self, line: Line) -> tuple[BlockHash, ...]:
-        """Of the transcript's whole blocks, in memory or not."""
-        token_ids = line.transcript.token_ids
-        blocks = line.blocks.blocks[: whole_blocks(len(token_ids))]
-        if (
-            tuple(line.blocks.token_ids[: len(blocks) * BLOCK_TOKENS])
-            != token_ids[: len(blocks) * BLOCK_TOKENS]
-        ):
-            blocks = []
-        known = [block.hash for block in blocks]
-        parent = known[-1] if known else self._root_of(line.blocks)
-        return (*known, *chain_hashes(parent, token_ids[len(known) * BLOCK_TOKENS :]))
+
+def move(agent: Agent, place: Place) -> None:
+    """Put the agent at this place. Its KV stays where it is, and the line that it is of keeps it.
+
+    It counts as used last there: what the state says last is what is read after a restart.
+    """
+    former = agent.place
+    if place is former:
+        return
+    place.tiers.catch_up(agent.last_used)
+    former.tiers.pin(agent.main.blocks, pinned=False)
+    for line in agent.lines:
+        there = line_at(agent, line, place)
+        if place.tokenizer != former.tokenizer:
+            line.foreign[former.tokenizer] = _state_of_line(line, former)
+            line.foreign.pop(place.tokenizer, None)
+        line.resting[former] = line.blocks
+        line.blocks = line.resting.pop(place)
+        line.transcript, line.turns = there.transcript, there.turns
+    agent.place = place
+    place.tiers.pin(agent.main.blocks, pinned=agent.settings.pinned)
+    place.tiers.touch(agent.main.blocks)
+
+
+def _states(agent: Agent) -> Iterator[LineState]:
+    for line in agent.lines:
+        if line is agent.main or line.transcript.num_tokens:
+            yield _state_of_line(line, agent.place)
+        for state in line.foreign.values():
+            yield replace(state, number=line.number)  # the main line may be another one by now
+
+
+def _state_of_line(line: Line, place: Place) -> LineState:
+    return LineState(
+        number=line.number,
+        tokenizer=place.tokenizer,
+        transcript=line.transcript,
+        messages=line.messages,
+        turns=tuple(line.turns),
+        block_hashes=_block_hashes(line, place),
+        last_used=line.blocks.last_used,
+        namespace=line.blocks.namespace,
+    )
+
+
+def _block_hashes(line: Line, place: Place) -> tuple[BlockHash, ...]:
+    """The names of the transcript's whole blocks, in memory or not."""
+    token_ids = line.transcript.token_ids
+    blocks = line.blocks.blocks[: whole_blocks(len(token_ids))]
+    end = len(blocks) * BLOCK_TOKENS
+    if tuple(line.blocks.token_ids[:end]) != token_ids[:end]:
+        blocks = []
+    known = [block.hash for block in blocks]
+    parent = known[-1] if known else place.tiers.root_of(line.blocks)
+    return (*known, *chain_hashes(parent, token_ids[len(known) * BLOCK_TOKENS :]))
+
+
+def _line(states: Sequence[LineState], agent_id: str, place: Place) -> Line:
+    """One line, of its states in the ids of each tokenizer that has it."""
+    foreign = {state.tokenizer: state for state in states}
+    known = foreign.pop(place.tokenizer, None)
+    last = max(states, key=lambda state: (state.last_used, len(state.turns)))
+    return Line(
+        place.tiers.new_line(agent_id, known.namespace if known else None),
+        known.transcript if known else EMPTY,
+        last.messages,
+        number=last.number,
+        opened=last.number,
+        turns=_translated(last.turns, known.turns if known else ()),
+        foreign=foreign,
+    )
 
 
 def _translated(turns: Sequence[Turn], own: Sequence[Turn]) -> list[Turn]:

@@ -8,36 +8,36 @@ from keepwarm.core.errors import AgentBusy, DamagedAgent, InvalidRequest
 from keepwarm.core.ports import Message
 from keepwarm.core.stored import DEFAULT_SETTINGS, AgentSettings, Overflow
 from keepwarm.core.transcript import Turn
-from keepwarm.engine.agents.book import Agent, AgentBook, AgentView, Line, view_of_summary
+from keepwarm.engine.agents.agent import Agent, Line, Place
+from keepwarm.engine.agents.agent_view import AgentView, view_of, view_of_summary
+from keepwarm.engine.agents.book import AgentBook
 from keepwarm.engine.agents.store_inbox import Commit, StoreInbox
 from keepwarm.engine.prompt.messages import opening, validate_messages
 from keepwarm.engine.requests import valid_agent_id, valid_settings
 from keepwarm.engine.turn.prefetcher import Prefetcher
-from keepwarm.kv.tiers import Tiers
 
 
 class AgentCommands:
-    """Carries out what people ask of one engine's agents; a change returns its `Commit`.
+    """Carries out what people ask of agents; a change returns its `Commit`.
 
-    `recorded_as` is the model's name in what is committed of new agents.
+    New agents are at this `place`, and what moves KV brings the agent here.
     """
 
     def __init__(
         self,
         book: AgentBook,
-        tiers: Tiers,
+        place: Place,
         *,
         store: AgentStore,
         link: StoreInbox,
         prefetches: Prefetcher,
-        recorded_as: str,
     ) -> None:
         self._book = book
-        self._tiers = tiers
+        self._place = place
+        self._tiers = place.tiers
         self._store = store
         self._link = link
         self._prefetches = prefetches
-        self._recorded_as = recorded_as
 
     # -- looking ---------------------------------------------------------------------------------
 
@@ -46,17 +46,13 @@ class AgentCommands:
         there = [
             view_of_summary(summary).holding(self._store.num_stored(summary.agent_id))
             for summary in self._store.summaries()
-            if not self._book.is_here(summary.agent_id)
+            if self._book.here(summary.agent_id) is None
         ]
-        return (*self.agents_here(), *there)
-
-    def agents_here(self) -> tuple[AgentView, ...]:
-        """Those in memory."""
-        return tuple(self._view(agent) for agent in self._book)
+        return (*map(view_of, self._book), *there)
 
     def agent(self, agent_id: str) -> AgentView:
         """Raises UnknownAgent."""
-        return self._view(self._book.get(agent_id))
+        return view_of(self._book.get(agent_id))
 
     def knows(self, agent_id: str) -> bool:
         """Whether there is such an agent, here or on disk."""
@@ -104,7 +100,8 @@ class AgentCommands:
             messages = validate_messages([{"role": "system", "content": system}])
         line = Line(self._tiers.new_line(agent_id), messages=messages)
         self._tiers.pin(line.blocks, pinned=settings.pinned)
-        agent = Agent(agent_id, line, settings=settings, model=self._recorded_as)
+        recorded_as = self._place.recorded_as
+        agent = Agent(agent_id, self._place, line, settings=settings, model=recorded_as)
         return self._link.commit(self._book.add(agent))
 
     def fork(self, agent_id: str, new_id: str, *, at_turn: int | None = None) -> Commit:
@@ -114,7 +111,7 @@ class AgentCommands:
         agent's request. Whole blocks are shared by reference. Raises UnknownAgent, AgentBusy,
         AgentExists and InvalidRequest.
         """
-        parent = self._book.get_idle(agent_id, "fork it")
+        parent = self._bring(agent_id, "fork it")
         if valid_agent_id(new_id) is None:
             raise InvalidRequest("new_id", "a fork needs a name")
         self._book.check_is_new(new_id)
@@ -127,12 +124,15 @@ class AgentCommands:
             turns=[turn.without_receipt() for turn in parent.turns[:at_turn]],
         )
         settings = parent.settings.of_fork()
-        fork = Agent(new_id, child, settings=settings, model=parent.model, has_fixed_main=True)
+        model = parent.model
+        fork = Agent(
+            new_id, self._place, child, settings=settings, model=model, has_fixed_main=True
+        )
         return self._link.commit(self._book.add(fork))
 
     def rollback(self, agent_id: str, *, turn: int) -> Commit:
         """Forget everything after `turn` turns. Raises UnknownAgent, AgentBusy, InvalidRequest."""
-        agent = self._book.get_idle(agent_id, "roll it back")
+        agent = self._bring(agent_id, "roll it back")
         num_tokens, messages = agent.after_turn(turn)
         main = agent.main
         main.transcript = main.transcript.truncated(num_tokens)
@@ -199,7 +199,7 @@ class AgentCommands:
 
     def demote(self, agent_id: str) -> None:
         """Turn the agent's slab into blocks now, as memory pressure would. Raises AgentBusy."""
-        blocks = self._book.get_idle(agent_id, "demote it").main.blocks
+        blocks = self._bring(agent_id, "demote it").main.blocks
         if blocks.slab is not None:
             self._tiers.demote(blocks)
 
@@ -209,7 +209,7 @@ class AgentCommands:
         What the disk does not take stays in memory. The commit is of what was said; KV is saved in
         the background.
         """
-        agent = self._book.get_idle(agent_id, "park it")
+        agent = self._bring(agent_id, "park it")
         for line in agent.lines:
             self._tiers.saver.put_away(line.blocks)
         return self._link.settle(agent)
@@ -220,20 +220,25 @@ class AgentCommands:
         Whatever is asked of the agent meanwhile calls it off, and what is there by then stays.
         Raises UnknownAgent, and AgentBusy while its main line runs.
         """
-        line = self._book.get_staying(agent_id).main
-        if line.in_use:
+        agent = self._book.get_staying(agent_id)
+        if agent.main.in_use:
             raise AgentBusy(agent_id, "prefetch it")
-        self._book.give_way(agent_id)
-        self._prefetches.begin(line, line.transcript.token_ids)
+        if agent.place is not self._place:
+            self._bring(agent_id, "prefetch it")
+        self._place.give_way(agent_id)
+        self._prefetches.begin(agent.main, agent.main.transcript.token_ids)
 
     def forget_cache(self, agent_id: str) -> None:
         """Drop the agent's KV and keep what it said: its next turn is prefilled from the start.
 
         What lies on disk stays there and is found again by content.
         """
-        self._tiers.truncate(self._book.get_idle(agent_id, "empty its cache").main.blocks, 0)
+        self._tiers.truncate(self._bring(agent_id, "empty its cache").main.blocks, 0)
 
     # -- inside ----------------------------------------------------------------------------------
+
+    def _bring(self, agent_id: str, action: str) -> Agent:
+        return self._book.bring(agent_id, self._place, action)
 
     def _decide(self, agent: Agent, settings: AgentSettings) -> Commit:
         if settings == agent.settings:
@@ -245,8 +250,4 @@ class AgentCommands:
     def _end_deletion(self, agent: Agent, is_done: bool) -> None:
         agent.is_leaving = False
         if is_done:
-            self._book.remove(agent.agent_id)
-
-    def _view(self, agent: Agent) -> AgentView:
-        namespace = agent.main.blocks.namespace
-        return self._book.view(agent, lambda ids: self._tiers.saves.stored_tokens(ids, namespace))
+            self._book.remove(agent)

@@ -7,8 +7,8 @@ from functools import partial
 
 from keepwarm.core.agent_store import AgentStore
 from keepwarm.core.events import Completed
-from keepwarm.engine.agents.agent_state import AgentStates
-from keepwarm.engine.agents.book import Agent
+from keepwarm.engine.agents.agent import Agent
+from keepwarm.engine.agents.agent_state import state_of
 from keepwarm.engine.jobs import Pause, Steps
 from keepwarm.kv.tiers import Tiers
 
@@ -56,13 +56,11 @@ class StoreInbox:
         self,
         store: AgentStore,
         tiers: Tiers,
-        keeper: AgentStates,
         *,
         emit: Callable[[Completed], None],
     ) -> None:
         self._store = store
         self._tiers = tiers
-        self._keeper = keeper
         self._emit = emit
         self._uncommitted: set[Commit] = set()
         self._refused: dict[str, Agent] = {}
@@ -80,7 +78,7 @@ class StoreInbox:
         commit = Commit(agent.agent_id)
         self._uncommitted.add(commit)
         answer = partial(self._take_committed, commit, agent, completed)
-        self._store.commit(self._keeper.state_of(agent), answer)
+        self._store.commit(state_of(agent), answer)
         return commit
 
     def settle(self, agent: Agent) -> Commit:
@@ -127,7 +125,9 @@ class StoreInbox:
         """
         refused, self._refused = self._refused, {}
         for agent in refused.values():
-            if not agent.has_left:
+            if agent.is_leaving:  # written again behind its deletion, it would come back
+                self._refused[agent.agent_id] = agent
+            elif not agent.is_deleted:
                 self.commit(agent)
         until = time.monotonic() + timeout_s
         while self._uncommitted and time.monotonic() < until:

@@ -3,7 +3,6 @@
 import logging
 import secrets
 import time
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,12 +28,12 @@ from keepwarm.core.stored import (
     LineState,
 )
 from keepwarm.core.transcript import Span, Transcript
-from keepwarm.engine.agents.agent_state import AgentStates
-from keepwarm.engine.agents.book import Agent, AgentBook, Line
+from keepwarm.engine.agents.agent import Agent, Line, Place
+from keepwarm.engine.agents.agent_state import agent_of, state_of
+from keepwarm.engine.agents.book import AgentBook
 from keepwarm.engine.agents.store_inbox import StoreInbox
 from keepwarm.engine.jobs import Jobs, Pause, Steps
 from keepwarm.engine.requests import valid_agent_id, valid_namespace
-from keepwarm.kv.tiers import Tiers
 
 T = TypeVar("T")
 
@@ -87,21 +86,20 @@ class Transfers:
         self,
         loaded: LoadedModel,
         family: KVFamily,
-        tiers: Tiers,
+        place: Place,
         *,
         store: AgentStore,
         link: StoreInbox,
-        states: AgentStates,
         book: AgentBook,
         jobs: Jobs,
     ) -> None:
         self._tokenizer = loaded.tokenizer
         self._vocab_size = loaded.vocab_size
         self._family = family
-        self._tiers = tiers
+        self._place = place
+        self._tiers = place.tiers
         self._store = store
         self._link = link
-        self._states = states
         self._book = book
         self._jobs = jobs
         self._arriving: set[str] = set()
@@ -155,14 +153,12 @@ class Transfers:
         answer: "Future[ImportSummary]",
         *,
         namespace: str = "",
-        is_taken: Callable[[str], bool] = lambda name: False,
     ) -> None:
         """The same between steps: the answer gets what `import_agent` returns or raises.
 
-        Where the answer is cancelled before the agent is there, nothing is left behind. `is_taken`
-        says of a name whether it is another engine's.
+        Where the answer is cancelled before the agent is there, nothing is left behind.
         """
-        steps = self._importing(Path(path), agent_id, valid_namespace(namespace), is_taken)
+        steps = self._importing(Path(path), agent_id, valid_namespace(namespace))
         self._jobs.begin(steps, answer)
 
     def _exporting(self, agent_id: str, path: Path, timeout_s: float) -> Steps[ExportSummary]:
@@ -175,9 +171,9 @@ class Transfers:
             agent = self._book.get_staying(agent_id)
         except DamagedAgent as error:
             return (yield from self._exporting_rest(agent_id, path, error.problem))
-        # A bundle does not say which line was used last: it is the one that knows the most.
-        foreign = tuple(line for line in agent.foreign if _is_part_of(agent.main, line))
-        state = self._states.state_of(replace(agent, foreign=foreign))
+        if agent.place is not self._place:
+            agent = self._book.bring(agent_id, self._place, "export it")
+        state = self._exported(agent)
         held = {line.number: line.num_held() for line in agent.lines}
         yield from self._saving(agent, timeout_s)
         written = yield from self._writing(state, path)
@@ -198,25 +194,21 @@ class Transfers:
         path: Path,
         agent_id: str | None,
         namespace: str,
-        is_taken: Callable[[str], bool],
     ) -> Steps[ImportSummary]:
-        """Nobody else finds its KV before it was verified. None keeps its name.
-
-        `is_taken` says of a name whether another engine has such an agent.
-        """
+        """Make the agent; only it finds its KV before that was verified. None keeps its name."""
         valid_agent_id(agent_id)
         if agent_id is not None:
-            self._check_is_new(agent_id, is_taken)
+            self._check_is_new(agent_id)
         terms = private_terms(self._family, self._tokenizer.fingerprint, self._vocab_size)
         bundle = (yield from _answered(self._store.read_bundle(path, terms))).bundle
         if bundle is None:
             raise InvariantBroken(f"the store answered for {path} without a bundle")
         name = agent_id or in_namespace(namespace, name_of(bundle))
-        self._check_is_new(name, is_taken)
+        self._check_is_new(name)
         self._arriving.add(name)
         try:
             bundle = yield from vouched_for(bundle, self._tokenizer)
-            agent, stored = yield from self._taking_in(bundle, name, is_taken)
+            agent, stored = yield from self._taking_in(bundle, name)
         finally:
             self._arriving.remove(name)
         return ImportSummary(
@@ -232,6 +224,8 @@ class Transfers:
     def log_unsaved(self) -> None:
         """Warn of KV that is lost with this process; what was said is not."""
         for agent in self._book:
+            if agent.place is not self._place:
+                continue
             num_unsaved = sum(map(self._num_unsaved, agent.lines))
             if num_unsaved:
                 _log.warning(
@@ -265,6 +259,15 @@ class Transfers:
             agent_id, path, written.file_bytes, written.num_records, num_stored, 0, damage
         )
 
+    def _exported(self, agent: Agent) -> AgentState:
+        """The agent's state without what was taken back, which another tokenizer's line still has.
+
+        A bundle does not say which line was used last: it is the one that knows the most.
+        """
+        state, own = state_of(agent), self._place.tokenizer
+        lines = (s for s in state.lines if s.tokenizer == own or _is_part_of(agent.main, s))
+        return replace(state, lines=tuple(lines))
+
     def _writing(self, state: AgentState, path: Path) -> Steps[BundleWritten]:
         ticket = self._store.write_bundle(self._family, self._tokenizer.fingerprint, state, path)
         return (yield from _answered(ticket))
@@ -280,25 +283,21 @@ class Transfers:
                 return
             yield Pause.WAITING
 
-    def _taking_in(
-        self, bundle: Bundle, name: str, is_taken: Callable[[str], bool]
-    ) -> Steps[tuple[Agent, BundleStored]]:
+    def _taking_in(self, bundle: Bundle, name: str) -> Steps[tuple[Agent, BundleStored]]:
         """Its KV, and then the agent itself, unless somebody has taken its name meanwhile."""
         ticket = self._store.store_bundle(bundle, name)
         stored = yield from _answered(ticket)
         try:
-            self._check_is_new(name, is_taken, is_own=True)
+            self._check_is_new(name, is_own=True)
         except AgentExists:
             ticket.cancel()
             raise
         state = imported_state(bundle, name, stored.num_records)
-        return self._book.add(self._states.agent_of(state)), stored
+        return self._book.add(agent_of(state, self._place)), stored
 
-    def _check_is_new(
-        self, name: str, is_taken: Callable[[str], bool], *, is_own: bool = False
-    ) -> None:
+    def _check_is_new(self, name: str, *, is_own: bool = False) -> None:
         self._book.check_is_new(name)
-        if is_taken(name) or (name in self._arriving and not is_own):
+        if name in self._arriving and not is_own:
             raise AgentExists(name)
 
     def _num_unsaved(self, line: Line) -> int:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from keepwarm.core.agent_store import RecordStore
 from keepwarm.core.errors import AgentBusy, InvariantBroken, VerifyInterrupted
 from keepwarm.core.ports import BatchGenerator
-from keepwarm.engine.agents.book import Agent, AgentBook, Line
+from keepwarm.engine.agents.agent import Agent, Line, Place
+from keepwarm.engine.agents.book import AgentBook
 from keepwarm.engine.agents.store_inbox import Commit, StoreInbox
 from keepwarm.kv.batch import Batch
 from keepwarm.kv.generator_source import GeneratorSource
@@ -114,12 +115,14 @@ class Verifications:
         model: GeneratorSource,
         *,
         book: AgentBook,
+        place: Place,
         link: StoreInbox,
         alone_tokens: int,
     ) -> None:
         self._verifier = verifier
         self._model = model
         self._book = book
+        self._place = place
         self._link = link
         self._alone_tokens = alone_tokens
         self._jobs: deque[_Job] = deque()
@@ -156,7 +159,7 @@ class Verifications:
         """
         if any(job.agent.agent_id == agent_id for job in self._jobs):
             raise AgentBusy(agent_id, "verify it twice")
-        agent = self._book.get_idle(agent_id, "verify it")
+        agent = self._book.bring(agent_id, self._place, "verify it")
         units = self._verifier.verify(agent, lambda: self._unit_tokens)
         self._jobs.append(_Job(agent, units, result))
 

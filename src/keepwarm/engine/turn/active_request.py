@@ -16,7 +16,7 @@ from keepwarm.core.events import (
 from keepwarm.core.layout import BLOCK_TOKENS
 from keepwarm.core.sequence import TokenSequence
 from keepwarm.core.transcript import Receipt
-from keepwarm.engine.agents.book import Line
+from keepwarm.engine.agents.agent import Line
 from keepwarm.engine.prompt.divergence import Divergence, Reason
 from keepwarm.engine.reply.reply_text import Emitted, Reply, ReplyText
 from keepwarm.engine.requests import ReceiptKey

@@ -5,13 +5,11 @@ from dataclasses import dataclass
 from functools import partial
 
 from keepwarm.core.agent_store import AgentStore
-from keepwarm.core.stored import AgentState
-from keepwarm.engine.agents.book import Line
-from keepwarm.engine.agents.moves import AgentMoves
+from keepwarm.engine.agents.agent import Agent, Line, Place
+from keepwarm.engine.agents.agent_state import line_at
 from keepwarm.engine.prompt.prompt_encoder import Guard
 from keepwarm.engine.turn.intake import Intake
 from keepwarm.engine.turn.prefetcher import Prefetcher
-from keepwarm.kv.tiers import Tiers
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,29 +27,24 @@ class Building:
         self,
         intake: Intake,
         prefetches: Prefetcher,
-        tiers: Tiers,
+        place: Place,
         *,
         store: AgentStore,
-        moves: AgentMoves,
     ) -> None:
         self._intake = intake
         self._prefetches = prefetches
-        self._tiers = tiers
+        self._place = place
         self._store = store
-        self._moves = moves
 
-    def begin(self, state: AgentState) -> BuildPlan | None:
-        """Take over an agent that talks to another engine's model, for when it comes here.
+    def begin(self, agent: Agent) -> BuildPlan | None:
+        """Plan KV for an agent that talks to another model, for when it comes here.
 
         `read` of the plan can be called on any thread; `build` takes what it returns. None where
-        the agent has a quota, so that somebody would have to give way. Raises AgentBusy.
+        the agent has a quota: its records would push out those of the model that it talks to.
         """
-        if state.settings.quota_bytes is not None:
+        if agent.settings.quota_bytes is not None:
             return None
-        agent = self._moves.take_over(state)
-        agent.has_left = True
-        line = agent.main
-        self._tiers.pin(line.blocks, pinned=False)  # until it comes
+        line = line_at(agent, agent.main, self._place)
         history_ids = self._intake.reader.history_ids
         return BuildPlan(line, partial(history_ids, line.messages, line.transcript))
 
@@ -71,7 +64,7 @@ class Building:
         health = self._store.health()
         disk_bytes = health.disk_bytes + health.queued_bytes + needed_bytes
         has_disk = not health.budget_bytes or disk_bytes <= health.budget_bytes
-        return has_disk and needed_bytes <= self._tiers.pool.free_bytes
+        return has_disk and needed_bytes <= self._place.tiers.pool.free_bytes
 
     @property
     def is_computing(self) -> bool:

@@ -9,7 +9,9 @@ from keepwarm.core.layout import capacity_for
 from keepwarm.core.policies import reply_room
 from keepwarm.core.ports import LoadedModel
 from keepwarm.core.stored import Overflow
-from keepwarm.engine.agents.book import Agent, AgentBook, Line
+from keepwarm.engine.agents.agent import Agent, Line
+from keepwarm.engine.agents.book import AgentBook
+from keepwarm.engine.agents.lines import Lines
 from keepwarm.engine.prompt.continuation import Prompt
 from keepwarm.engine.prompt.limits import PromptLimits, is_long
 from keepwarm.engine.prompt.line_choice import KnownLine, choose_line
@@ -63,8 +65,9 @@ class Intake:
     `num_mended_spans` counts what a prompt would have said wrongly and was encoded anew: bugs.
     """
 
-    def __init__(self, loaded: LoadedModel, book: AgentBook, tiers: Tiers) -> None:
+    def __init__(self, loaded: LoadedModel, book: AgentBook, lines: Lines, tiers: Tiers) -> None:
         self._book = book
+        self._lines = lines
         self._tiers = tiers
         self.num_mended_spans = 0
         self._limits = PromptLimits.of(
@@ -115,7 +118,7 @@ class Intake:
 
     def _choose_line(self, asked: Asked, reading: Reading | None) -> Wanted:
         source, named = asked.source, asked.agent_id is not None
-        lines = self._book.lines_of(asked.agent_id, asked.namespace)
+        lines = self._lines.of(asked.agent_id, asked.namespace)
         known_lines = [KnownLine(line.transcript, line.messages, line.in_use) for line in lines]
         draft = reading.draft if reading is not None else None
         if draft is None and reading is not None and is_long(source):

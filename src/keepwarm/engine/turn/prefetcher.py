@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from keepwarm.core.sequence import TokenSequence, prefetch_sequence
-from keepwarm.engine.agents.book import Line
+from keepwarm.engine.agents.agent import Line
 from keepwarm.kv.batch import Batch
 from keepwarm.kv.outcomes import Broken, Outcome, Restored
 from keepwarm.kv.tiers import Tiers

@@ -9,7 +9,8 @@ from keepwarm.core.errors import InvariantBroken, RequestBroke
 from keepwarm.core.events import Event, FinishReason
 from keepwarm.core.ports import Tokenizer
 from keepwarm.core.sequence import TokenSequence
-from keepwarm.engine.agents.book import AgentBook, history
+from keepwarm.engine.agents.book import AgentBook
+from keepwarm.engine.agents.lines import Lines, history
 from keepwarm.engine.agents.store_inbox import StoreInbox
 from keepwarm.engine.reply.reply_text import ReplyText
 from keepwarm.engine.requests import Asked
@@ -32,6 +33,7 @@ class Turns:
         batch: Batch,
         tiers: Tiers,
         book: AgentBook,
+        lines: Lines,
         link: StoreInbox,
         emit: Callable[[Event], None],
         clock: Callable[[], float],
@@ -42,6 +44,7 @@ class Turns:
         self._batch = batch
         self._tiers = tiers
         self._book = book
+        self._lines = lines
         self._link = link
         self._emit = emit
         self._clock = clock
@@ -56,7 +59,7 @@ class Turns:
     def begin(self, asked: Asked, wanted: Wanted) -> str:
         """Queue the request on its line, or on a new one. Returns its id."""
         reply = ReplyText(self._tokenizer.detokenizer(), asked.stops)
-        line = wanted.line or self._book.open_line(asked.agent_id, asked.namespace)
+        line = wanted.line or self._lines.open(asked.agent_id, asked.namespace)
         line.in_use = True
         number = next(self._ids)
         sequence = TokenSequence(
@@ -91,6 +94,15 @@ class Turns:
         for active in list(self.active.values()):
             self._batch.leave(active.sequence)
             self._fail(active, error)
+
+    def check(self) -> None:
+        """A line is in use where a request runs on it, and its agent is where the request is."""
+        running = {id(active.line) for active in self.active.values()}
+        if {id(line) for line in self._lines.all() if line.in_use} != running:
+            raise InvariantBroken(f"{self!r}: lines in use and requests differ")
+        for active in self.active.values():
+            if active.sequence.blocks is not active.line.blocks:
+                raise InvariantBroken(f"{active.request_id} runs on KV that its line has not")
 
     def take(self, outcome: Outcome) -> bool:
         """Bring the outcome's request on, or end it. Returns whether it is a request of these."""
@@ -174,7 +186,7 @@ class Turns:
             return False
         conversation = history(wanted.conversation, wanted.reply_prefix + reply.text)
         line.transcript = wanted.prompt.transcript.extended(reply.span)
-        self._book.record_turn(
+        self._lines.record_turn(
             active.agent_id,
             line,
             wanted.prompt.num_shared,
@@ -199,4 +211,4 @@ class Turns:
     def _close(self, active: ActiveRequest) -> None:
         active.line.in_use = False
         del self.active[active.request_id]
-        self._book.tidy(active.agent_id)
+        self._lines.tidy(active.agent_id)

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.responses import Response
 
-from keepwarm.engine.agents.book import AgentView
+from keepwarm.engine.agents.agent_view import AgentView
 from keepwarm.engine.snapshot import EngineSnapshot
 from keepwarm.server.dialects.agents.answers import AgentCard, card_of
 from keepwarm.server.dialects.openai.encode import OpenAIErrorBody

@@ -8,7 +8,7 @@ from keepwarm.core.agent import Tier
 from keepwarm.core.events import Completed, FinishReason, Timing, Usage
 from keepwarm.core.stored import AgentSettings, Overflow
 from keepwarm.core.transcript import Turn
-from keepwarm.engine.agents.book import AgentView
+from keepwarm.engine.agents.agent_view import AgentView
 from keepwarm.kv.verifier import VerifyReport
 from keepwarm.server.problems import Kind
 from keepwarm.server.reply.cache_report import CacheFields

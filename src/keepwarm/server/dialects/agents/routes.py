@@ -18,7 +18,7 @@ from keepwarm.core.errors import (
     InvalidRequest,
 )
 from keepwarm.core.stored import AgentSettings
-from keepwarm.engine.agents.book import AgentView
+from keepwarm.engine.agents.agent_view import AgentView
 from keepwarm.engine.agents.store_inbox import Commit
 from keepwarm.engine.agents.transfer import ExportSummary, ImportSummary
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
