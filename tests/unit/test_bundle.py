@@ -915,7 +915,7 @@ class TestRecords:
 def answer_of(engine: BlockPoolBatchEngine, ticket: BundleTicket[Any]) -> Any:
     """The store's answer; its error is raised."""
     while ticket.answer is None:
-        engine._link.hear()
+        engine._commits.hear()
     if ticket.answer.error is not None:
         raise ticket.answer.error
     return ticket.answer

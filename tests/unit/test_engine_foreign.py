@@ -126,7 +126,7 @@ PLACES: dict[str, Callable[[BlockPoolBatchEngine, str], tuple[object, str]]] = {
     "its start": lambda engine, request_id: (engine._turns.active[request_id], "wanted"),
     "its reply": lambda engine, request_id: (engine._turns.active[request_id].reply, "_send"),
     "its turn": lambda engine, request_id: (engine._lines, "record_turn"),
-    "its commit": lambda engine, request_id: (engine._link, "commit"),
+    "its commit": lambda engine, request_id: (engine._commits, "commit"),
 }
 
 

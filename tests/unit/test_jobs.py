@@ -325,7 +325,7 @@ class TestCalledOff:
         settle(engine)
         answer = export(engine, path)
         wait_until(lambda: store_of(engine)._bundles, lambda: step(engine))
-        wait_until(lambda: not store_of(engine)._bundles, engine._link.hear)
+        wait_until(lambda: not store_of(engine)._bundles, engine._commits.hear)
         assert path.exists()
         assert answer.cancel()
         quieten(engine)

@@ -67,7 +67,7 @@ class BlockPoolBatchEngine:
         self.building = parts.building
         self.book = parts.book
         self._lines = parts.lines
-        self._link = parts.link
+        self._commits = parts.commits
         self._turns = parts.turns
         self._prefetches = parts.prefetches
         self._verifies = parts.verifies
@@ -180,7 +180,7 @@ class BlockPoolBatchEngine:
         is_running = not self.is_suspended and bool(
             self._turns or self._prefetches or self._verifies
         )
-        is_waited_for = bool(self._events) or self._link.is_committing or self._jobs.is_ready
+        is_waited_for = bool(self._events) or self._commits.is_committing or self._jobs.is_ready
         return is_running or is_waited_for
 
     @property
@@ -201,15 +201,15 @@ class BlockPoolBatchEngine:
         Waits briefly when there is nothing to do but to hear from the store, if it may.
         """
         if may_wait and self.is_stalled:
-            self._link.wait()
-        self._link.take_events()
+            self._commits.wait()
+        self._commits.poll()
         outcomes = self.batch.step()
         for outcome in outcomes:
             if not self._turns.take(outcome):
                 self._prefetches.take(outcome)
         has_verified = self._verifies.advance(self.batch.spare_tokens)
         self.tiers.save_some(self.config.save_bytes_per_step)
-        self._link.take_events()
+        self._commits.poll()
         self._jobs.advance()
         events = self._take_events()
         is_idle = not (outcomes or events or has_verified or self._jobs.is_ready)
@@ -240,7 +240,7 @@ class BlockPoolBatchEngine:
             self.batch.resume()
             raise
         until = time.monotonic() + timeout_s
-        self._link.save_while(lambda: bool(len(self.tiers.saves)), until)
+        self._commits.save_while(lambda: bool(len(self.tiers.saves)), until)
         is_saved = self.flush(max(until - time.monotonic(), 1.0)) and not len(self.tiers.saves)
         self.tiers.drop_spares()
         self._model.release_weights()
@@ -273,7 +273,7 @@ class BlockPoolBatchEngine:
 
     def flush(self, timeout_s: float = 10.0) -> bool:
         """Wait until every change so far is committed. Returns whether the disk took them all."""
-        return self._link.flush(timeout_s)
+        return self._commits.flush(timeout_s)
 
     def close(self, timeout_s: float = 60.0) -> bool:
         """Save every line's KV to its last token, before a shutdown; the store stays open.
@@ -284,7 +284,7 @@ class BlockPoolBatchEngine:
         self._jobs.abandon(EngineStopped())
         self.tiers.saves.offer_tails()
         until = time.monotonic() + timeout_s
-        self._link.save_while(lambda: bool(len(self.tiers.saves)), until)
+        self._commits.save_while(lambda: bool(len(self.tiers.saves)), until)
         is_saved = not len(self.tiers.saves)
         if not is_saved:
             self._transfers.log_unsaved()

@@ -13,8 +13,8 @@ from keepwarm.core.stored import KVFamily
 from keepwarm.engine.agents.agent import Place
 from keepwarm.engine.agents.book import AgentBook
 from keepwarm.engine.agents.commands import AgentCommands
+from keepwarm.engine.agents.commits import Commits
 from keepwarm.engine.agents.lines import Lines
-from keepwarm.engine.agents.store_inbox import StoreInbox
 from keepwarm.engine.agents.transfer import Transfers
 from keepwarm.engine.agents.verification import AgentVerifier, Verifications
 from keepwarm.engine.jobs import Jobs
@@ -84,7 +84,7 @@ class EngineParts:
             max_side_lines=config.max_side_lines,
             max_anonymous_lines=config.max_anonymous_lines,
         )
-        self.link = link = StoreInbox(store, tiers, emit=self.events.append)
+        self.commits = commits = Commits(store, tiers, emit=self.events.append)
         self.prefetches = Prefetcher(batch, tiers, ids)
         self.verifies = Verifications(
             AgentVerifier(
@@ -92,13 +92,13 @@ class EngineParts:
                 batch,
                 model,
                 store=store,
-                link=link,
+                commits=commits,
                 bound=kv_bound(facts.layout.dtype, deterministic=deterministic),
             ),
             model,
             book=book,
             place=place,
-            link=link,
+            commits=commits,
             alone_tokens=config.prefill_chunk_tokens,
         )
         background.add(self.prefetches)
@@ -110,7 +110,7 @@ class EngineParts:
             tiers=tiers,
             book=book,
             lines=lines,
-            link=link,
+            commits=commits,
             emit=self.events.append,
             clock=given.clock,
             ids=ids,
@@ -120,7 +120,7 @@ class EngineParts:
             family,
             place,
             store=store,
-            link=link,
+            commits=commits,
             book=book,
             jobs=self.jobs,
         )
@@ -128,7 +128,7 @@ class EngineParts:
             book,
             place,
             store=store,
-            link=link,
+            commits=commits,
             prefetches=self.prefetches,
         )
         self.building = Building(self.intake, self.prefetches, place, store=store)

@@ -24,7 +24,7 @@ from keepwarm.core.pool import BlockPool
 from keepwarm.core.ports import LoadedModel
 from keepwarm.engine.agents.agent_view import AgentView, view_of, view_of_summary
 from keepwarm.engine.agents.book import AgentBook
-from keepwarm.engine.agents.store_inbox import REFUSED_S, STORE_WAIT_S, Commit
+from keepwarm.engine.agents.commits import REFUSED_S, STORE_WAIT_S, Commit
 from keepwarm.engine.agents.transfer import ExportSummary, ImportSummary
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
 from keepwarm.engine.requests import GenerateRequest

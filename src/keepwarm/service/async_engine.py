@@ -10,7 +10,7 @@ from typing import TypeVar
 from keepwarm.core.errors import EngineStopped
 from keepwarm.core.events import Completed, Failed
 from keepwarm.engine.agents.agent_view import AgentView
-from keepwarm.engine.agents.store_inbox import Commit
+from keepwarm.engine.agents.commits import Commit
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
 from keepwarm.engine.requests import GenerateRequest, PromptSource, ReceiptKey
 from keepwarm.fleet.fleet import Fleet

@@ -11,7 +11,7 @@ from keepwarm.core.transcript import Turn
 from keepwarm.engine.agents.agent import Agent, Line, Place
 from keepwarm.engine.agents.agent_view import AgentView, view_of, view_of_summary
 from keepwarm.engine.agents.book import AgentBook
-from keepwarm.engine.agents.store_inbox import Commit, StoreInbox
+from keepwarm.engine.agents.commits import Commit, Commits
 from keepwarm.engine.prompt.messages import opening, validate_messages
 from keepwarm.engine.requests import valid_agent_id, valid_settings
 from keepwarm.engine.turn.prefetcher import Prefetcher
@@ -29,14 +29,14 @@ class AgentCommands:
         place: Place,
         *,
         store: AgentStore,
-        link: StoreInbox,
+        commits: Commits,
         prefetches: Prefetcher,
     ) -> None:
         self._book = book
         self._place = place
         self._tiers = place.tiers
         self._store = store
-        self._link = link
+        self._commits = commits
         self._prefetches = prefetches
 
     # -- looking ---------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ class AgentCommands:
         self._tiers.pin(line.blocks, pinned=settings.pinned)
         recorded_as = self._place.recorded_as
         agent = Agent(agent_id, self._place, line, settings=settings, model=recorded_as)
-        return self._link.commit(self._book.add(agent))
+        return self._commits.commit(self._book.add(agent))
 
     def fork(self, agent_id: str, new_id: str, *, at_turn: int | None = None) -> Commit:
         """A new agent that knows what this one knew after `at_turn` turns (None: all of them).
@@ -128,7 +128,7 @@ class AgentCommands:
         fork = Agent(
             new_id, self._place, child, settings=settings, model=model, has_fixed_main=True
         )
-        return self._link.commit(self._book.add(fork))
+        return self._commits.commit(self._book.add(fork))
 
     def rollback(self, agent_id: str, *, turn: int) -> Commit:
         """Forget everything after `turn` turns. Raises UnknownAgent, AgentBusy, InvalidRequest."""
@@ -140,7 +140,7 @@ class AgentCommands:
         del agent.turns[turn:]
         agent.has_fixed_main = True
         self._tiers.truncate(main.blocks, main.num_held(num_tokens))
-        return self._link.commit(agent)
+        return self._commits.commit(agent)
 
     def pin(self, agent_id: str, *, pinned: bool = True) -> Commit:
         """Never evict the agent's blocks (its slab may still become blocks)."""
@@ -189,9 +189,9 @@ class AgentCommands:
         try:
             agent = self._book.get_idle(agent_id, "delete it")
         except DamagedAgent:
-            return self._link.delete(agent_id)
+            return self._commits.delete(agent_id)
         agent.is_leaving = True
-        commit = self._link.delete(agent_id)
+        commit = self._commits.delete(agent_id)
         commit.then(partial(self._end_deletion, agent))
         return commit
 
@@ -212,7 +212,7 @@ class AgentCommands:
         agent = self._bring(agent_id, "park it")
         for line in agent.lines:
             self._tiers.saver.put_away(line.blocks)
-        return self._link.settle(agent)
+        return self._commits.settle(agent)
 
     def prefetch(self, agent_id: str) -> None:
         """Bring the agent's KV into a slab, so that its next turn resumes hot; in the background.
@@ -242,10 +242,10 @@ class AgentCommands:
 
     def _decide(self, agent: Agent, settings: AgentSettings) -> Commit:
         if settings == agent.settings:
-            return self._link.settle(agent)
+            return self._commits.settle(agent)
         agent.settings = settings
         self._tiers.pin(agent.main.blocks, pinned=settings.pinned)
-        return self._link.commit(agent)
+        return self._commits.commit(agent)
 
     def _end_deletion(self, agent: Agent, is_done: bool) -> None:
         agent.is_leaving = False

@@ -31,7 +31,7 @@ from keepwarm.core.transcript import Span, Transcript
 from keepwarm.engine.agents.agent import Agent, Line, Place
 from keepwarm.engine.agents.agent_state import agent_of, state_of
 from keepwarm.engine.agents.book import AgentBook
-from keepwarm.engine.agents.store_inbox import StoreInbox
+from keepwarm.engine.agents.commits import Commits
 from keepwarm.engine.jobs import Jobs, Pause, Steps
 from keepwarm.engine.requests import valid_agent_id, valid_namespace
 
@@ -89,7 +89,7 @@ class Transfers:
         place: Place,
         *,
         store: AgentStore,
-        link: StoreInbox,
+        commits: Commits,
         book: AgentBook,
         jobs: Jobs,
     ) -> None:
@@ -99,7 +99,7 @@ class Transfers:
         self._place = place
         self._tiers = place.tiers
         self._store = store
-        self._link = link
+        self._commits = commits
         self._book = book
         self._jobs = jobs
         self._arriving: set[str] = set()
@@ -218,7 +218,7 @@ class Transfers:
             num_records=stored.num_records,
             num_dropped=bundle.num_dropped,
             num_left_out=len(bundle.records) - stored.num_records,
-            is_durable=(yield from self._link.committed(agent)),
+            is_durable=(yield from self._commits.committed(agent)),
         )
 
     def log_unsaved(self) -> None:
@@ -239,7 +239,7 @@ class Transfers:
     def _wait_for(self, answer: "Future[T]") -> T:
         while not answer.done():
             if not self._jobs.is_ready:
-                self._link.hear()
+                self._commits.hear()
             self._tiers.save_some()
             self._jobs.advance()
         return answer.result()

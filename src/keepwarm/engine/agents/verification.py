@@ -10,7 +10,7 @@ from keepwarm.core.errors import AgentBusy, InvariantBroken, VerifyInterrupted
 from keepwarm.core.ports import BatchGenerator
 from keepwarm.engine.agents.agent import Agent, Line, Place
 from keepwarm.engine.agents.book import AgentBook
-from keepwarm.engine.agents.store_inbox import Commit, StoreInbox
+from keepwarm.engine.agents.commits import Commit, Commits
 from keepwarm.kv.batch import Batch
 from keepwarm.kv.generator_source import GeneratorSource
 from keepwarm.kv.tiers import Tiers
@@ -29,13 +29,13 @@ class AgentVerifier:
         model: GeneratorSource,
         *,
         store: RecordStore,
-        link: StoreInbox,
+        commits: Commits,
         bound: float,
     ) -> None:
         self._tiers = tiers
         self._batch = batch
         self._store = store
-        self._link = link
+        self._commits = commits
         self._bound = bound
         self._verifier = Verifier(tiers, store, model)
 
@@ -88,7 +88,7 @@ class AgentVerifier:
         agent.main.blocks = self._verifier.take(cold)
         self._tiers.pin(agent.main.blocks, pinned=imported.pinned)
         self._tiers.forget(imported)
-        commit = self._link.commit(agent)
+        commit = self._commits.commit(agent)
         self._store.drop([record.hash for record in cold.records], if_unused=True)
         return commit
 
@@ -116,14 +116,14 @@ class Verifications:
         *,
         book: AgentBook,
         place: Place,
-        link: StoreInbox,
+        commits: Commits,
         alone_tokens: int,
     ) -> None:
         self._verifier = verifier
         self._model = model
         self._book = book
         self._place = place
-        self._link = link
+        self._commits = commits
         self._alone_tokens = alone_tokens
         self._jobs: deque[_Job] = deque()
         self._unit_tokens = 0
@@ -147,7 +147,7 @@ class Verifications:
         self.begin_verify(agent_id, result)
         while not result.done():
             if not self.advance(self._alone_tokens):
-                self._link.hear()
+                self._commits.hear()
         return result.result()
 
     def begin_verify(self, agent_id: str, result: "Future[VerifyReport]") -> None:

@@ -10,8 +10,8 @@ from keepwarm.core.events import Event, FinishReason
 from keepwarm.core.ports import Tokenizer
 from keepwarm.core.sequence import TokenSequence
 from keepwarm.engine.agents.book import AgentBook
+from keepwarm.engine.agents.commits import Commits
 from keepwarm.engine.agents.lines import Lines, history
-from keepwarm.engine.agents.store_inbox import StoreInbox
 from keepwarm.engine.reply.reply_text import ReplyText
 from keepwarm.engine.requests import Asked
 from keepwarm.engine.turn.active_request import ActiveRequest
@@ -34,7 +34,7 @@ class Turns:
         tiers: Tiers,
         book: AgentBook,
         lines: Lines,
-        link: StoreInbox,
+        commits: Commits,
         emit: Callable[[Event], None],
         clock: Callable[[], float],
         ids: Iterator[int],
@@ -45,7 +45,7 @@ class Turns:
         self._tiers = tiers
         self._book = book
         self._lines = lines
-        self._link = link
+        self._commits = commits
         self._emit = emit
         self._clock = clock
         self._ids = ids
@@ -170,7 +170,7 @@ class Turns:
             agent = self._book.get(active.agent_id)
             if agent.main is active.line:
                 completed = replace(completed, turn=len(agent.turns))
-            self._link.commit(agent, completed)
+            self._commits.commit(agent, completed)
         else:
             self._emit(completed)
 

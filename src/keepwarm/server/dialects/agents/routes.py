@@ -19,7 +19,7 @@ from keepwarm.core.errors import (
 )
 from keepwarm.core.stored import AgentSettings
 from keepwarm.engine.agents.agent_view import AgentView
-from keepwarm.engine.agents.store_inbox import Commit
+from keepwarm.engine.agents.commits import Commit
 from keepwarm.engine.agents.transfer import ExportSummary, ImportSummary
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
 from keepwarm.engine.requests import GenerateRequest, ReceiptKey, valid_name

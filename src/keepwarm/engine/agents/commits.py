@@ -1,4 +1,4 @@
-"""What the engine has told the store and waits to hear about: changes of agents."""
+"""Changes of agents on their way to the disk, and waiting for the store's answers."""
 
 import time
 from collections.abc import Callable
@@ -13,15 +13,16 @@ from keepwarm.engine.jobs import Pause, Steps
 from keepwarm.kv.tiers import Tiers
 
 STORE_WAIT_S = 0.05
+"""How many seconds a step waits for the store at most, where there is nothing else to do."""
 REFUSED_S = 3.0
 """How many seconds a disk that refuses KV is asked again, while something waits for it."""
 
 
 class Commit:
-    """A change of an agent on its way to the disk.
+    """One change of an agent on its way to the disk.
 
-    `durable` is None until a step or `flush` has heard the disk's answer. Where that is False, a
-    deletion was not done; any other change is kept in memory and tried again by itself.
+    `durable` is None until a step or `flush` has the disk's answer. Where that is False, a deletion
+    was not done; any other change is kept in memory and tried again by itself.
     """
 
     def __init__(self, agent_id: str, *, durable: bool | None = None) -> None:
@@ -33,7 +34,7 @@ class Commit:
         return f"Commit({self.agent_id!r}, durable={self.durable})"
 
     def then(self, listener: Callable[[bool], object]) -> None:
-        """Call it with the disk's answer, at once where that is known."""
+        """Call `listener` with the disk's answer, at once where that is known."""
         if self.durable is None:
             self._listeners.append(listener)
         else:
@@ -46,10 +47,11 @@ class Commit:
             listener(durable)
 
 
-class StoreInbox:
-    """Owns the changes of agents that are on their way to the disk, and waits for the store.
+class Commits:
+    """Owns one engine's changes of agents on their way to the disk, and polls the store for it.
 
-    `emit` takes a turn's final event when the disk has answered.
+    `emit` takes a turn's final event when the disk has answered. Another engine's poll may deliver
+    these answers as well: all engines run on one thread.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class StoreInbox:
         self._refused: dict[str, Agent] = {}
 
     def __repr__(self) -> str:
-        return f"StoreInbox({len(self._uncommitted)} commits)"
+        return f"Commits({len(self._uncommitted)} on their way)"
 
     @property
     def is_committing(self) -> bool:
@@ -74,10 +76,10 @@ class StoreInbox:
         return bool(self._uncommitted)
 
     def commit(self, agent: Agent, completed: Completed | None = None) -> Commit:
-        """Write the agent; the turn's final event is sent when the disk has answered."""
+        """Write the agent, and emit the turn's final event when the disk has answered."""
         commit = Commit(agent.agent_id)
         self._uncommitted.add(commit)
-        answer = partial(self._take_committed, commit, agent, completed)
+        answer = partial(self._take, commit, agent, completed)
         self._store.commit(state_of(agent), answer)
         return commit
 
@@ -94,11 +96,11 @@ class StoreInbox:
         """
         commit = Commit(agent_id)
         self._uncommitted.add(commit)
-        self._store.delete_agent(agent_id, partial(self._take_deleted, commit))
-        self.take_events()
+        self._store.delete_agent(agent_id, partial(self._take, commit, None, None))
+        self.poll()
         return commit
 
-    def take_events(self) -> None:
+    def poll(self) -> None:
         """Let the store answer what it can answer now."""
         self._store.poll()
         self._tiers.release_put_away()
@@ -108,8 +110,9 @@ class StoreInbox:
         self._store.wait(STORE_WAIT_S)
 
     def hear(self) -> None:
+        """Wait for an answer, and take it."""
         self.wait()
-        self.take_events()
+        self.poll()
 
     def committed(self, agent: Agent) -> Steps[bool]:
         """Commit the agent, and wait between steps. Returns whether the disk took it."""
@@ -121,7 +124,7 @@ class StoreInbox:
     def flush(self, timeout_s: float) -> bool:
         """Wait until every change so far is committed. Returns whether the disk took them all.
 
-        What it has refused until now is sent once more.
+        What it has refused until now is sent to it once more.
         """
         refused, self._refused = self._refused, {}
         for agent in refused.values():
@@ -135,9 +138,9 @@ class StoreInbox:
         return not self._uncommitted and not self._refused
 
     def save_while(self, is_unsaved: Callable[[], bool], until_s: float) -> None:
-        """Hand KV to the store, as fast as it takes it, while there is something of interest.
+        """Hand KV to the store, as fast as it takes it, while `is_unsaved`, until `until_s`.
 
-        A disk that refuses is asked again a few times, and not until then.
+        A disk that refuses is asked again for REFUSED_S, and given up then.
         """
         self._store.ask_again()
         gives_up_s = until_s
@@ -149,20 +152,15 @@ class StoreInbox:
             else:
                 gives_up_s = min(gives_up_s, time.monotonic() + REFUSED_S)
 
-    def _take_committed(
-        self, commit: Commit, agent: Agent, completed: Completed | None, durable: bool
+    def _take(
+        self, commit: Commit, agent: Agent | None, completed: Completed | None, durable: bool
     ) -> None:
+        """Pass the disk's answer on; `agent` is None for a deletion, which is not tried again."""
         if durable:
             self._refused.pop(commit.agent_id, None)
-        else:
+        elif agent is not None:
             self._refused[commit.agent_id] = agent
         if completed is not None:
             self._emit(replace(completed, durable=durable))
-        self._uncommitted.remove(commit)
-        commit.answer(durable=durable)
-
-    def _take_deleted(self, commit: Commit, durable: bool) -> None:
-        if durable:
-            self._refused.pop(commit.agent_id, None)
         self._uncommitted.remove(commit)
         commit.answer(durable=durable)
