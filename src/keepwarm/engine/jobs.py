@@ -1,22 +1,12 @@
 """Work that goes on between the engine's steps: for what takes longer than a step may."""
 
-from collections.abc import Generator
 from concurrent.futures import Future
-from enum import Enum, auto
 from typing import Any, Generic, TypeVar
 
+from keepwarm.core.errors import InvariantBroken
+from keepwarm.core.steps import Pause, Steps
+
 T = TypeVar("T")
-
-
-class Pause(Enum):
-    """Why steps pause: they wait for something, or have had the thread for long enough."""
-
-    WAITING = auto()
-    READY = auto()
-
-
-Steps = Generator[Pause, None, T]
-"""Work that pauses after each step, and ends with a value. Closing it gives up."""
 
 
 class Job(Generic[T]):
@@ -41,6 +31,8 @@ class Job(Generic[T]):
         except StopIteration as end:
             if self._answer.set_running_or_notify_cancel():
                 self._answer.set_result(end.value)
+        except InvariantBroken:
+            raise
         except Exception as error:  # noqa: BLE001 - it is raised where it was asked for
             if self._answer.set_running_or_notify_cancel():
                 self._answer.set_exception(error)

@@ -1,9 +1,8 @@
 """A cold run beside an agent's line: is the KV that it keeps the KV of its tokens?"""
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from enum import Enum
 
 from keepwarm.core.agent import AgentBlocks
 from keepwarm.core.agent_store import RecordStore
@@ -11,6 +10,7 @@ from keepwarm.core.block import BlockHash
 from keepwarm.core.errors import GeneratorFailed, InvariantBroken
 from keepwarm.core.layout import BLOCK_TOKENS, capacity_for, whole_blocks
 from keepwarm.core.ports import Payload, RowId
+from keepwarm.core.steps import Pause, Steps
 from keepwarm.core.stored import Record
 from keepwarm.kv.generator_source import GeneratorSource
 from keepwarm.kv.line_table import slab_of
@@ -88,14 +88,6 @@ class ColdRun:
         return [record.hash for record in self.records if record.depth in depths]
 
 
-class Pause(Enum):
-    """Why a verification lets the requests go on for now."""
-
-    UNIT_DONE = "unit done"
-    WAITS_FOR_DISK = "waits for disk"
-
-
-Units = Generator[Pause, None, None]
 UnitTokens = Callable[[], int]
 
 
@@ -136,7 +128,7 @@ class Verifier:
             if scratch.is_held:
                 self._tiers.forget(scratch)
 
-    def compare(self, run: ColdRun, line: AgentBlocks, unit_tokens: UnitTokens) -> Units:
+    def compare(self, run: ColdRun, line: AgentBlocks, unit_tokens: UnitTokens) -> Steps[None]:
         """Compute block after block, and note how the kept KV differs from it.
 
         Pauses after each unit; `unit_tokens` returns how many tokens the next one may compute.
@@ -161,7 +153,7 @@ class Verifier:
 
     # -- inside ----------------------------------------------------------------------------------
 
-    def _compare_block(self, run: ColdRun, line: AgentBlocks, start: int, stop: int) -> Units:
+    def _compare_block(self, run: ColdRun, line: AgentBlocks, start: int, stop: int) -> Steps[None]:
         scratch, depth = run.scratch, start // BLOCK_TOKENS
         computed = self._model.generator.extract(slab_of(scratch), start, stop)
         # Between two units a line that was put away may have left memory.
@@ -172,7 +164,7 @@ class Verifier:
         fetches = self._tiers.fetches
         while fetches.next_depth(scratch.line) == depth:
             if fetches.is_waiting(scratch.line):
-                yield Pause.WAITS_FOR_DISK
+                yield Pause.WAITING
                 continue
             arrived = self._arrived(scratch, computed)
             if arrived is None:
@@ -196,7 +188,7 @@ class Verifier:
 
     def _compute(
         self, scratch: AgentBlocks, token_ids: Sequence[int], unit_tokens: UnitTokens
-    ) -> Units:
+    ) -> Steps[None]:
         start = 0
         while start < len(token_ids):
             chunk = list(token_ids[start : start + max(unit_tokens(), 1)])
@@ -208,7 +200,7 @@ class Verifier:
                 raise GeneratorFailed(error) from error
             self._tiers.note_computed(scratch, chunk)
             start += len(chunk)
-            yield Pause.UNIT_DONE
+            yield Pause.READY
 
     def _largest(self, pairs: Iterable[tuple[Payload, int, Payload]]) -> float | None:
         """The largest difference; a pair is computed KV, a start in it, and KV that was kept."""

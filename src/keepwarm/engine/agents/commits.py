@@ -7,9 +7,9 @@ from functools import partial
 
 from keepwarm.core.agent_store import AgentStore
 from keepwarm.core.events import Completed
+from keepwarm.core.steps import Pause, Steps
 from keepwarm.engine.agents.agent import Agent
 from keepwarm.engine.agents.agent_state import state_of
-from keepwarm.engine.jobs import Pause, Steps
 from keepwarm.kv.tiers import Tiers
 
 STORE_WAIT_S = 0.05

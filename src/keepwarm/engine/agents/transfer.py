@@ -18,6 +18,7 @@ from keepwarm.core.errors import (
     InvariantBroken,
 )
 from keepwarm.core.ports import LoadedModel, Tokenizer
+from keepwarm.core.steps import Pause, Steps
 from keepwarm.core.stored import (
     AgentState,
     Bundle,
@@ -32,7 +33,7 @@ from keepwarm.engine.agents.agent import Agent, Line, Place
 from keepwarm.engine.agents.agent_state import agent_of, state_of
 from keepwarm.engine.agents.book import AgentBook
 from keepwarm.engine.agents.commits import Commits
-from keepwarm.engine.jobs import Jobs, Pause, Steps
+from keepwarm.engine.jobs import Jobs
 from keepwarm.engine.requests import valid_agent_id, valid_namespace
 
 T = TypeVar("T")

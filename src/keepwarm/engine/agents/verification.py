@@ -1,22 +1,21 @@
 """Agents that are compared with a cold run, beside the requests and a unit at a time."""
 
 from collections import deque
-from collections.abc import Generator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 from keepwarm.core.agent_store import RecordStore
-from keepwarm.core.errors import AgentBusy, InvariantBroken, VerifyInterrupted
+from keepwarm.core.errors import AgentBusy, VerifyInterrupted
 from keepwarm.core.ports import BatchGenerator
+from keepwarm.core.steps import Pause, Steps
 from keepwarm.engine.agents.agent import Agent, Line, Place
 from keepwarm.engine.agents.book import AgentBook
 from keepwarm.engine.agents.commits import Commit, Commits
+from keepwarm.engine.jobs import Job
 from keepwarm.kv.batch import Batch
 from keepwarm.kv.generator_source import GeneratorSource
 from keepwarm.kv.tiers import Tiers
-from keepwarm.kv.verifier import ColdRun, Pause, UnitTokens, Verifier, VerifyReport
-
-Verification = Generator[Pause, None, VerifyReport]
+from keepwarm.kv.verifier import ColdRun, UnitTokens, Verifier, VerifyReport
 
 
 class AgentVerifier:
@@ -39,7 +38,7 @@ class AgentVerifier:
         self._bound = bound
         self._verifier = Verifier(tiers, store, model)
 
-    def verify(self, agent: Agent, unit_tokens: UnitTokens) -> Verification:
+    def verify(self, agent: Agent, unit_tokens: UnitTokens) -> Steps[VerifyReport]:
         """Of its main line; what differs is dropped, and what was imported and agrees is shared.
 
         `unit_tokens` says how much the next unit may compute. Between two units nothing may change
@@ -57,7 +56,7 @@ class AgentVerifier:
             self._drop_differing(main, cold, report)
             commit = self._share(agent, cold) if report.became_shared else None
         while commit is not None and commit.durable is None:
-            yield Pause.WAITS_FOR_DISK
+            yield Pause.WAITING
         return replace(report, is_durable=commit is None or bool(commit.durable))
 
     def _report(self, agent: Agent, cold: ColdRun) -> VerifyReport:
@@ -94,10 +93,9 @@ class AgentVerifier:
 
 
 @dataclass(slots=True, eq=False)
-class _Job:
+class _Verification:
     agent: Agent
-    units: Verification
-    result: "Future[VerifyReport]"
+    job: Job[VerifyReport]
     generator: BatchGenerator | None = None
     """That it has a row in, once it has begun."""
 
@@ -125,14 +123,14 @@ class Verifications:
         self._place = place
         self._commits = commits
         self._alone_tokens = alone_tokens
-        self._jobs: deque[_Job] = deque()
+        self._queue: deque[_Verification] = deque()
         self._unit_tokens = 0
 
     def __repr__(self) -> str:
-        return f"Verifications({[job.agent.agent_id for job in self._jobs]})"
+        return f"Verifications({[one.agent.agent_id for one in self._queue]})"
 
     def __len__(self) -> int:
-        return len(self._jobs)
+        return len(self._queue)
 
     def verify(self, agent_id: str) -> VerifyReport:
         """Compute the agent's main line cold and compare with what memory and disk hold of it.
@@ -157,11 +155,11 @@ class Verifications:
         for the agent came or a request needed the memory. Cancelling the result ends it. Raises
         UnknownAgent and AgentBusy.
         """
-        if any(job.agent.agent_id == agent_id for job in self._jobs):
+        if any(one.agent.agent_id == agent_id for one in self._queue):
             raise AgentBusy(agent_id, "verify it twice")
         agent = self._book.bring(agent_id, self._place, "verify it")
-        units = self._verifier.verify(agent, lambda: self._unit_tokens)
-        self._jobs.append(_Job(agent, units, result))
+        steps = self._verifier.verify(agent, lambda: self._unit_tokens)
+        self._queue.append(_Verification(agent, Job(steps, result)))
 
     def advance(self, unit_tokens: int) -> bool:
         """Bring the first one on by a unit of at most so many tokens; by none where they are 0.
@@ -169,48 +167,28 @@ class Verifications:
         Returns whether that did anything but wait.
         """
         self._unit_tokens = unit_tokens
-        if not self._jobs or not unit_tokens:
+        if not self._queue or not unit_tokens:
             return False
-        job = self._jobs[0]
-        if job.result.cancelled():
-            self._end(job)
+        first = self._queue[0]
+        if first.generator is None:
+            first.generator = self._model.generator
+        elif first.generator is not self._model.generator:
+            self._interrupt(first, "the model failed in another request's step")
             return True
-        if job.generator is None:
-            job.generator = self._model.generator
-        elif job.generator is not self._model.generator:
-            self._interrupt(job, "the model failed in another request's step")
+        # Not in the queue meanwhile: what a step does to the agent must not end that very step.
+        self._queue.popleft()
+        if first.job.advance():
             return True
-        return self._advance(job)
+        self._queue.appendleft(first)
+        return first.job.is_ready
 
     def cancel(self, reason: str, agent_id: str | None = None) -> bool:
         """End all of them, or this agent's. Returns whether there was one."""
-        found = [job for job in self._jobs if agent_id in (None, job.agent.agent_id)]
-        for job in found:
-            self._interrupt(job, reason)
+        found = [one for one in self._queue if agent_id in (None, one.agent.agent_id)]
+        for one in found:
+            self._interrupt(one, reason)
         return bool(found)
 
-    def _advance(self, job: _Job) -> bool:
-        try:
-            return next(job.units) is Pause.UNIT_DONE
-        except StopIteration as end:
-            report: VerifyReport = end.value
-            self._end(job)
-            if job.result.set_running_or_notify_cancel():
-                job.result.set_result(report)
-        except InvariantBroken:
-            raise
-        except Exception as error:  # noqa: BLE001 - the model's own; it is raised where it was asked for
-            self._fail(job, error)
-        return True
-
-    def _interrupt(self, job: _Job, reason: str) -> None:
-        self._fail(job, VerifyInterrupted(job.agent.agent_id, reason))
-
-    def _fail(self, job: _Job, error: Exception) -> None:
-        self._end(job)
-        if job.result.set_running_or_notify_cancel():
-            job.result.set_exception(error)
-
-    def _end(self, job: _Job) -> None:
-        self._jobs.remove(job)
-        job.units.close()
+    def _interrupt(self, one: _Verification, reason: str) -> None:
+        self._queue.remove(one)
+        one.job.fail(VerifyInterrupted(one.agent.agent_id, reason))
