@@ -67,7 +67,7 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """So many of the prompt's tokens have their KV."""
+    """Prefill has computed the KV of `num_done` of the prompt's tokens."""
 
     request_id: str
     agent_id: str | None

@@ -129,7 +129,8 @@ class BlockPoolBatchEngine:
         others wait for: a long prompt raises ReadElsewhere, and comes again when it was read.
 
         Raises InvalidRequest (ContextTooLong, NeverFits), AgentBusy (`append` while the main line
-        runs), UnknownAgent (`append` to nobody) and QueueFull; nothing is taken when it raises.
+        runs), UnknownAgent (`append` without such an agent) and QueueFull; nothing is taken when it
+        raises.
         """
         asked = GenerateRequest(
             agent_id=agent_id,
@@ -260,7 +261,7 @@ class BlockPoolBatchEngine:
 
     @property
     def fingerprint(self) -> str:
-        """Of the model."""
+        """The model's fingerprint."""
         return self._model.facts.fingerprint
 
     def abandon(self, error: Exception) -> list[Event]:

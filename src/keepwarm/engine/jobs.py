@@ -10,9 +10,9 @@ T = TypeVar("T")
 
 
 class Job(Generic[T]):
-    """Steps on the engine's thread, and the answer for whoever waits for it on any thread.
+    """Runs steps on the engine's thread, for an answer that any thread may wait for.
 
-    Cancelling the answer calls the job off.
+    Cancelling the answer ends the job.
     """
 
     def __init__(self, steps: Steps[T], answer: "Future[T]") -> None:

@@ -29,7 +29,7 @@ class EngineSnapshot:
 def merged(
     snapshots: Sequence[EngineSnapshot], store: StoreHealth, *, budget_bytes: int
 ) -> EngineSnapshot:
-    """Of several engines over one store and one budget: the sums."""
+    """Add up the snapshots of several engines over one store and one budget."""
     pools = [snapshot.pool for snapshot in snapshots]
     kinds = [Counter(pool.bytes_by_kind) for pool in pools]
     numbers = [Counter(pool.num_by_kind) for pool in pools]

@@ -263,7 +263,7 @@ class Fleet:
         self.engine(self._default).begin_import(path, agent_id, answer, namespace=namespace)
 
     def counted(self, views: Sequence[AgentView]) -> list[AgentView]:
-        """The same, with what the disk holds of those that are only there."""
+        """Fill in how many tokens the disk holds of agents that are only there."""
         return [
             view if view.is_here else view.holding(self.store.num_stored(view.agent_id))
             for view in views

@@ -1,4 +1,4 @@
-"""What is computed while nobody asks for anything: KV of agents that left for another model."""
+"""KV computed while the server is idle, of agents that left for another model."""
 
 import logging
 import time
@@ -14,7 +14,7 @@ from keepwarm.engine.prompt.reader_threads import Readers, ReadingJob
 from keepwarm.engine.turn.building import BuildPlan
 
 IDLE_S = 1.0
-"""So long nobody has asked for anything before it begins."""
+"""How many seconds without a request pass before it begins."""
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class IdleBuilder:
     """Decides whose KV is built on which of the models that are in memory, one at a time.
 
     An agent that talks to one model and has talked to another gets its new turns computed there as
-    well, so that it finds them when it returns. Whoever was used last comes first. `home` is the
+    well, so that it finds them when it returns. The agent used last comes first. `home` is the
     name of the engine that an agent is at.
     """
 
@@ -56,7 +56,7 @@ class IdleBuilder:
         return f"IdleBuilder({len(self._built)} built)"
 
     def stop(self) -> None:
-        """Somebody asks for something; what is computed by now stays."""
+        """Make way for a request; what is computed by now stays."""
         self._idle_since_s = None
         is_stopped = self._reading is not None
         if self._reading is not None:
@@ -90,14 +90,14 @@ class IdleBuilder:
             self._begin_one()
 
     def _begin_one(self) -> None:
-        """One look, one attempt: somebody may have asked for something meanwhile."""
+        """Make one attempt only: a request may have come meanwhile."""
         lagging = max(self._lagging(), default=None)
         if lagging is None:
             return
         last_used, name, agent_id = lagging
         self._latest = name, agent_id
         self._built[self._latest] = last_used
-        with self._nobody_suffers():
+        with self._contained():
             plan = self._engines[name].building.begin(self._book.get(agent_id))
             if plan is not None:
                 self._reading = Reading(name, plan, self._readers.begin(plan.read))
@@ -107,7 +107,7 @@ class IdleBuilder:
         if not reading.job.answer.done():
             return
         self._reading = None
-        with self._nobody_suffers():
+        with self._contained():
             token_ids = reading.job.answer.result()
             if (
                 not self._engines[reading.model].building.build(reading.plan, token_ids)
@@ -118,7 +118,7 @@ class IdleBuilder:
                 self._idle_since_s = None
 
     @contextmanager
-    def _nobody_suffers(self) -> Iterator[None]:
+    def _contained(self) -> Iterator[None]:
         try:
             yield
         except InvariantBroken:

@@ -125,9 +125,9 @@ class Transfers:
         *,
         timeout_s: float = 30.0,
     ) -> None:
-        """The same between steps: the answer gets what `export` returns or raises.
+        """Begin an export between steps: `answer` gets what `export` returns or raises.
 
-        Where the answer is cancelled, the export is called off and leaves no file.
+        Cancelling `answer` ends the export, which then leaves no file.
         """
         self._jobs.begin(self._exporting(agent_id, Path(path), timeout_s), answer)
 
@@ -138,8 +138,9 @@ class Transfers:
 
         `namespace` is then that of the name.
 
-        Nobody else finds its KV before `verify` has recomputed it. Of another model only what was
-        said is kept. Waits for the disk, and nothing else runs meanwhile; see `begin_import`.
+        Other agents find its KV only after `verify` has recomputed it. From another model only
+        what was said is kept. Waits for the disk, and nothing else runs meanwhile; see
+        `begin_import`.
         Raises BadBundle (nothing is left behind), AgentExists, InvalidRequest, NoAgentStore,
         BundleFailed.
         """
@@ -155,9 +156,9 @@ class Transfers:
         *,
         namespace: str = "",
     ) -> None:
-        """The same between steps: the answer gets what `import_agent` returns or raises.
+        """Begin an import between steps: `answer` gets what `import_agent` returns or raises.
 
-        Where the answer is cancelled before the agent is there, nothing is left behind.
+        Cancelling `answer` before the agent is there leaves nothing behind.
         """
         steps = self._importing(Path(path), agent_id, valid_namespace(namespace))
         self._jobs.begin(steps, answer)
@@ -285,7 +286,7 @@ class Transfers:
             yield Pause.WAITING
 
     def _taking_in(self, bundle: Bundle, name: str) -> Steps[tuple[Agent, BundleStored]]:
-        """Its KV, and then the agent itself, unless somebody has taken its name meanwhile."""
+        """Store the KV, and then the agent itself, unless its name was taken meanwhile."""
         ticket = self._store.store_bundle(bundle, name)
         stored = yield from _answered(ticket)
         try:
@@ -311,7 +312,7 @@ class Transfers:
 
 
 def private_terms(family: KVFamily, tokenizer: str, vocab_size: int) -> BundleTerms:
-    """Terms under which nobody else can ever find the imported KV."""
+    """Make terms under which no other agent can find the imported KV."""
     namespace = f"{PRIVATE}{secrets.token_hex(16)}"
     return BundleTerms(replace(family, namespace=namespace), tokenizer, vocab_size)
 

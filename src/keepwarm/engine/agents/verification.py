@@ -39,7 +39,7 @@ class AgentVerifier:
         self._verifier = Verifier(tiers, store, model)
 
     def verify(self, agent: Agent, unit_tokens: UnitTokens) -> Steps[VerifyReport]:
-        """Of its main line; what differs is dropped, and what was imported and agrees is shared.
+        """Verify the main line: KV that differs is dropped, imported KV that agrees is shared.
 
         `unit_tokens` says how much the next unit may compute. Between two units nothing may change
         the agent's main line. Closed before its end, it drops what has differed by then.
@@ -162,7 +162,7 @@ class Verifications:
         self._queue.append(_Verification(agent, Job(steps, result)))
 
     def advance(self, unit_tokens: int) -> bool:
-        """Bring the first one on by a unit of at most so many tokens; by none where they are 0.
+        """Advance the first job by a unit of at most `unit_tokens` tokens; by none where that is 0.
 
         Returns whether that did anything but wait.
         """

@@ -49,7 +49,7 @@ class Building:
         return BuildPlan(line, partial(history_ids, line.messages, line.transcript))
 
     def build(self, plan: BuildPlan, token_ids: tuple[int, ...]) -> bool:
-        """Compute its KV in the background, until `call_off_builds`, where nobody has to give way.
+        """Compute the plan's KV in the background, in spare memory, until a request ends it.
 
         Memory and disk must have room. Returns whether it was begun.
         """
@@ -59,7 +59,7 @@ class Building:
         return self._prefetches.begin(plan.line, token_ids, may_compute=True)
 
     def has_room_for(self, num_tokens: int) -> bool:
-        """Whether KV of so many tokens fits into memory and onto the disk as they are."""
+        """Whether KV of `num_tokens` tokens fits into memory and onto the disk as they are."""
         needed_bytes = self._intake.slab_bytes(num_tokens)
         health = self._store.health()
         disk_bytes = health.disk_bytes + health.queued_bytes + needed_bytes

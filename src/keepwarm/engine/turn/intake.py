@@ -111,7 +111,7 @@ class Intake:
         return num_prompt_tokens + reply_room(limit, None) > limit
 
     def slab_bytes(self, num_tokens: int) -> int:
-        """What a line of so many tokens takes in memory."""
+        """Return the bytes that a line of `num_tokens` tokens takes in memory."""
         return self._tiers.slab_bytes(capacity_for(num_tokens))
 
     # -- a whole prompt --------------------------------------------------------------------------
