@@ -9,6 +9,7 @@ from keepwarm.core.events import Event
 from keepwarm.core.fidelity import kv_bound
 from keepwarm.core.policies import EngineConfig
 from keepwarm.core.pool import BlockPool
+from keepwarm.core.ports import LoadedModel
 from keepwarm.core.stored import KVFamily
 from keepwarm.engine.agents.agent import Place
 from keepwarm.engine.agents.book import AgentBook
@@ -57,78 +58,79 @@ class EngineParts:
         facts, store, config = model.facts, given.store, given.config
         lineage = CANONICAL_LINEAGE if deterministic else "exact"
         family = KVFamily(facts.fingerprint, facts.layout, lineage)
-        ids = given.request_ids or itertools.count(1)
         self.events: list[Event] = []
-        self.jobs = Jobs()
-        self.background = background = Background()
-        self.tiers = tiers = Tiers(given.pool, model, family=family, store=store)
-        self.batch = batch = Batch(
-            tiers,
-            model,
-            background,
-            config=config,
-            clock=given.clock,
-        )
-        self.book = book = given.book
-        self.place = place = Place(
+        self.background = Background()
+        self.tiers = Tiers(given.pool, model, family=family, store=store)
+        self.batch = Batch(self.tiers, model, self.background, config=config, clock=given.clock)
+        self.book = given.book
+        self.place = Place(
             facts.name,
             given.recorded_as,
             facts.tokenizer.fingerprint,
-            tiers,
-            give_way=background.give_way,
+            self.tiers,
+            give_way=self.background.give_way,
         )
-        book.add_place(place)
-        self.lines = lines = Lines(
-            book,
-            place,
-            max_side_lines=config.max_side_lines,
-            max_anonymous_lines=config.max_anonymous_lines,
-        )
-        self.commits = commits = Commits(store, tiers, emit=self.events.append)
-        self.prefetches = Prefetcher(batch, tiers, ids)
+        self.book.add_place(self.place)
+        self.commits = Commits(store, self.tiers, emit=self.events.append)
+        ids = given.request_ids or itertools.count(1)
+        self.prefetches = Prefetcher(self.batch, self.tiers, ids)
+        bound = kv_bound(facts.layout.dtype, deterministic=deterministic)
+        self._build_verification(model, given, bound)
+        self._build_requests(facts, given, ids)
+        self._build_calls(facts, given, family)
+
+    def _build_verification(
+        self, model: GeneratorSource, given: Surroundings, bound: float
+    ) -> None:
         self.verifies = Verifications(
             AgentVerifier(
-                tiers,
-                batch,
-                model,
-                store=store,
-                commits=commits,
-                bound=kv_bound(facts.layout.dtype, deterministic=deterministic),
+                self.tiers, self.batch, model, store=given.store, commits=self.commits, bound=bound
             ),
             model,
-            book=book,
-            place=place,
-            commits=commits,
-            alone_tokens=config.prefill_chunk_tokens,
+            book=self.book,
+            place=self.place,
+            commits=self.commits,
+            alone_tokens=given.config.prefill_chunk_tokens,
         )
-        background.add(self.prefetches)
-        background.add(self.verifies)
-        self.intake = Intake(facts, book, lines, tiers)
+        self.background.add(self.prefetches)
+        self.background.add(self.verifies)
+
+    def _build_requests(self, facts: LoadedModel, given: Surroundings, ids: Iterator[int]) -> None:
+        self.lines = Lines(
+            self.book,
+            self.place,
+            max_side_lines=given.config.max_side_lines,
+            max_anonymous_lines=given.config.max_anonymous_lines,
+        )
+        self.intake = Intake(facts, self.book, self.lines, self.tiers)
         self.turns = Turns(
             facts.tokenizer,
-            batch=batch,
-            tiers=tiers,
-            book=book,
-            lines=lines,
-            commits=commits,
+            batch=self.batch,
+            tiers=self.tiers,
+            book=self.book,
+            lines=self.lines,
+            commits=self.commits,
             emit=self.events.append,
             clock=given.clock,
             ids=ids,
         )
+        self.building = Building(self.intake, self.prefetches, self.place, store=given.store)
+
+    def _build_calls(self, facts: LoadedModel, given: Surroundings, family: KVFamily) -> None:
+        self.jobs = Jobs()
         self.transfers = Transfers(
             facts,
             family,
-            place,
-            store=store,
-            commits=commits,
-            book=book,
+            self.place,
+            store=given.store,
+            commits=self.commits,
+            book=self.book,
             jobs=self.jobs,
         )
         self.commands = AgentCommands(
-            book,
-            place,
-            store=store,
-            commits=commits,
+            self.book,
+            self.place,
+            store=given.store,
+            commits=self.commits,
             prefetches=self.prefetches,
         )
-        self.building = Building(self.intake, self.prefetches, place, store=store)

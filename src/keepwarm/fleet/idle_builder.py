@@ -1,4 +1,4 @@
-"""KV computed while the server is idle, of agents that left for another model."""
+"""IdleBuilder: while the fleet is idle, computes KV of agents that went on with another model."""
 
 import logging
 import time
@@ -29,11 +29,10 @@ class Reading:
 
 
 class IdleBuilder:
-    """Decides whose KV is built on which of the models that are in memory, one at a time.
+    """Decides which agent's KV is built on which of the models in memory, one at a time.
 
     An agent that talks to one model and has talked to another gets its new turns computed there as
-    well, so that it finds them when it returns. The agent used last comes first. `home` is the
-    name of the engine that an agent is at.
+    well, so that it finds them when it returns. The agent that was used last comes first.
     """
 
     def __init__(
@@ -56,7 +55,7 @@ class IdleBuilder:
         return f"IdleBuilder({len(self._built)} built)"
 
     def stop(self) -> None:
-        """Make way for a request; what is computed by now stays."""
+        """End it, for a request: what is computed by now stays."""
         self._idle_since_s = None
         is_stopped = self._reading is not None
         if self._reading is not None:
@@ -64,23 +63,23 @@ class IdleBuilder:
             self._reading = None
         for engine in self._engines.values():
             if engine.building.is_computing:
-                engine.building.call_off()
+                engine.building.cancel()
                 is_stopped = True
         if is_stopped and self._latest is not None:
             self._built.pop(self._latest, None)
 
     def wait(self, timeout_s: float) -> None:
-        """Until a look goes on with the conversation that is being read, if there is one."""
+        """Wait until `look` can go on with the conversation that is being read, if there is one."""
         if self._reading is not None:
             wait([self._reading.job.answer], timeout_s)
 
     def forget(self, agent_id: str) -> None:
-        """The agent is gone."""
+        """Drop what is known of an agent that was deleted."""
         for key in [key for key in self._built if key[1] == agent_id]:
             del self._built[key]
 
     def look(self) -> None:
-        """Nothing is going on: begin to build, if that has been so for a while."""
+        """Begin to build, if nothing has gone on for a while. Called while nothing does."""
         now = self._clock()
         if self._idle_since_s is None:
             self._idle_since_s = now
@@ -90,24 +89,24 @@ class IdleBuilder:
             self._begin_one()
 
     def _begin_one(self) -> None:
-        """Make one attempt only: a request may have come meanwhile."""
+        """Make one attempt: before the next one, a request may have come."""
         lagging = max(self._lagging(), default=None)
         if lagging is None:
             return
         last_used, name, agent_id = lagging
         self._latest = name, agent_id
         self._built[self._latest] = last_used
-        with self._contained():
+        with self._errors_logged():
             plan = self._engines[name].building.begin(self._book.get(agent_id))
             if plan is not None:
                 self._reading = Reading(name, plan, self._readers.begin(plan.read))
 
     def _go_on(self, reading: Reading) -> None:
-        """Its conversation has been read, or will have been at another look."""
+        """Build, if the conversation has been read by now."""
         if not reading.job.answer.done():
             return
         self._reading = None
-        with self._contained():
+        with self._errors_logged():
             token_ids = reading.job.answer.result()
             if (
                 not self._engines[reading.model].building.build(reading.plan, token_ids)
@@ -118,16 +117,17 @@ class IdleBuilder:
                 self._idle_since_s = None
 
     @contextmanager
-    def _contained(self) -> Iterator[None]:
+    def _errors_logged(self) -> Iterator[None]:
+        """Log what a template, a tokenizer or a full memory raises: no request waits for the KV."""
         try:
             yield
         except InvariantBroken:
             raise
-        except Exception as error:  # noqa: BLE001 - nobody asked for it
+        except Exception as error:  # noqa: BLE001 - of foreign code; no request waits for it
             _log.info("no KV in advance: %r", error)
 
     def _lagging(self) -> Iterator[tuple[int, str, str]]:
-        """When it was last used, the model, and the agent, of each that has moved on elsewhere."""
+        """Yield when it was last used, the model and the agent, of each that went on elsewhere."""
         for name, engine in self._engines.items():
             for agent in () if engine.is_suspended else self._book:
                 last_used = agent.main.blocks.last_used

@@ -49,9 +49,9 @@ class Building:
         return BuildPlan(line, partial(history_ids, line.messages, line.transcript))
 
     def build(self, plan: BuildPlan, token_ids: tuple[int, ...]) -> bool:
-        """Compute the plan's KV in the background, in spare memory, until a request ends it.
+        """Compute the plan's KV in the background, until `cancel`.
 
-        Memory and disk must have room. Returns whether it was begun.
+        Nothing gives way to it: memory and disk must have room. Returns whether it was begun.
         """
         num_tokens = len(token_ids)
         if self._intake.would_drop_turns(num_tokens) or not self.has_room_for(num_tokens):
@@ -70,6 +70,6 @@ class Building:
     def is_computing(self) -> bool:
         return self._prefetches.is_computing
 
-    def call_off(self) -> None:
-        """What has been computed stays."""
+    def cancel(self) -> None:
+        """End what is being computed; what is there by then stays."""
         self._prefetches.cancel_computing()
