@@ -68,7 +68,8 @@ class DiskLog:
 
     def try_again(self) -> None:
         """Ask the disk again for what it has refused."""
-        self.retry_commits()
+        if self._changes.refused:  # every poll comes here
+            self.retry_commits()
         if self._is_erasure_due:
             self._is_erasure_due = False
             self._thread.ask(Priority.COMMIT, self._disk.erase, self._take_erased)
