@@ -83,6 +83,16 @@ class FleetMachine(RuleBasedStateMachine):
     def say(self, agent: str, model: str, text: str, max_tokens: int) -> None:
         self.submit(agent, model, max_tokens, append=[user(text)])
 
+    @rule(agent=agents, talk=st.lists(st.tuples(models, texts), min_size=1, max_size=4))
+    def talk(self, agent: str, talk: list[tuple[str, str]]) -> None:
+        """Several turns, each to its end, now with one model and now with the other."""
+        self.create(agent, system=False, pinned=False)
+        for model, text in talk:
+            self.finish()
+            self.submit(agent, model, 5, append=[user(text)])
+            self.nothing_is_lost()
+        self.finish()
+
     @rule(agent=agents, model=models, text=texts)
     def say_all(self, agent: str, model: str, text: str) -> None:
         """The whole conversation again, as a stateless client sends it, and a new message."""
