@@ -28,8 +28,12 @@ class BlockPoolBatchEngine:
     agents, in which an agent is at one of them. `recorded_as` is the model's name in what is
     committed of agents that talked to it last; empty for a server's default one.
 
+    Calls on agents are attributes, bound to the part that answers them: `create`, `fork`,
+    `rollback`, `park`, `prefetch`, `configure`, `delete`, `agents`, `turns` and the others of
+    `AgentCommands`, `export` and `import_agent` of `Transfers`, `verify` of `Verifications`.
+
     `suspend` gives the weights back and `resume` takes the same ones again: in between everything
-    works that computes nothing, and whatever ran waits.
+    works that computes nothing, and what ran waits.
     """
 
     def __init__(
@@ -78,7 +82,10 @@ class BlockPoolBatchEngine:
         self._offer_calls(parts)
 
     def _offer_calls(self, parts: EngineParts) -> None:
-        """Agents are asked here; the calls are those of the parts that answer them."""
+        """Offer the calls of the parts that answer for agents as the engine's own.
+
+        They are bound once instead of being written again: each is documented where it is done.
+        """
         agents, transfers, verifies = parts.commands, parts.transfers, parts.verifies
         self.agents, self.agent, self.knows = agents.agents, agents.agent, agents.knows
         self.turns, self.settings, self.system = agents.turns, agents.settings, agents.system
