@@ -18,7 +18,8 @@ from typing import Any
 
 from keepwarm.core.ports import LoadedModel
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
-from keepwarm.kv.tiers import Tiers
+from keepwarm.kv.demotion import Demotion
+from keepwarm.kv.promotion import Promotion
 from keepwarm.store.catalog import schema
 from keepwarm.store.catalog.catalog import Catalog
 from keepwarm.store.disk import files as record_files
@@ -154,11 +155,11 @@ def _in_read(trap: Trap, _loaded: LoadedModel) -> None:
 
 
 def _in_restore(trap: Trap, _loaded: LoadedModel) -> None:
-    _after(Tiers, "take_fetched", lambda num_tokens: trap.visit() if num_tokens else None)
+    _after(Promotion, "take_fetched", lambda num_tokens: trap.visit() if num_tokens else None)
 
 
 def _in_demotion(trap: Trap, _loaded: LoadedModel) -> None:
-    _after(Tiers, "_empty_slab", trap.visit)
+    _after(Demotion, "_payloads_out_of", trap.visit)
 
 
 def _in_removal(trap: Trap, _loaded: LoadedModel) -> None:

@@ -1,16 +1,18 @@
 """Twenty kills in all phases over two homes; `python -m benchmarks chaos` is the long version."""
 
 import json
+import threading
 
 import pytest
 
+from benchmarks.chaos import traps
 from benchmarks.chaos.benchmark import run_chaos
 from benchmarks.chaos.home import Home
 from benchmarks.chaos.plan import QUICK, ChaosPlan, Kill, kills_of
 from benchmarks.chaos.tally import HALF, LOST, PROBLEMS, TRACES, WRONG, Tally
 from benchmarks.chaos.traps import Phase
 from benchmarks.chaos.verification import Verification
-from benchmarks.chaos.world import FAKE
+from benchmarks.chaos.world import FAKE, load_world
 from keepwarm.bench.report import as_json
 
 SEED = 7
@@ -26,6 +28,21 @@ def test_twenty_kills_lose_nothing_and_break_nothing() -> None:
     assert set(kills.facts) == {phase.value for phase in Phase}
     assert all(kills.facts.values()), shown
     json.dumps(as_json(result))
+
+
+@pytest.mark.parametrize("phase", [phase for phase in Phase if phase is not Phase.RANDOM])
+def test_what_a_trap_is_made_of_exists(phase: Phase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traps know functions by name only, which no type checker compares."""
+    set_up: list[str] = []
+
+    def note(owner: object, name: str, _value: object) -> None:
+        assert hasattr(owner, name)
+        set_up.append(name)
+
+    monkeypatch.setattr(traps, "_replace", note)
+    monkeypatch.setattr(threading.Thread, "start", lambda _thread: None)
+    traps.set_trap(traps.Trap(phase, 1, 0, lambda _fact: None), load_world(FAKE))
+    assert set_up
 
 
 def test_a_campaign_follows_from_its_seed() -> None:

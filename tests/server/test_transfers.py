@@ -259,7 +259,7 @@ class TestFullDisks:
         assert refused.status_code == 507
         assert os.strerror(code) in refused.json()["error"]["message"]
         assert str(home) not in refused.text
-        assert not files_in(home)
+        wait_until(lambda: not files_in(home))  # the fixture's export goes after its last byte
         monkeypatch.undo()
         assert client.get("/v1/agents/eve").status_code == 404
         assert client.post("/v1/agents/import?id=eve", content=bundle).status_code == 201
@@ -282,12 +282,12 @@ class TestFullDisks:
             refused = client.post("/v1/agents/import", content=content)
             assert refused.status_code == 507
             assert "must stay free" in refused.json()["error"]["message"]
-            assert not files_in(tmp_path / "full")
+            wait_until(lambda: not files_in(tmp_path / "full"))
             client.put("/v1/agents/eve", json={})
             exported = client.get("/v1/agents/eve/export")
             assert exported.status_code == 507
             assert str(tmp_path) not in exported.text
-            assert not files_in(tmp_path / "full")
+            wait_until(lambda: not files_in(tmp_path / "full"))
 
 
 def test_only_post_is_an_import(client: httpx.Client) -> None:

@@ -280,6 +280,18 @@ def test_when_memory_comes_free(tmp_path: Path, clock: FakeClock) -> None:
         assert num_prefilled(setup, "small") > before + 700
 
 
+def test_a_spare_slab_counts_as_room(tmp_path: Path) -> None:
+    with opened(tmp_path, budget_bytes=20 * BLOCK_BYTES) as setup:
+        setup.run("small", agent_id="bob", token_ids=ids(256 * 8), max_tokens=3)
+        setup.settle()
+        engine = setup.fleet.engine("small")
+        engine.demote("bob")
+        memory = engine.tiers.pool.snapshot().bytes_by_kind
+        assert memory["spare"] > 8 * BLOCK_BYTES
+        assert engine.building.has_room_for(256 * 8)
+        assert not engine.building.has_room_for(256 * 16)
+
+
 def test_what_the_generator_raises_costs_nothing(
     setup: Setup, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

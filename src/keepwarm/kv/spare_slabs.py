@@ -29,6 +29,11 @@ class SpareSlabs:
     def __repr__(self) -> str:
         return f"SpareSlabs({[spare.slab.capacity_tokens for spare in self._spares]} tokens)"
 
+    @property
+    def nbytes(self) -> int:
+        """How many bytes of the budget the spares hold."""
+        return sum(spare.allocation.nbytes for spare in self._spares)
+
     def take_spare(self, capacity_tokens: int) -> PaidSlab | None:
         """Return the smallest spare that fits and is at most a quarter too large, if there is one.
 

@@ -281,6 +281,11 @@ class Tiers:
     # -- the whole -------------------------------------------------------------------------------
 
     @property
+    def spendable_bytes(self) -> int:
+        """How many bytes new KV can take without any other KV being given up."""
+        return self.pool.free_bytes + self.memory.spares.nbytes
+
+    @property
     def is_being_freed(self) -> bool:
         """Whether memory comes free though no row ends here: KV is being saved, or others end."""
         return self.saves.is_busy or self.pool.neighbours.will_free()

@@ -64,7 +64,7 @@ class Building:
         health = self._store.health()
         disk_bytes = health.disk_bytes + health.queued_bytes + needed_bytes
         has_disk = not health.budget_bytes or disk_bytes <= health.budget_bytes
-        return has_disk and needed_bytes <= self._place.tiers.pool.free_bytes
+        return has_disk and needed_bytes <= self._place.tiers.spendable_bytes
 
     @property
     def is_computing(self) -> bool:
