@@ -19,6 +19,13 @@ STARTS = re.compile(r"(Of|The same)\b")
 """Openings that leave out what the sentence is about."""
 VAGUE = re.compile(r"\b(somebody|nobody|whoever|so many)\b", re.IGNORECASE)
 """Words that stand where a noun should: the client, the agent, the caller, how many."""
+NO_VERB = re.compile(
+    r"(A|All|An|As|By|Each|Every|For|How|In|It|Its|No|None|Of|One|Raises|The|They|This|Those|What|When"
+    r"|Where|Which|Who|Why|With)\b"
+)
+"""What a function's docstring does not begin with: it says what the function does."""
+HELP = frozenset({"A local LLM server on MLX in which every agent keeps its memory warm."})
+"""Docstrings that typer shows to people."""
 AT_LEAST = 2000
 """The number of docstrings below which this test would not be looking at the code any more."""
 
@@ -38,6 +45,23 @@ def complaints(place: str, text: str) -> list[str]:
     """Say what is wrong with one text; empty where nothing is."""
     found = [f"{place}: begins with {start[0]!r}" for start in [STARTS.match(text)] if start]
     return found + [f"{place}: says {word!r}" for word in VAGUE.findall(text)]
+
+
+def functions(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the line and the docstring of each function and method, but for properties."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            decorators = {ast.unparse(decorator) for decorator in node.decorator_list}
+            text = ast.get_docstring(node)
+            if text and text not in HELP and not decorators & {"property", "cached_property"}:
+                yield node.lineno, text
+
+
+def test_a_functions_docstring_begins_with_a_verb() -> None:
+    source = [path for path in FILES if "tests" not in path.relative_to(ROOT).parts]
+    texts = [(f"{path.relative_to(ROOT)}:{n}", t) for path in source for n, t in functions(path)]
+    assert len(texts) > AT_LEAST // 2
+    assert not [f"{place}: {text}" for place, text in texts if NO_VERB.match(text)]
 
 
 def test_docstrings() -> None:

@@ -190,7 +190,7 @@ def _measure(shape: Shape, num_warm_ups: int, num_calls: int) -> ShapeResult:
 
 
 class _KVWriter(nn.Module):
-    """As much of a model as KV needs: each layer writes one token's keys and values."""
+    """A model that computes nothing: each layer writes one token's keys and values."""
 
     def __init__(self, layout: CacheLayout) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -148,7 +148,9 @@ class BundleTicket(Generic[BundleAnswer]):
             self.answer = answer
 
     def end(self, undo: Callable[[], object]) -> None:
-        """The work has ended: cancelling undoes it from now on, or now if it was cancelled."""
+        """Note that the work has ended: cancelling undoes it from now on, or now if it was
+        cancelled.
+        """
         self._cancel = undo
         if self.is_cancelled:
             undo()

@@ -9,5 +9,5 @@ have: not measured, because MLX's CPU device computes a token's row in bfloat16 
 
 
 def kv_bound(dtype: str, *, deterministic: bool) -> float:
-    """The largest absolute difference of KV between legitimate paths; none in canonical shapes."""
+    """Return how far the KV of legitimate paths may differ; not at all in canonical shapes."""
     return 0.0 if deterministic else _KV_BOUNDS[dtype]

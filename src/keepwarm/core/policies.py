@@ -229,7 +229,9 @@ class PrefillThrottle:
     recent_decode_s: deque[float] = field(default_factory=lambda: deque(maxlen=9))
 
     def observe(self, *, num_tokens: int, prefill_s: float, decode_s: float) -> None:
-        """A step prefilled `num_tokens` in `prefill_s`, after a decode of `decode_s`."""
+        """Learn from a step: `num_tokens` were prefilled in `prefill_s`, after `decode_s` of
+        decode.
+        """
         self.recent_decode_s.append(decode_s)
         allowed_s = (self.max_step_stretch - 1.0) * median(self.recent_decode_s)
         if 2 * num_tokens > self.num_tokens and prefill_s > 0.0:

@@ -33,7 +33,7 @@ class Span:
         return self.is_whole and piece.special_id is None and self.text == piece.text
 
     def checked(self, new_detokenizer: Callable[[], Detokenizer] | None) -> "Span":
-        """The span of a foreign file, whole only if its ids really spell its text.
+        """Return the span of a foreign file, whole only if its ids really spell its text.
 
         Ids that do not are never fed for the text: it is encoded anew when it comes up.
         `new_detokenizer` makes a fresh one; None where the ids are another tokenizer's. Takes time
@@ -71,7 +71,7 @@ class Transcript:
         return len(self.token_ids)
 
     def extended(self, more: Span) -> "Transcript":
-        """The transcript with its open text continued by another one: a reply, or bare ids."""
+        """Return the transcript with its open text continued: by a reply, or by bare ids."""
         if not more.text and not more.token_ids:
             return self
         *closed, open_span = self.spans
@@ -83,7 +83,7 @@ class Transcript:
         return Transcript((*closed, joined))
 
     def truncated(self, num_tokens: int) -> "Transcript":
-        """The first `num_tokens` ids. A text that is cut in two is known by its ids only."""
+        """Return the first `num_tokens` ids. A text that is cut in two is known by its ids only."""
         spans: list[Span] = []
         room = num_tokens
         for span in self.spans:
@@ -110,7 +110,7 @@ EMPTY = Transcript()
 
 
 def take_turns(pieces: Sequence[Piece]) -> Iterator[Piece]:
-    """The pieces in a transcript's order: text, special token, text, ..., text.
+    """Yield the pieces in a transcript's order: text, special token, text, ..., text.
 
     Neighbouring texts become one, and an empty text stands between neighbouring special tokens.
     """
@@ -158,5 +158,5 @@ class Turn:
     receipt: Receipt | None = None
 
     def without_receipt(self) -> "Turn":
-        """The turn for a fork or an import: a receipt answers for the agent that was asked."""
+        """Return the turn for a fork or an import: a receipt answers for the agent asked."""
         return replace(self, receipt=None)

@@ -172,7 +172,7 @@ class BlockPoolBatchEngine:
         continue_final_message: bool = False,
         text: str | None = None,
     ) -> int:
-        """How many tokens such a prompt has. Raises InvalidRequest."""
+        """Return how many tokens such a prompt has. Raises InvalidRequest."""
         source = PromptSource(
             messages=messages, text=text, continue_final_message=continue_final_message
         ).in_repair()
@@ -204,7 +204,7 @@ class BlockPoolBatchEngine:
         return self.tiers.saves.is_busy or bool(len(self.tiers.saves)) or bool(self._jobs)
 
     def step(self, *, may_wait: bool = True) -> list[Event]:
-        """One decode step for every ready row, some prefill beside it, and what came of them.
+        """Run one decode step for every ready row, and some prefill beside it; return the events.
 
         Waits briefly when there is nothing to do but to hear from the store, if it may.
         """

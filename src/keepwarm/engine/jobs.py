@@ -64,7 +64,7 @@ class Jobs:
         return any(job.is_ready for job in self._jobs)
 
     def begin(self, steps: Steps[T], answer: "Future[T]") -> None:
-        """The first step is done at once."""
+        """Begin a job and do its first step at once."""
         job = Job(steps, answer)
         if not job.advance():
             self._jobs.append(job)
@@ -74,7 +74,7 @@ class Jobs:
         self._jobs = [job for job in self._jobs if not job.advance()]
 
     def abandon(self, error: Exception) -> None:
-        """All of them end with the error."""
+        """End all jobs with the error."""
         jobs, self._jobs = self._jobs, []
         for job in jobs:
             job.fail(error)

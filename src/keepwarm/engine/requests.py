@@ -134,7 +134,7 @@ class PromptSource:
             raise InvalidRequest("continue_final_message", "needs messages")
 
     def in_repair(self) -> "PromptSource":
-        """With old messages that can be read; what a client replays must not end its conversation.
+        """Return the source with old messages that can be read.
 
         New ones are left for the checks to refuse.
         """
@@ -159,7 +159,7 @@ class Asked:
 
 
 def valid_agent_id(agent_id: object) -> str | None:
-    """A name is 1 to 128 letters, digits and . _ : @ + - and begins with a letter or digit.
+    """Return the name: 1 to 128 letters, digits and . _ : @ + -, a letter or digit first.
 
     A namespace, of 1 to 64 letters, digits and . _ -, may stand before it and a slash.
     """
@@ -175,7 +175,7 @@ def valid_agent_id(agent_id: object) -> str | None:
 
 
 def valid_name(name: object) -> str:
-    """A name without a namespace."""
+    """Return the name, which must have no namespace."""
     if isinstance(name, str) and "/" in name:
         raise InvalidRequest("agent_id", f"{name!r} is no agent's name: it has a slash")
     valid = valid_agent_id(name)
@@ -231,7 +231,7 @@ def valid_priority(priority: object) -> int:
 
 
 def valid_settings(settings: AgentSettings) -> AgentSettings:
-    """An agent's settings, each in its range. Raises InvalidRequest."""
+    """Return an agent's settings, each in its range. Raises InvalidRequest."""
     valid_priority(settings.priority)
     if not isinstance(settings.pinned, bool):
         raise InvalidRequest("pinned", f"must be true or false, not {settings.pinned!r}")

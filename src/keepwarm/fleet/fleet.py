@@ -98,7 +98,7 @@ class Fleet:
     # -- models ----------------------------------------------------------------------------------
 
     def attach(self, loaded: LoadedModel) -> None:
-        """The model computes from now on; what waited for it goes on.
+        """Let the model compute from now on; what waited for it goes on.
 
         With other weights than before it is another model: its agents keep what was said, and what
         ran on the old ones fails with OtherWeights.
@@ -117,7 +117,7 @@ class Fleet:
         self._weights.loaded[name] = loaded
 
     def detach(self, name: str, timeout_s: float = 60.0) -> bool:
-        """The model's weights can go; its agents' KV is on the disk, as far as that took it.
+        """Let the model's weights go; its agents' KV goes to the disk, as far as that takes it.
 
         Returns whether it took everything. What the model was answering waits for its return.
         """
@@ -135,14 +135,14 @@ class Fleet:
         return name in self._engines
 
     def engine(self, name: str) -> BlockPoolBatchEngine:
-        """Raises UnknownModel."""
+        """Return the model's engine. Raises UnknownModel."""
         if name not in self._engines:
             raise UnknownModel(name, tuple(self._engines))
         return self._engines[name]
 
     def bring(self, agent_id: str, name: str) -> BlockPoolBatchEngine:
-        """The engine of this model, which is to compute for the agent; empty: of the one that it
-        talked to last.
+        """Return the engine of this model, or for an empty name of the one that the agent talked to
+        last.
 
         Raises UnknownModel, and AgentBusy while the agent talks to another.
         """
@@ -155,7 +155,7 @@ class Fleet:
     # -- requests --------------------------------------------------------------------------------
 
     def submit(self, request: GenerateRequest, reading: Reading | None = None) -> str:
-        """Raises what `BlockPoolBatchEngine.submit` raises, and UnknownModel.
+        """Submit the request to its model's engine, and bring its agent there.
 
         While an agent talks to one model, what is asked in its name of another is answered without
         touching it.
@@ -172,7 +172,7 @@ class Fleet:
         return engine.submit(**arguments)
 
     def check_length(self, request: GenerateRequest, reading: Reading | None = None) -> None:
-        """As the engine's own, for what is known of the agent there; nothing moves.
+        """Check the length by what is known of the agent at its model; nothing moves.
 
         Of a model that was never loaded nothing is known.
         """
@@ -202,7 +202,7 @@ class Fleet:
         return any(engine.has_chores for engine in self._engines.values())
 
     def step(self) -> list[Event]:
-        """A step of every engine that has something to do; else perhaps some KV in advance."""
+        """Step every engine that has something to do, or compute some KV in advance."""
         if self._builds_when_idle and not self.has_work:
             self._builder.look()
         busy = [engine for engine in self._engines.values() if engine.has_work]
@@ -216,7 +216,8 @@ class Fleet:
     # -- agents ----------------------------------------------------------------------------------
 
     def model_of(self, agent_id: str | None) -> str:
-        """The model that the agent talks to, or talked to last; the default one for a new agent.
+        """Return the name of the model that the agent talks to, or talked to last, or the default
+        one.
 
         It may be one that was not loaded since the agent's last run. Raises DamagedAgent.
         """
@@ -228,14 +229,14 @@ class Fleet:
         return self._default if agent is None else agent.model or self._default
 
     def of(self, agent_id: str) -> BlockPoolBatchEngine:
-        """The engine that the agent is at; the default one for an unknown or damaged agent."""
+        """Return the agent's engine; the default one for an unknown or damaged agent."""
         agent = None
         with suppress(DamagedAgent):
             agent = self.book.find(agent_id)
         return self._default_engine if agent is None else self._engines[agent.place.model]
 
     def agents(self) -> tuple[AgentView, ...]:
-        """All agents, those that are only on the disk as well."""
+        """Return all agents, those that are only on the disk as well."""
         there = (s for s in self.store.summaries() if self.book.here(s.agent_id) is None)
         return (*map(view_of, self.book), *map(view_of_summary, there))
 
@@ -244,11 +245,11 @@ class Fleet:
         return any(s.agent_id == agent_id and s.damage for s in self.store.summaries())
 
     def fork(self, agent_id: str, new_id: str, *, at_turn: int | None = None) -> Commit:
-        """As the engine's own, where the agent is."""
+        """Fork the agent at its engine."""
         return self.of(agent_id).fork(agent_id, new_id, at_turn=at_turn)
 
     def begin_export(self, agent_id: str, path: Path, answer: "Future[ExportSummary]") -> None:
-        """As the engine's own, where the agent is."""
+        """Begin to export the agent at its engine."""
         self.of(agent_id).begin_export(agent_id, path, answer)
 
     def begin_import(
@@ -259,7 +260,7 @@ class Fleet:
         *,
         namespace: str = "",
     ) -> None:
-        """As the engine's own, of the default model."""
+        """Begin to import an agent at the default model's engine."""
         self.engine(self._default).begin_import(path, agent_id, answer, namespace=namespace)
 
     def counted(self, views: Sequence[AgentView]) -> list[AgentView]:
@@ -270,18 +271,18 @@ class Fleet:
         ]
 
     def count_agents(self, counts: Callable[[str], bool]) -> Counter[str]:
-        """By model, how many of the agents that count talked to it last, in memory or on disk."""
+        """Return how many of the agents that count talked to each model last."""
         model_of = self.store.models() | {agent.agent_id: agent.model for agent in self.book}
         ids = filter(counts, model_of)
         return Counter(model_of[agent_id] or self._default for agent_id in ids)
 
     def abandon(self, name: str, error: Exception) -> None:
-        """What waits for the model fails: it does not come back."""
+        """Fail what waits for the model, which does not come back."""
         if name in self._engines:
             self._events += self._engines[name].abandon(error)
 
     def delete(self, agent_id: str) -> Commit:
-        """As the engine's own, from all engines. Raises UnknownAgent, AgentBusy."""
+        """Delete the agent from the memory of all engines. Raises UnknownAgent, AgentBusy."""
         self._builder.stop()
         commit = self.of(agent_id).delete(agent_id)
         commit.then(lambda is_done: self._builder.forget(agent_id) if is_done else None)
@@ -290,7 +291,7 @@ class Fleet:
     # -- the whole -------------------------------------------------------------------------------
 
     def snapshot(self) -> EngineSnapshot:
-        """All engines together, and their one store."""
+        """Return a snapshot of all engines together, and of their one store."""
         return merged(
             [engine.snapshot() for engine in self._engines.values()],
             self.store.health(),
@@ -360,7 +361,7 @@ class _Others:
         return sum(engine.tiers.pool.used_bytes for engine in self._others())
 
     def make_room(self, needed_bytes: int) -> None:
-        """Each in turn; none of them asks others in turn."""
+        """Ask each engine in turn for memory; none of them asks others."""
         for engine in self._others():
             engine.background.make_way()
             with suppress(PoolExhausted):

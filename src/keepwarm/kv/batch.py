@@ -248,7 +248,7 @@ def _input_of(sequence: TokenSequence) -> RowInput:
 
 
 def _tier_of_reuse(sequence: TokenSequence, *, had_slab: bool) -> Tier:
-    """Where the KV came from that this request did not have to compute."""
+    """Return the tier that held the KV which this request did not have to compute."""
     if not sequence.blocks.num_tokens:
         return Tier.NONE
     return Tier.WARM if sequence.blocks.num_to_restore or not had_slab else Tier.HOT

@@ -67,7 +67,7 @@ class Prefill:
             self._cost.observe_prefill(num_tokens, prefill_s)
 
     def _limit(self, beside_decode: bool) -> int:
-        """How many tokens this step may compute.
+        """Return how many tokens this step may compute.
 
         Where only prefetches run, a request that comes in the middle of the step waits for its end.
         """
@@ -95,7 +95,7 @@ class Prefill:
         return len(chunk)
 
     def _next(self) -> TokenSequence | None:
-        """The one that has waited longest for a chunk and would not compute another's block."""
+        """Return the sequence that has waited longest and would not compute another's block."""
         prefilling = self._rows.in_phase(Phase.PREFILLING)
         begun = {
             self._next_hash(sequence)
@@ -110,7 +110,9 @@ class Prefill:
         return None
 
     def _next_hash(self, sequence: TokenSequence) -> BlockHash | None:
-        """The block that the sequence is computing; None when its prompt ends before the block."""
+        """Return the block that the sequence is computing; None when its prompt ends before the
+        block.
+        """
         blocks = sequence.blocks
         depth = whole_blocks(blocks.num_tokens)
         end = (depth + 1) * BLOCK_TOKENS

@@ -233,6 +233,6 @@ def row_of(sequence: TokenSequence) -> RowId:
 
 
 def _num_free(sequence: TokenSequence) -> int:
-    """How many more tokens the slab has room for."""
+    """Return how many more tokens the slab has room for."""
     slab = sequence.blocks.slab
     return slab.capacity_tokens - slab.num_tokens if slab is not None else 0

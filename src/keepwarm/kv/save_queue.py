@@ -202,7 +202,9 @@ class SaveQueue:
         return self._store.missing_from(unsaved.parent, unsaved.token_ids)
 
     def _tail_of(self, line: AgentBlocks, depth: int, num_tokens: int) -> Unsaved | None:
-        """The line's ids from the block at `depth` on, up to `num_tokens`; None: there are none."""
+        """Return the line's ids from the block at `depth` on, up to `num_tokens`; None: there are
+        none.
+        """
         ids = tuple(line.token_ids[depth * BLOCK_TOKENS : num_tokens])
         if not ids:
             return None

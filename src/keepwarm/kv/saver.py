@@ -88,7 +88,7 @@ class Saver:
         return line.line in self._memory.lines and tuple(ids) == unsaved.token_ids
 
     def _source_of(self, unsaved: Unsaved, num_tokens: int) -> PaidPayload | None:
-        """The KV of its last tokens; None when there is no memory for a copy now."""
+        """Return the KV of its last tokens; None when there is no memory for a copy now."""
         generator = self._memory.model.generator
         stop = len(unsaved.token_ids)
         whole = self._whole_payload(unsaved)
@@ -106,20 +106,20 @@ class Saver:
         return PaidPayload(payload, allocation)
 
     def _staging(self, nbytes: int) -> Allocation | None:
-        """Memory for a copy, if the pool has it to spare: nothing is evicted in order to save."""
+        """Allocate memory for a copy, if the pool has it: nothing is evicted in order to save."""
         if self._memory.pool.free_bytes < nbytes:
             return None
         return self._memory.pool.allocate(Kind.SAVING, nbytes)
 
     def _as_it_is(self, whole: PaidPayload | None, stop: int) -> PaidPayload | None:
-        """Where memory has no room for a copy, what the store has already is written again."""
+        """Return what the store has already, to be written again where no copy fits into memory."""
         if whole is None or whole.payload.num_tokens != stop:
             return None
         self._memory.pool.retain(whole.allocation)
         return whole
 
     def _demote_for(self, unsaved: Unsaved) -> bool:
-        """Where memory has no room for a copy, a resting line's slab becomes what is written."""
+        """Demote a resting line, whose payload can be written where no copy fits into memory."""
         block = self._memory.index.get(unsaved.hash)
         lines = [unsaved.tail_of] if unsaved.tail_of is not None else []
         lines += [self._memory.lines[line] for line in (block.slabs if block is not None else ())]
@@ -129,7 +129,7 @@ class Saver:
         return resting is not None
 
     def _whole_payload(self, unsaved: Unsaved) -> PaidPayload | None:
-        """The payload that begins where the block begins, if it has one."""
+        """Return the payload that begins where the block begins, if it has one."""
         line, block = unsaved.tail_of, self._block_of(unsaved)
         if block is not None:
             if block.payload is not None and block.allocation is not None:
@@ -147,7 +147,7 @@ class Saver:
         return slab_of(unsaved.tail_of)
 
     def _block_of(self, unsaved: Unsaved) -> Block | None:
-        """The whole block, or the one that the line's tail has become meanwhile."""
+        """Return the whole block, or the one that the line's tail has become meanwhile."""
         line = unsaved.tail_of
         if line is None:
             return self._memory.index.get(unsaved.hash)

@@ -203,7 +203,9 @@ class Verifier:
             yield Pause.READY
 
     def _largest(self, pairs: Iterable[tuple[Payload, int, Payload]]) -> float | None:
-        """The largest difference; a pair is computed KV, a start in it, and KV that was kept."""
+        """Return the largest difference; a pair is computed KV, a start in it, and KV that was
+        kept.
+        """
         generator = self._model.generator
         differences = [
             generator.largest_difference(
@@ -214,7 +216,9 @@ class Verifier:
         return max(differences, default=None)
 
     def _arrived(self, scratch: AgentBlocks, computed: Payload) -> float | None:
-        """How the block's next record from the disk differs; None for a damaged one, the last."""
+        """Return how the block's next record from the disk differs; None for a damaged one, the
+        last.
+        """
         fetches = self._tiers.fetches
         arrival = fetches.next_arrival(scratch.line)
         if arrival is None:

@@ -29,7 +29,7 @@ _metal_users_lock = threading.Lock()
 
 
 def device_bytes() -> int:
-    """How many bytes weights and KV together may take on this device.
+    """Return how many bytes weights and KV together may take on this device.
 
     Metal's recommended working set, a CUDA device's own free memory, or most of the RAM that the
     machine, its control group and its limits give this process.

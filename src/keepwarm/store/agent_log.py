@@ -149,7 +149,7 @@ class DiskLog:
             return None
 
     def _summaries(self) -> list[AgentSummary]:
-        """None where a page is damaged: the next start takes over what can be read of the rest."""
+        """Return all summaries; none where a page is damaged: the next start rescues the rest."""
         try:
             return self._reader.summaries()
         except CatalogCorrupt as error:
@@ -207,7 +207,7 @@ class DiskLog:
             self._answers.add(change.answer, durable)
 
     def _erase(self, change: Change) -> None:
-        """The agent's rows are gone; what else there was of it goes before that is answered."""
+        """Erase what is left of an agent whose rows are gone, before that is answered."""
         own = [entry.record.hash for entry in self._index.disuse(change.agent_id)]
         self._room.remove(own, Priority.COMMIT)
         # The erasing writes all of the catalogue anew beside the old one.
@@ -221,7 +221,7 @@ class DiskLog:
         self._thread.ask(Priority.COMMIT, self._disk.erase, take, lost=lost)
 
     def _take_erased(self, done: Erased) -> None:
-        """An agent is gone for good, whatever traces of it could not be erased yet."""
+        """Note whether the disk has erased an agent's traces: its deletion stands either way."""
         self._room.other_bytes = done.other_bytes
         self._is_erasure_due = done.fault is not None
         if done.fault is None:

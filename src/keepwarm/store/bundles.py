@@ -180,7 +180,7 @@ class DiskBundles:
                 self._index.offer(record_hash)
 
     def _make_room_for(self, bundle: Bundle, agent_id: str) -> Hashes:
-        """The first records of the bundle, as many as budget and the agent's quota allow."""
+        """Return the first records of the bundle, as many as budget and the agent's quota allow."""
         names: list[BlockHash] = []
         family, quota_bytes = bundle.terms.family, bundle.state.settings.quota_bytes
         for record in bundle.records:

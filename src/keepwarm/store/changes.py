@@ -39,7 +39,7 @@ class Changes:
         return f"Changes({len(self._on_way)} on their way, {len(self.refused)} agents refused)"
 
     def begin(self, change: Change) -> None:
-        """The change is on its way to the catalogue."""
+        """Note a change that is on its way to the catalogue."""
         former = self._last.get(change.agent_id)
         if change.state is None and former is not None:
             self._before[change] = former
@@ -55,18 +55,20 @@ class Changes:
         return {agent_id for agent_id, change in self._last.items() if change.state is None}
 
     def note_ended(self, change: Change) -> None:
-        """The catalogue has answered, whatever it said."""
+        """Note that the catalogue has answered, whatever it said."""
         self._on_way.remove(change)
 
     def note_taken(self, change: Change) -> None:
-        """The change is durable: the last one of its agent, or one before that."""
+        """Note that a change is durable: the last one of its agent, or one before that."""
         self._before.pop(change, None)
         self._before = {later: c for later, c in self._before.items() if c is not change}
         if self._last.get(change.agent_id) is change:
             del self._last[change.agent_id]
 
     def note_refused(self, change: Change) -> None:
-        """The disk refused it: a state is tried again, a deletion is as if it had not been."""
+        """Note that the disk refused a change: a state is tried again, a deletion is as if never
+        made.
+        """
         if change.state is not None:
             self.refused.add(change.agent_id)
             return

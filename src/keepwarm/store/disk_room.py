@@ -57,7 +57,9 @@ class DiskRoom:
             self._thread.post(priority, partial(self._disk.remove, part))
 
     def _room_for_records(self) -> int:
-        """What records may fill of the budget: the catalogue's log comes and goes beside them."""
+        """Return what records may fill of the budget: the catalogue's log comes and goes beside
+        them.
+        """
         return self._budget_bytes - min(16 << 20, self._budget_bytes // 8)
 
     def _evict(self, victims: Sequence[Entry], priority: Priority) -> None:

@@ -40,7 +40,7 @@ class DiskHealth:
         log.warning("a record could not be read: %s", fault)
 
     def note_fault(self, fault: str | None, work: Work) -> None:
-        """The disk has refused this work, if there is a `fault`."""
+        """Note that the disk has refused this work, if there is a `fault`."""
         if fault is None:
             return
         self.num_faults += 1
@@ -52,7 +52,7 @@ class DiskHealth:
         self._pause_s = min(2 * self._pause_s, LAST_RETRY_S)
 
     def note_success(self, *works: Work, written_bytes: int = 0) -> None:
-        """The disk has taken this work again.
+        """Note that the disk has taken this work again.
 
         The fault is over when everything refused has been taken: a disk that is full for records
         may take commits for long.
@@ -83,7 +83,7 @@ class DiskHealth:
             log.critical("%s; nothing is saved any more", self.fault, exc_info=failure)
 
     def ask_again(self) -> None:
-        """The pause is over."""
+        """End the pause."""
         if self._suspended_until_s is not None:
             self._suspended_until_s, self._pause_s = self.clock(), FIRST_RETRY_S
 

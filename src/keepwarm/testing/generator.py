@@ -17,7 +17,9 @@ _MODULUS = (1 << 61) - 1
 
 
 def kv_of(previous: int, token_id: int) -> int:
-    """The fake KV of a token: it depends on the token and, through `previous`, on its prefix."""
+    """Return the fake KV of a token: it depends on the token and, through `previous`, on its
+    prefix.
+    """
     return (previous * 1_000_003 + token_id + 1) % _MODULUS
 
 

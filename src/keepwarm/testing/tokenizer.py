@@ -83,7 +83,7 @@ class FakeTokenizer:
 
     @staticmethod
     def bytes_of(token_id: int) -> bytes:
-        """A token's bytes; a special token's are its name's."""
+        """Return a token's bytes; a special token's are its name's."""
         if token_id < len(_BYTES_OF_ID):
             return _BYTES_OF_ID[token_id]
         return _SPECIALS[token_id - len(_BYTES_OF_ID)].encode()
@@ -122,7 +122,7 @@ class FakeDetokenizer:
 
 
 def special_piece(text: str) -> Piece:
-    """The piece of one of the special tokens, like IM_END."""
+    """Return the piece of one of the special tokens, like IM_END."""
     return Piece(text, _ID_OF_SPECIAL[text])
 
 

@@ -56,7 +56,7 @@ class Line:
         return bool(self.foreign) and not self.transcript.num_tokens
 
     def num_held(self, num_tokens: int | None = None) -> int:
-        """How many of the conversation's first tokens have their KV in `blocks`.
+        """Return how many of the conversation's first tokens have their KV in `blocks`.
 
         `num_tokens` limits the conversation to its first tokens. The blocks may hold the KV of
         another continuation, which a request that failed or was cancelled has left.
@@ -105,7 +105,7 @@ class Agent:
         return max(line.blocks.last_used for line in self.lines)
 
     def after_turn(self, turn: int | None) -> tuple[int, tuple[Message, ...] | None]:
-        """How many tokens and which messages it had after `turn` turns; None: after all of them.
+        """Return how many tokens and which messages it had after `turn` turns (None: after all).
 
         Raises InvalidRequest.
         """
@@ -119,13 +119,13 @@ class Agent:
         return end.num_tokens, end.messages
 
     def holdings(self) -> Iterator[tuple[Place, AgentBlocks]]:
-        """All KV of the agent, in the memory of every model."""
+        """Yield all KV of the agent, in the memory of every model."""
         for line in self.lines:
             yield self.place, line.blocks
             yield from line.resting.items()
 
     def check(self) -> None:
-        """It is at one place: what belongs to that is not beside it, and all KV is its own."""
+        """Check that the agent is at one place, and that all KV of its lines is its own."""
         numbers = [line.number for line in self.lines]
         if self.main.number != 0 or len(set(numbers)) != len(numbers):
             raise InvariantBroken(f"{self.agent_id}: its lines have the numbers {numbers}")

@@ -11,7 +11,7 @@ from keepwarm.engine.agents.agent import Agent, Line, Place
 
 
 def state_of(agent: Agent) -> AgentState:
-    """The agent as it is committed, in the ids of every tokenizer that knows of it.
+    """Return the agent as it is committed, in the ids of every tokenizer that knows of it.
 
     A running line is stored as it was before its request; a new one is left out.
     """
@@ -26,7 +26,7 @@ def state_of(agent: Agent) -> AgentState:
 
 
 def agent_of(state: AgentState, place: Place) -> Agent:
-    """The agent at this place, with what was said last on its lines in any tokenizer's ids.
+    """Return the agent at this place, with what was said last on its lines in any tokenizer's ids.
 
     What was said in another tokenizer's ids gets its ids here with the next prompt.
     """
@@ -48,7 +48,7 @@ def agent_of(state: AgentState, place: Place) -> Agent:
 
 
 def line_at(agent: Agent, line: Line, place: Place) -> Line:
-    """The agent's line in the ids and the memory of that model; the agent does not move.
+    """Return the agent's line in the ids and the memory of that model; the agent does not move.
 
     KV that is computed for it is found when the agent comes.
     """
@@ -118,7 +118,7 @@ def _state_of_line(line: Line, place: Place) -> LineState:
 
 
 def _block_hashes(line: Line, place: Place) -> tuple[BlockHash, ...]:
-    """The names of the transcript's whole blocks, in memory or not."""
+    """Return the names of the transcript's whole blocks, in memory or not."""
     token_ids = line.transcript.token_ids
     blocks = line.blocks.blocks[: whole_blocks(len(token_ids))]
     end = len(blocks) * BLOCK_TOKENS
@@ -130,7 +130,7 @@ def _block_hashes(line: Line, place: Place) -> tuple[BlockHash, ...]:
 
 
 def _line(states: Sequence[LineState], agent_id: str, place: Place) -> Line:
-    """One line, of its states in the ids of each tokenizer that has it."""
+    """Return the line that has these states, one for each tokenizer."""
     foreign = {state.tokenizer: state for state in states}
     known = foreign.pop(place.tokenizer, None)
     last = max(states, key=lambda state: (state.last_used, len(state.turns)))
@@ -146,7 +146,7 @@ def _line(states: Sequence[LineState], agent_id: str, place: Place) -> Line:
 
 
 def _translated(turns: Sequence[Turn], own: Sequence[Turn]) -> list[Turn]:
-    """The turns, with the number of tokens that they have in this tokenizer, where it had them."""
+    """Return the turns with their tokens in this tokenizer, as far as it knows them."""
     known = [*own, *[None] * (len(turns) - len(own))]
     return [
         turn

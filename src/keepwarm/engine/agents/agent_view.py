@@ -33,13 +33,13 @@ class AgentView:
     is_here: bool = True
 
     def holding(self, num_stored: int) -> "AgentView":
-        """The view with what the disk holds of the agent's main line, in tokens."""
+        """Return the view with how many tokens of the main line the disk holds."""
         tier = Tier.COLD if num_stored else Tier.NONE
         return replace(self, tier=tier, held_tokens=num_stored)
 
 
 def view_of(agent: Agent) -> AgentView:
-    """An agent that is in memory."""
+    """Return the view of an agent that is in memory."""
     blocks = agent.main.blocks
     token_ids = agent.main.transcript.token_ids
     num_held = blocks.num_tokens
@@ -62,7 +62,7 @@ def view_of(agent: Agent) -> AgentView:
 
 
 def view_of_summary(summary: AgentSummary) -> AgentView:
-    """An agent that is on the disk only."""
+    """Return the view of an agent that is on the disk only."""
     return AgentView(
         agent_id=summary.agent_id,
         tier=Tier.COLD,

@@ -62,23 +62,23 @@ class AgentBook:
         return agent
 
     def here(self, agent_id: str | None) -> Agent | None:
-        """The agent, if it is in memory."""
+        """Return the agent, if it is in memory."""
         return None if agent_id is None else self._agents.get(agent_id)
 
     def get(self, agent_id: str) -> Agent:
-        """Raises UnknownAgent."""
+        """Return the agent. Raises UnknownAgent."""
         agent = self.find(agent_id)
         if agent is None:
             raise UnknownAgent(agent_id)
         return agent
 
     def get_staying(self, agent_id: str) -> Agent:
-        """Raises UnknownAgent, and AgentLeaving while it is being deleted."""
+        """Return the agent. Raises UnknownAgent, and AgentLeaving while it is being deleted."""
         self.check_stays(agent_id)
         return self.get(agent_id)
 
     def get_idle(self, agent_id: str, action: str) -> Agent:
-        """The agent, with nothing going on for it: what no request waits for ends.
+        """Return the agent and end what goes on for it without a request.
 
         Raises UnknownAgent, AgentLeaving, and AgentBusy while one of its lines runs.
         """
@@ -89,14 +89,14 @@ class AgentBook:
         return agent
 
     def bring(self, agent_id: str, place: Place, action: str) -> Agent:
-        """The agent as `get_idle` has it, and at this place. Raises what that raises."""
+        """Return the agent as `get_idle` does, moved to this place. Raises what that raises."""
         agent = self.get_idle(agent_id, action)
         move(agent, place)
         return agent
 
     @contextmanager
     def moved(self, agent_id: str | None, place: Place) -> Iterator[None]:
-        """The agent, if there is one, is at this place from now on, unless the block raises.
+        """Have the agent, if there is one, at this place from now on, unless the block raises.
 
         Raises AgentLeaving, and AgentBusy while it runs at another place.
         """
@@ -114,13 +114,13 @@ class AgentBook:
             raise
 
     def check_stays(self, agent_id: str | None) -> None:
-        """Raises AgentLeaving while the agent is being deleted."""
+        """Raise AgentLeaving while the agent is being deleted."""
         agent = self.here(agent_id)
         if agent is not None and agent.is_leaving:
             raise AgentLeaving(agent.agent_id)
 
     def check_is_new(self, agent_id: str) -> None:
-        """Raises AgentExists."""
+        """Raise AgentExists where there is such an agent."""
         if agent_id in self:
             raise AgentExists(agent_id)
 
@@ -131,14 +131,14 @@ class AgentBook:
         return agent
 
     def remove(self, agent: Agent) -> None:
-        """The agent goes, and what only it owned in the memory of any model."""
+        """Remove the agent, and what only it owned in the memory of any model."""
         for place, blocks in agent.holdings():
             place.tiers.forget(blocks)
         del self._agents[agent.agent_id]
         agent.is_deleted = True
 
     def check(self) -> None:
-        """Every agent is at a place that there is, and no line's KV is another's."""
+        """Check that every agent is at a known place, and that no line's KV is another's."""
         places = set(self._places.values())
         seen: set[int] = set()
         for agent_id, agent in self._agents.items():
@@ -151,6 +151,6 @@ class AgentBook:
                 seen.add(id(blocks))
 
     def _place_of(self, model: str) -> Place:
-        """Where an agent that talked to that model last is read to: there, if that is loaded."""
+        """Return the place of the model that an agent talked to last, or the default one's."""
         default = self._places.get("") or next(iter(self._places.values()))
         return self._places.get(model, default)

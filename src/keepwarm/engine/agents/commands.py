@@ -42,7 +42,7 @@ class AgentCommands:
     # -- looking ---------------------------------------------------------------------------------
 
     def agents(self) -> tuple[AgentView, ...]:
-        """All agents, those that are only on disk as well."""
+        """Return all agents, those that are only on disk as well."""
         there = [
             view_of_summary(summary).holding(self._store.num_stored(summary.agent_id))
             for summary in self._store.summaries()
@@ -51,7 +51,7 @@ class AgentCommands:
         return (*map(view_of, self._book), *there)
 
     def agent(self, agent_id: str) -> AgentView:
-        """Raises UnknownAgent."""
+        """Return the agent as people see it. Raises UnknownAgent."""
         return view_of(self._book.get(agent_id))
 
     def knows(self, agent_id: str) -> bool:
@@ -59,20 +59,20 @@ class AgentCommands:
         return agent_id in self._book
 
     def turns(self, agent_id: str) -> tuple[Turn, ...]:
-        """What the agent's main line has said and heard so far. Raises UnknownAgent."""
+        """Return what the agent's main line has said and heard so far. Raises UnknownAgent."""
         return tuple(self._book.get(agent_id).turns)
 
     def settings(self, agent_id: str) -> AgentSettings:
-        """Raises UnknownAgent."""
+        """Return the agent's settings. Raises UnknownAgent."""
         return self._book.get(agent_id).settings
 
     def system(self, agent_id: str) -> str | None:
-        """The system prompt that the agent's conversation opens with. Raises UnknownAgent."""
+        """Return the system prompt of the agent's conversation. Raises UnknownAgent."""
         messages = opening(self._book.get(agent_id).main.messages)
         return "\n".join(str(message["content"]) for message in messages) or None
 
     def receipt(self, agent_id: str, key: str) -> Turn | None:
-        """The turn that a request with this key ended with, in this run or an earlier one."""
+        """Return the turn of a request with this key, in this run or an earlier one."""
         agent = self._book.find(agent_id)
         turns = reversed(agent.turns) if agent is not None else ()
         return next((turn for turn in turns if turn.receipt and turn.receipt.key == key), None)
@@ -90,7 +90,7 @@ class AgentCommands:
         system: str | None = None,
         settings: AgentSettings = DEFAULT_SETTINGS,
     ) -> Commit:
-        """A new agent that has said nothing yet. Raises InvalidRequest and AgentExists."""
+        """Create an agent that has said nothing yet. Raises InvalidRequest and AgentExists."""
         if valid_agent_id(agent_id) is None:
             raise InvalidRequest("agent_id", "an agent needs a name")
         valid_settings(settings)
@@ -105,7 +105,7 @@ class AgentCommands:
         return self._commits.commit(self._book.add(agent))
 
     def fork(self, agent_id: str, new_id: str, *, at_turn: int | None = None) -> Commit:
-        """A new agent that knows what this one knew after `at_turn` turns (None: all of them).
+        """Create an agent that knows what this one knew after `at_turn` turns (None: after all).
 
         It has the parent's settings but for the pin, and none of its receipts: a key is of one
         agent's request. Whole blocks are shared by reference. Raises UnknownAgent, AgentBusy,
@@ -181,7 +181,7 @@ class AgentCommands:
         return self._decide(agent, replace(agent.settings, quota_bytes=None))
 
     def delete(self, agent_id: str) -> Commit:
-        """The agent and what only it owned go for good: from memory when the disk has let it go.
+        """Delete the agent and what only it owned: from memory when the disk has let it go.
 
         Until then it is busy. Where the disk refuses, it is as it was, in memory as well. One that
         is damaged can be deleted. Raises UnknownAgent, AgentBusy.

@@ -25,7 +25,8 @@ class Lines:
         return f"Lines({len(self.anonymous)} anonymous, {self._place})"
 
     def of(self, agent_id: str | None, namespace: str = "") -> list[Line]:
-        """The lines that a request may continue. `namespace` is for requests without an agent.
+        """Return the lines that a request may continue. `namespace` is for requests without an
+        agent.
 
         A side line that has its ids in other tokenizers only has nothing to go on with.
         """
@@ -37,7 +38,9 @@ class Lines:
         return [line for line in agent.lines if line is agent.main or not line.is_only_foreign]
 
     def open(self, agent_id: str | None, namespace: str = "") -> Line:
-        """A new line: an anonymous one, the agent's main line, or a side line if it has that."""
+        """Return a new line: an anonymous one, the agent's main line, or a side line if it has
+        that.
+        """
         agent = None if agent_id is None else self._book.find(agent_id)
         if agent is not None:
             namespace = agent.main.blocks.namespace
@@ -54,7 +57,7 @@ class Lines:
         return line
 
     def all(self) -> Iterator[Line]:
-        """The lines of all agents that are here, and the anonymous ones."""
+        """Yield the lines of all agents that are here, and the anonymous ones."""
         yield from self.anonymous
         for agent in self._book:
             if agent.place is self._place:
@@ -78,7 +81,7 @@ class Lines:
         *,
         is_appended: bool = False,
     ) -> None:
-        """A turn has ended on this line, which had kept its first `num_kept` tokens.
+        """Add a turn that has ended on this line, which had kept its first `num_kept` tokens.
 
         `is_appended`: only the new messages were sent, and what they follow is known here alone.
         """
@@ -128,7 +131,7 @@ def elect_main(agent: Agent) -> None:
 
 
 def history(messages: Sequence[Message] | None, reply_text: str) -> tuple[Message, ...] | None:
-    """The conversation with the reply in it; None when the prompt was not given as messages."""
+    """Return the conversation with the reply in it; None where the prompt was not messages."""
     if messages is None:
         return None
     return (*messages, {"role": "assistant", "content": reply_text})

@@ -164,7 +164,7 @@ class Transfers:
         self._jobs.begin(steps, answer)
 
     def _exporting(self, agent_id: str, path: Path, timeout_s: float) -> Steps[ExportSummary]:
-        """The agent as its last turn left it, whatever it does meanwhile.
+        """Return the agent as its last turn left it, whatever it does meanwhile.
 
         What the disk has not taken within `timeout_s` is left out and counted; of a damaged agent,
         what cannot be read.
@@ -247,7 +247,7 @@ class Transfers:
         return answer.result()
 
     def _exporting_rest(self, agent_id: str, path: Path, damage: str) -> Steps[ExportSummary]:
-        """Raises DamagedAgent where nothing can be read."""
+        """Export what can be read of a damaged agent. Raises DamagedAgent where that is nothing."""
         state = self._store.salvage_agent(agent_id)
         try:
             valid_agent_id(agent_id)
@@ -262,7 +262,8 @@ class Transfers:
         )
 
     def _exported(self, agent: Agent) -> AgentState:
-        """The agent's state without what was taken back, which another tokenizer's line still has.
+        """Return the agent's state without what was taken back, which another tokenizer's line
+        still has.
 
         A bundle does not say which line was used last: it is the one that knows the most.
         """
@@ -303,7 +304,7 @@ class Transfers:
             raise AgentExists(name)
 
     def _num_unsaved(self, line: Line) -> int:
-        """How many of the line's tokens have their KV in memory only."""
+        """Return how many of the line's tokens have their KV in memory only."""
         stored = self._tiers.saves.stored_tokens
         return max(line.num_held() - stored(line.transcript.token_ids, line.blocks.namespace), 0)
 
@@ -318,7 +319,7 @@ def private_terms(family: KVFamily, tokenizer: str, vocab_size: int) -> BundleTe
 
 
 def name_of(bundle: Bundle) -> str:
-    """The name that the agent had where it came from. Raises BadBundle."""
+    """Return the name that the agent had where it came from. Raises BadBundle."""
     try:
         valid_agent_id(bundle.state.agent_id)
     except InvalidRequest as error:
@@ -327,7 +328,7 @@ def name_of(bundle: Bundle) -> str:
 
 
 def vouched_for(bundle: Bundle, tokenizer: Tokenizer) -> Steps[Bundle]:
-    """The bundle, with what its ids say looked at where they are this tokenizer's.
+    """Return the bundle after a look at what its ids say, where they are this tokenizer's.
 
     Nothing of others' is believed. A step looks at a few messages.
     """
@@ -347,7 +348,7 @@ def vouched_for(bundle: Bundle, tokenizer: Tokenizer) -> Steps[Bundle]:
 
 
 def imported_state(bundle: Bundle, agent_id: str, num_records: int) -> AgentState:
-    """The agent under its name here; lines without any KV have no secrets to keep.
+    """Return the agent under its name here; lines without any KV have no secrets to keep.
 
     Its main line stays its main line. Under another name than it had it is another agent, and none
     of its receipts is its own.

@@ -79,9 +79,9 @@ class AgentVerifier:
         self._store.drop(cold.records_at(report.differing))
 
     def _share(self, agent: Agent, cold: ColdRun) -> Commit:
-        """What was computed here takes the place of what was imported.
+        """Put what was computed here in the place of what was imported.
 
-        LineTable and forks that still use imported blocks keep those to themselves.
+        Lines and forks that still use imported blocks keep those to themselves.
         """
         imported = agent.main.blocks
         agent.main.blocks = self._verifier.take(cold)

@@ -54,15 +54,15 @@ class Continuation(Protocol):
     def adapted(self) -> tuple[str, ...]: ...
 
     def prompt_from(self, known: Transcript) -> Prompt:
-        """The prompt with every stored id that may stand for its text."""
+        """Return the prompt with every stored id that may stand for its text."""
         ...
 
     def num_shared(self, known: Transcript) -> int:
-        """How many ids that prompt shares with the line; cheaper than making it."""
+        """Return how many ids that prompt shares with the line; cheaper than making it."""
         ...
 
     def most_shared(self, known: Transcript) -> int:
-        """An upper bound of `num_shared` that is found without encoding anything."""
+        """Return an upper bound of `num_shared` that is found without encoding anything."""
         ...
 
 
@@ -110,7 +110,9 @@ class TextContinuation:
         return most
 
     def prompt_from(self, known: Transcript) -> Prompt:
-        """The prompt; remembered, because the line that is chosen was the last one asked about."""
+        """Return the prompt; remembered, because the line that is chosen was the last one asked
+        about.
+        """
         if self._latest is None or self._latest.known is not known:
             self._latest = self._spliced_prompt(known)
         return self._latest
@@ -130,7 +132,7 @@ class TextContinuation:
         )
 
     def _spliced(self, known: Transcript) -> list[Span]:
-        """The stored span wherever it says the piece, up to the first span whose ids differ."""
+        """Return the stored span for each piece that it says, up to the first whose ids differ."""
         spans: list[Span] = []
         for stored, piece in zip(known.spans, self._wanted, strict=False):
             span = stored if stored.says(piece) else self._encoder.span(piece)

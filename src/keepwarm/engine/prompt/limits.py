@@ -64,7 +64,7 @@ class PromptLimits:
 
 
 def least_tokens(source: PromptSource, tokenizer: Tokenizer) -> int:
-    """A lower bound of the prompt's tokens, from its size alone.
+    """Return a lower bound of the prompt's tokens, from its size alone.
 
     A message counts as a token, and its text in full, also what a template would leave out. Bare
     text counts as 0: it may have special tokens, and nothing is known before it is cut at them.
@@ -78,7 +78,7 @@ def least_tokens(source: PromptSource, tokenizer: Tokenizer) -> int:
 
 
 def least_tokens_of(pieces: Iterable[Piece], tokenizer: Tokenizer) -> int:
-    """A lower bound of the tokens of a prompt that has been cut at its special tokens."""
+    """Return a lower bound of the tokens of a prompt that has been cut at its special tokens."""
     return sum(
         tokenizer.least_tokens(piece.text) if piece.special_id is None else 1 for piece in pieces
     )
@@ -106,17 +106,19 @@ def is_long_conversation(messages: Sequence[Message]) -> bool:
 
 
 def _num_characters(text: object) -> int:
-    """The text's length; 0 for anything but a text, which validation refuses later."""
+    """Return the text's length; 0 for anything but a text, which validation refuses later."""
     return len(text) if isinstance(text, str) else 0
 
 
 def _num_items(items: object) -> int:
-    """The list's length; 0 for anything but a list, which validation refuses later."""
+    """Return the list's length; 0 for anything but a list, which validation refuses later."""
     return len(items) if isinstance(items, Sequence) and not isinstance(items, str | bytes) else 0
 
 
 def _texts_of(message: object) -> Iterator[str]:
-    """The message's texts; what should not be there is skipped, and validation refuses it later."""
+    """Yield the message's texts; what should not be there is skipped, and validation refuses it
+    later.
+    """
     content = message.get("content") if isinstance(message, Mapping) else None
     parts = [{"text": content}] if isinstance(content, str) else content
     for part in parts if isinstance(parts, list | tuple) else ():

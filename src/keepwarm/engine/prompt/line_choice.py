@@ -24,7 +24,8 @@ class KnownLine:
 def choose_line(
     lines: Sequence[KnownLine], continuation: Continuation, *, named: bool
 ) -> tuple[int | None, Prompt]:
-    """The index of the idle line with the longest shared prefix, and the prompt continued from it.
+    """Return the index of the idle line with the longest shared prefix, and the prompt continued
+    from it.
 
     None when the request needs a line of its own, because it would throw away most of that line or
     no line is idle. Its prompt still takes over the ids that it shares with the most similar line,
@@ -44,7 +45,8 @@ def choose_line(
 def _most_similar(
     lines: Sequence[KnownLine], indices: Sequence[int], continuation: Continuation
 ) -> tuple[int, int] | None:
-    """The first of the lines that share most with the prompt, by its index, and how many ids.
+    """Return the first of the lines that share most with the prompt, by its index, and how many
+    ids.
 
     Most bounds first: a line that cannot share more than the best one so far is not compared to the
     end, which would encode text for it.

@@ -19,7 +19,7 @@ def message_at(
     known: Sequence[Message] | None,
     render: Render,
 ) -> int | None:
-    """The index of the message that a prompt's token lies in; None behind the last message.
+    """Return the index of the message that a prompt's token lies in; None behind the last message.
 
     `known` are the line's messages; `render` is the template without its generation prompt. Where
     the conversation only goes on, the token belongs to its first new message, although the template

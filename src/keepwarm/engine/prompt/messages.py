@@ -10,7 +10,9 @@ Conversation = tuple[Message, ...]
 
 
 def validate_messages(messages: object) -> Conversation:
-    """The messages with content as plain text. Raises InvalidRequest, which names the wrong one."""
+    """Return the messages with content as plain text. Raises InvalidRequest, which names the wrong
+    one.
+    """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
         raise InvalidRequest("messages", f"must be a list of messages, not {_kind(messages)}")
     if not messages:
@@ -19,7 +21,7 @@ def validate_messages(messages: object) -> Conversation:
 
 
 def opening(messages: Sequence[Message] | None) -> Conversation:
-    """The system and developer messages that a conversation begins with."""
+    """Return the system and developer messages that a conversation begins with."""
     spoken = (n for n, m in enumerate(messages or ()) if m["role"] not in ("system", "developer"))
     return tuple(messages or ())[: next(spoken, None)]
 

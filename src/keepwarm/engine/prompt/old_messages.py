@@ -53,7 +53,7 @@ def mend(messages: Any, *, is_begun: bool = False) -> Mended:
 
 
 def kept_messages(roles: Sequence[object], *, is_begun: bool = False) -> frozenset[int]:
-    """The indices of the messages that a client will send again even if they are refused.
+    """Return the indices of the messages that a client will send again even if they are refused.
 
     All but the newest, and that one too if it is an assistant's or a tool's. `is_begun`: the last
     message is the beginning of the reply, so the newest one stands before it.
@@ -67,7 +67,9 @@ def kept_messages(roles: Sequence[object], *, is_begun: bool = False) -> frozens
 
 
 def placeholder(part_type: object) -> str:
-    """The text that replaces a part of this type: always the same, so that prompts stay equal."""
+    """Return the text that replaces a part of this type: always the same, so that prompts stay
+    equal.
+    """
     name = part_type if isinstance(part_type, str) else ""
     kind = _KINDS.get(name) or (name if _TYPE.fullmatch(name) else "content")
     return f"[{kind} left out]"

@@ -61,7 +61,7 @@ class PromptEncoder:
         return f"PromptEncoder({len(self._spans) - 1} texts)"
 
     def span(self, piece: Piece) -> Span:
-        """The piece with its ids. Raises what the guard raises, and InvalidRequest."""
+        """Return the piece with its ids. Raises what the guard raises, and InvalidRequest."""
         if piece.special_id is not None:
             return Span(piece.text, (piece.special_id,), is_special=True)
         span = self._spans.get(piece.text)

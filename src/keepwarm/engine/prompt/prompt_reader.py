@@ -44,7 +44,7 @@ class History:
     may_be_cut: bool
 
     def without_turns(self, num_dropped: int) -> Conversation:
-        """The messages without the first turns; what opens as the system prompt stays."""
+        """Return the messages without the first turns; what opens as the system prompt stays."""
         if not num_dropped:
             return self.messages
         return (*opening(self.messages), *self.messages[self.turn_ends[num_dropped - 1] :])
@@ -133,7 +133,7 @@ class PromptReader:
         return appended(0)
 
     def num_tokens(self, source: PromptSource, guard: Guard = unguarded) -> int:
-        """How many tokens the prompt has for an agent that knows nothing yet.
+        """Return how many tokens the prompt has for an agent that knows nothing yet.
 
         Raises InvalidRequest, also for a prompt that is too long.
         """
@@ -142,7 +142,7 @@ class PromptReader:
     def history_ids(
         self, messages: Conversation | None, known: Transcript, guard: Guard = unguarded
     ) -> tuple[int, ...]:
-        """The ids that a line's next prompt will begin with, as far as they are known."""
+        """Return the ids that a line's next prompt will begin with, as far as they are known."""
         if not messages:
             return known.token_ids
         encoder = PromptEncoder(self._tokenizer, guard)
@@ -152,7 +152,7 @@ class PromptReader:
     def message_at(
         self, token_index: int, draft: Draft, prompt: Prompt, known: Conversation | None
     ) -> int | None:
-        """The index of the message that a prompt's token lies in; None: unknown, or none.
+        """Return the index of the message that a prompt's token lies in; None: unknown, or none.
 
         `known` are the messages of the line that the prompt continues.
         """
@@ -195,7 +195,7 @@ class PromptReader:
         return self._prepared(draft, prompt, history.messages)
 
     def _prepared(self, draft: Draft, prompt: Prompt, known: Conversation | None) -> Draft:
-        """The draft, its length checked and the message found in which it leaves its line."""
+        """Return the draft, checked for length, with the message where it leaves its line."""
         self.limits.check(prompt.transcript.num_tokens)
         if draft.is_long and prompt.divergence is not None:
             index = prompt.divergence.token_index
@@ -222,7 +222,9 @@ class PromptReader:
         )
 
     def _num_to_drop(self, appended: Callable[[int], Draft], num_turns: int) -> int:
-        """How many turns to drop: more than needed now, or every next request would drop some."""
+        """Return how many turns to drop: more than needed now, or every next request would drop
+        some.
+        """
         target = shortened_limit(self.limits.max_tokens)
         return bisect_left(range(num_turns), True, key=lambda n: _num_tokens(appended(n)) <= target)
 
@@ -248,6 +250,6 @@ class PromptReader:
 
 
 def _num_tokens(draft: Draft) -> int:
-    """How many tokens an appended prompt has behind its history."""
+    """Return how many tokens an appended prompt has behind its history."""
     known = EMPTY if draft.history is None else draft.history.transcript
     return draft.continuation.prompt_from(known).transcript.num_tokens

@@ -127,7 +127,7 @@ class ReplyText:
         return self._send(len(self._held_text) - self._stops.num_possible)
 
     def finish(self) -> Emitted:
-        """The reply ended by length or EOS: send all that was held back, and every id."""
+        """End the reply, by length or EOS, and return all that was held back, and every id."""
         self._settle_undecoded()
         return self._send(len(self._held_text))
 

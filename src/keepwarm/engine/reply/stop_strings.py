@@ -60,14 +60,16 @@ class StopSearch:
         return None
 
     def _longest_beginning(self, ending: str) -> str:
-        """The longest end that begins a stop string; over a whole text, linear in its length."""
+        """Return the longest end that begins a stop string; over a whole text, linear in its
+        length.
+        """
         while ending and ending not in self._beginnings:
             ending = ending[1:]
         return ending
 
 
 def validate_stop(stop: object) -> tuple[str, ...]:
-    """The stop strings of a request, given as none, one, or a list. Raises InvalidRequest."""
+    """Return a request's stop strings, given as none, one, or a list. Raises InvalidRequest."""
     if stop is None:
         return ()
     if isinstance(stop, str):

@@ -100,7 +100,7 @@ class ActiveRequest:
         )
 
     def receipt(self, reason: FinishReason) -> Receipt | None:
-        """For a request that may be sent again; a cancelled one has to run again."""
+        """Return what answers the request when it is sent again; a cancelled one runs again."""
         if self.receipt_key is None or reason is FinishReason.CANCELLED:
             return None
         return Receipt(
@@ -127,7 +127,7 @@ class ActiveRequest:
         )
 
     def _divergence(self, cached: int, num_prompt: int) -> tuple[int, str]:
-        """The first prompt token that was not there, and why.
+        """Return the first prompt token that was not there, and why.
 
         A new line of an agent finds whole blocks of the line that it is most like, and not its
         tail; why it could not go on with that line says more than that.

@@ -198,7 +198,7 @@ class Intake:
         )
 
     def _reply_tokens(self, prompt: Prompt, max_tokens: int | None) -> int:
-        """As asked for, within the context and the memory budget."""
+        """Return the reply's limit: what was asked for, within context and memory budget."""
         room = self._limits.max_tokens - prompt.transcript.num_tokens
         return room if max_tokens is None else min(max_tokens, room)
 

@@ -41,7 +41,7 @@ class Prefetcher:
         return any(prefetch.sequence.may_compute for prefetch in self._running.values())
 
     def begin(self, line: Line, token_ids: Sequence[int], *, may_compute: bool = False) -> bool:
-        """For these ids, of which all but the last get KV. False when there is nothing to do."""
+        """Begin to bring in KV of all these ids but the last. False when there is nothing to do."""
         sequence = prefetch_sequence(
             next(self._ids),
             line.blocks,
@@ -71,7 +71,7 @@ class Prefetcher:
         return bool(prefetches)
 
     def take(self, outcome: Outcome) -> None:
-        """A step of the batch brought it on, completed it, or broke it."""
+        """Take what a step did for a prefetch: brought it on, completed or broke it."""
         prefetch = self._running.get(outcome.sequence.request_id)
         if prefetch is not None and isinstance(outcome, Restored | Broken):
             self._end(prefetch)

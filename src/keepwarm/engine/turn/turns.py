@@ -90,13 +90,13 @@ class Turns:
         return True
 
     def abandon(self, error: Exception) -> None:
-        """All of them end with the error."""
+        """End all requests with the error."""
         for active in list(self.active.values()):
             self._batch.leave(active.sequence)
             self._fail(active, error)
 
     def check(self) -> None:
-        """A line is in use where a request runs on it, and its agent is where the request is."""
+        """Check that lines are in use where requests run on them, at the places of their agents."""
         running = {id(active.line) for active in self.active.values()}
         if {id(line) for line in self._lines.all() if line.in_use} != running:
             raise InvariantBroken(f"{self!r}: lines in use and requests differ")
@@ -115,7 +115,7 @@ class Turns:
 
     @contextmanager
     def _at_its_own_risk(self, active: ActiveRequest) -> Iterator[None]:
-        """What is computed for one request ends at most that request.
+        """Yield what is computed for one request ends at most that request.
 
         Whatever a template, a tokenizer or a bug raises is that request's error. Bookkeeping that
         contradicts itself is everybody's.
@@ -175,7 +175,8 @@ class Turns:
             self._emit(completed)
 
     def _keep(self, active: ActiveRequest, reason: FinishReason) -> bool:
-        """The line knows the prompt and the reply as sent, by the ids that were fed for them.
+        """Return the line knows the prompt and the reply as sent, by the ids that were fed for
+        them.
 
         A request that was cancelled before its first token leaves the conversation as it was; what
         it computed stays with the line's blocks. Returns whether there is a turn to commit.
@@ -197,12 +198,14 @@ class Turns:
         return True
 
     def _fail(self, active: ActiveRequest, error: Exception) -> None:
-        """The conversation stays as it was before the request; what was computed can be found."""
+        """End the request with an error: the conversation stays, and what was computed can be
+        found.
+        """
         self._close(active)
         self._emit(active.failed(error))
 
     def _break_off(self, active: ActiveRequest, error: Exception) -> None:
-        """The request ends wherever it is, perhaps on its way out, with its one last event."""
+        """End the request wherever it is, perhaps on its way out, with its one last event."""
         self._batch.leave(active.sequence)
         if active.request_id in self.active:
             self._close(active)

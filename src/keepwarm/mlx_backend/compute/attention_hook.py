@@ -38,10 +38,10 @@ class OwnAttention:
         return keys, values
 
     def make_mask(self, *_: object, **__: object) -> None:
-        """No mask: a row attends to what its slab holds."""
+        """Return no mask: a row attends to what its slab holds."""
 
     def attend(self, queries: mx.array, scale: float) -> mx.array:
-        """The attention of queries (rows, heads, 1, dim), in their shape."""
+        """Return the attention of queries (rows, heads, 1, dim), in their shape."""
         raise NotImplementedError
 
 
@@ -59,7 +59,7 @@ class RowsLayer(OwnAttention):
 
 
 def _attention(query: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-    """The attention of one row's scaled queries, without a mask."""
+    """Return the attention of one row's scaled queries, without a mask."""
     if mx.default_device() != mx.cpu:
         return mx.fast.scaled_dot_product_attention(query, keys, values, scale=1.0)
     # What mx.fast does on the CPU (MLX 0.32.4), less what it does for masks and grouped heads: with

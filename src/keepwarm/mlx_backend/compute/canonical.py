@@ -18,7 +18,7 @@ KEY_MULTIPLE = 512
 
 
 def why_not_promised() -> str:
-    """Why equal bits cannot be promised on this device; empty where they are."""
+    """Return why equal bits cannot be promised on this device; empty where they are."""
     if mx.default_device() != mx.cpu:
         return "not promised on a GPU: its kernels may sum in another order"
     if CPU_SETUP.needed and not CPU_SETUP.reproducible:
@@ -27,7 +27,7 @@ def why_not_promised() -> str:
 
 
 def round_up(number: int, multiple: int) -> int:
-    """The next multiple from `number` on."""
+    """Return the next multiple from `number` on."""
     return -(-number // multiple) * multiple
 
 
@@ -73,7 +73,7 @@ class CanonicalRows(OwnAttention):
 
 
 def _attend(query: mx.array, cache: LayerCache, mask: mx.array, scale: float) -> mx.array:
-    """The attention of one token (1, heads, 1, dim).
+    """Return the attention of one token (1, heads, 1, dim).
 
     The query heads of one KV head are the rows of one product, padded to a multiple of 4. A row's
     bits are the same as in a chunk, where the rows of a product are a head's tokens.

@@ -26,7 +26,7 @@ class KVCopies(Protocol):
     """Copies KV from and to an MLX array, bit for bit. The engine's thread calls it."""
 
     def read(self, array: mx.array, start: int, stop: int) -> RawArray:
-        """A copy of the positions [start, stop) of (1, heads, tokens, dim)."""
+        """Return a copy of the positions [start, stop) of (1, heads, tokens, dim)."""
         ...
 
     def write(
@@ -52,7 +52,7 @@ def _write_columns(
 
 @functools.cache
 def _copiers() -> ThreadPoolExecutor:
-    """The threads that copy between two steps, while the engine's thread waits for them."""
+    """Return the threads that copy between two steps, while the engine's thread waits for them."""
     return ThreadPoolExecutor(_num_copiers(), thread_name_prefix="keepwarm-copy")
 
 
@@ -121,7 +121,7 @@ class DeviceCopies:
 
 
 def copies_for(layout: CacheLayout, device: mx.Device) -> KVCopies:
-    """The host's own copies on the CPU and on Metal, which share memory; else the device's."""
+    """Return the host's copies where device and host share memory (CPU, Metal), or the device's."""
     if device == mx.cpu or mx.metal.is_available():
         return HostCopies(layout)
     return DeviceCopies(layout)

@@ -33,14 +33,16 @@ class KVPayload:
 
 
 def cut(payload: KVPayload, start: int, stop: int) -> KVPayload:
-    """A copy of the positions [start, stop) of a payload."""
+    """Return a copy of the positions [start, stop) of a payload."""
     if not 0 <= start <= stop <= payload.num_tokens:
         raise InvariantBroken(f"[{start}, {stop}) is not within {payload.num_tokens} tokens")
     return KVPayload(stop - start, tuple(array[:, start:stop].copy() for array in payload.arrays))
 
 
 def unpack(layout: CacheLayout, num_tokens: int, data: memoryview) -> KVPayload:
-    """The payload whose arrays lie end to end in `data`, which they keep alive and do not copy."""
+    """Return the payload whose arrays lie end to end in `data`, which they keep alive and do not
+    copy.
+    """
     tensors = layout.tensors(num_tokens)
     if data.nbytes != sum(tensor.nbytes for tensor in tensors):
         raise InvariantBroken(f"{data.nbytes} bytes are no payload of {num_tokens} tokens")
@@ -54,7 +56,7 @@ def unpack(layout: CacheLayout, num_tokens: int, data: memoryview) -> KVPayload:
 
 
 def largest_difference(layout: CacheLayout, a: KVPayload, b: KVPayload) -> float:
-    """The largest absolute difference of two payloads, layer by layer.
+    """Return the largest absolute difference of two payloads, layer by layer.
 
     0.0 for equal bits only, and inf where a NaN is involved.
     """

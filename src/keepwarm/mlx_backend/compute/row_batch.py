@@ -170,13 +170,13 @@ class RowBatchGenerator:
         return cast("mx.array", self._model(mx.array(cast("list[Any]", token_ids)), cache=layers))
 
     def _padded(self, capacity_tokens: int) -> int:
-        """How many tokens to allocate: canonical keys come in multiples."""
+        """Return how many tokens to allocate: canonical keys come in multiples."""
         if self._deterministic:
             return canonical.round_up(capacity_tokens, canonical.KEY_MULTIPLE)
         return capacity_tokens
 
     def _with_room(self, row: RowId, num_tokens: int) -> RowSlab:
-        """The row's slab. Raises InvariantBroken where the tokens would overflow it."""
+        """Return the row's slab. Raises InvariantBroken where the tokens would overflow it."""
         slab = self._row(row)
         if slab.num_tokens + num_tokens > slab.capacity_tokens:
             raise InvariantBroken(f"{num_tokens} more tokens overflow {slab!r}")
@@ -189,7 +189,7 @@ class RowBatchGenerator:
         return slab
 
     def _outside(self, slab: Slab) -> RowSlab:
-        """The slab as this generator's own. Raises InvariantBroken while its row is open."""
+        """Return the slab as this generator's own. Raises InvariantBroken while its row is open."""
         own = _own(slab)
         if any(own is inside for inside in self._rows.values()):
             raise InvariantBroken(f"{own!r} was touched while its row is open")
@@ -197,7 +197,7 @@ class RowBatchGenerator:
 
 
 def _by_layer(slabs: Sequence[RowSlab]) -> list[tuple[LayerCache, ...]]:
-    """The caches of all rows, for each layer."""
+    """Return the caches of all rows, for each layer."""
     return list(zip(*(slab.layers for slab in slabs), strict=True))
 
 

@@ -35,7 +35,7 @@ def sample(logits: mx.array, inputs: Sequence[RowInput]) -> mx.array:
 
 
 def _groups(inputs: Sequence[RowInput]) -> dict[Sampling, list[int]]:
-    """The rows by their settings, without the seed."""
+    """Return the rows by their settings, without the seed."""
     groups: dict[Sampling, list[int]] = {}
     for row, item in enumerate(inputs):
         groups.setdefault(replace(item.sampling, seed=0), []).append(row)

@@ -46,7 +46,7 @@ def _number(array: mx.array) -> float:
 
 
 def _logits(model: nn.Module, layout: CacheLayout, prompts: Sequence[Sequence[int]]) -> mx.array:
-    """The logits (rows, vocabulary) after each prompt's last token, decoded as one batch."""
+    """Return the logits (rows, vocabulary) after each prompt's last token, decoded as one batch."""
     seen: list[mx.array] = []
 
     def keep(logits: mx.array, inputs: Sequence[RowInput]) -> mx.array:

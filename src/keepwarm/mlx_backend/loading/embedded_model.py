@@ -45,7 +45,7 @@ def embedded_source() -> GGUFSource:
 
 
 def embedded_model(home: Path, source: GGUFSource | None = None) -> Path:
-    """The converted folder under `home`, made or made again where it is missing or damaged.
+    """Return the converted folder under `home`, made or made again where it is missing or damaged.
 
     Safe when several processes ask at once: one converts, the others wait for it. Raises
     ModelLoadError.
@@ -61,7 +61,7 @@ def embedded_model(home: Path, source: GGUFSource | None = None) -> Path:
 
 
 def converted_folder(home: Path, source: GGUFSource) -> Path:
-    """Where the source's conversion is, or will be."""
+    """Return the folder of the source's conversion, which may not exist yet."""
     return home / "models" / f"{EMBEDDED_NAME}-{source.sha256[:12]}-v{CONVERTER_VERSION}"
 
 

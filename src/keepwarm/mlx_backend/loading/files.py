@@ -8,7 +8,7 @@ from typing import Any
 
 
 def sha256_of(path: Path) -> str:
-    """The file's SHA-256 in hex."""
+    """Return the file's SHA-256 in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -25,7 +25,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The file's object. Raises ValueError where it is not one JSON object in UTF-8."""
+    """Return the file's object. Raises ValueError where it is not one JSON object in UTF-8."""
     value = json.loads(path.read_text("utf-8"))
     if not isinstance(value, dict):
         raise ValueError("it is not a JSON object")

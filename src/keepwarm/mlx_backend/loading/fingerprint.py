@@ -45,7 +45,7 @@ class DigestCache:
     path: Path
 
     def digest(self, file: Path) -> str:
-        """The file's SHA-256 in hex, computed only where size or time have changed."""
+        """Return the file's SHA-256 in hex, computed only where size or time have changed."""
         file = file.resolve()
         stat = file.stat()
         stamp = [stat.st_size, stat.st_mtime_ns]
@@ -62,7 +62,7 @@ class DigestCache:
         write_json(self.path, {**living, key: entry})
 
     def _entries(self) -> dict[str, Any]:
-        """A missing or damaged cache is an empty one."""
+        """Return the cache's entries; none where it is missing or damaged."""
         try:
             return read_json_object(self.path)
         except (FileNotFoundError, ValueError):

@@ -92,7 +92,7 @@ class GGUFFacts:
 
 
 def model_config(facts: GGUFFacts) -> dict[str, Any]:
-    """The config.json that mlx-lm reads. Raises ModelLoadError unless it is a llama."""
+    """Return the config.json that mlx-lm reads. Raises ModelLoadError unless it is a llama."""
     architecture = facts.text("general.architecture")
     if architecture != "llama":
         raise ModelLoadError(
@@ -122,7 +122,7 @@ def model_config(facts: GGUFFacts) -> dict[str, Any]:
 
 
 def mlx_weights(tensors: Mapping[str, mx.array], facts: GGUFFacts) -> Weights:
-    """The tensors in mlx-lm's names and row order, with float16 norms like the scales."""
+    """Return the tensors in mlx-lm's names and row order, with float16 norms like the scales."""
     heads = {
         "attn_q": facts.integer("llama.attention.head_count"),
         "attn_k": facts.integer("llama.attention.head_count_kv"),
@@ -194,7 +194,7 @@ def _pair(merge: str) -> tuple[str, str]:
 
 
 def special_tokens(facts: GGUFFacts) -> list[str]:
-    """The tokens that the GGUF marks as control or user-defined."""
+    """Return the tokens that the GGUF marks as control or user-defined."""
     tokens = facts.texts("tokenizer.ggml.tokens")
     types = facts.integers("tokenizer.ggml.token_type")
     special_types = {_CONTROL_TOKEN, _USER_DEFINED_TOKEN}
@@ -202,7 +202,7 @@ def special_tokens(facts: GGUFFacts) -> list[str]:
 
 
 def tokenizer_config(facts: GGUFFacts) -> dict[str, Any]:
-    """The tokenizer_config.json that transformers reads."""
+    """Return the tokenizer_config.json that transformers reads."""
     tokens = facts.texts("tokenizer.ggml.tokens")
 
     def token(role: str) -> str:

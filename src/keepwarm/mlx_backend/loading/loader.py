@@ -52,7 +52,7 @@ def load_model(
 
 
 def resolve(name_or_path: str | Path, home: Path) -> Path:
-    """The local folder of a model, fetched or converted if need be. Raises ModelLoadError."""
+    """Return a model's local folder, fetched or converted if need be. Raises ModelLoadError."""
     path = Path(name_or_path).expanduser()
     if path.exists():
         return path

@@ -16,7 +16,7 @@ _DTYPE_BYTES = {"F64": 8, "F32": 4, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "F16
 
 
 def estimate_bytes(path: Path, dtype: str = "") -> int:
-    """The bytes of weights and working set of the model in this folder.
+    """Return the bytes of weights and working set of the model in this folder.
 
     On the CPU device quantised weights count as they will compute: dequantised, in `dtype` or
     float32. Raises ModelLoadError for a folder that is no sound model.
@@ -35,7 +35,7 @@ def estimate_bytes(path: Path, dtype: str = "") -> int:
 def _tensor_bytes(
     tensor: TensorHeader, folder: ModelFolder, item_bytes: int | None, *, dequantised: bool
 ) -> int:
-    """What the tensor takes once it is loaded; `item_bytes` None leaves floats as they are."""
+    """Return the bytes of a loaded tensor; `item_bytes` None leaves floats as they are."""
     count = math.prod(tensor.shape)
     stored = count * _DTYPE_BYTES.get(tensor.dtype, 1)
     if tensor.dtype == "U32":  # packed by MLX
@@ -48,7 +48,8 @@ def _tensor_bytes(
 
 
 def _working_bytes(config: dict[str, Any], item_bytes: int, *, fused: bool) -> int:
-    """What a prefill chunk needs besides KV: a layer's activations, logits and attention scores.
+    """Return what a prefill chunk needs besides KV: a layer's activations, logits and attention
+    scores.
 
     The scores count where attention is not fused, at the model's whole context.
     """

@@ -53,7 +53,7 @@ class ModelFolder:
         return str(section.get("quant_method") or section.get("mode") or "affine")
 
     def bits_of(self, tensor: str) -> int:
-        """How many bits a quantised weight has; one layer may differ from the others."""
+        """Return how many bits a quantised weight has; one layer may differ from the others."""
         section = self._quantisation
         own = section.get(tensor.removesuffix(".weight"))
         bits = own.get("bits") if isinstance(own, dict) else None
@@ -65,7 +65,7 @@ class ModelFolder:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, short enough to stand in another one."""
+    """Return what an error says, short enough to stand in another one."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

@@ -18,7 +18,7 @@ class TensorHeader:
 
 
 def tensors_in(path: Path) -> list[TensorHeader]:
-    """The tensors of a sound file. Reads its header only."""
+    """Return the tensors of a sound file. Reads its header only."""
     with path.open("rb") as file:
         raw_header = file.read(int.from_bytes(file.read(_LENGTH_BYTES), "little"))
     return [
@@ -28,7 +28,8 @@ def tensors_in(path: Path) -> list[TensorHeader]:
 
 
 def problem_with(path: Path) -> str | None:
-    """What is wrong with the header, or with the file's size beside what the header promises.
+    """Return what is wrong with the header, or with the file's size beside what the header
+    promises.
 
     MLX 0.32.4 reads lazily, and would notice only when a tensor is used.
     """

@@ -93,11 +93,11 @@ def _materialise(folder: ModelFolder, model: nn.Module) -> None:
 
 
 def _compute_dtype(model: nn.Module) -> str:
-    """The dtypes of the floating-point parameters, in a fixed order: one, as a rule."""
+    """Return the dtypes of the floating-point parameters, in a fixed order: one, as a rule."""
     dtypes = {dtype_name(array) for array in _parameters(model) if _is_floating(array)}
     return "+".join(sorted(dtypes))
 
 
 def dtype_name(array: mx.array) -> str:
-    """The dtype without its module, like float16."""
+    """Return the dtype without its module, like float16."""
     return str(array.dtype).removeprefix("mlx.core.")

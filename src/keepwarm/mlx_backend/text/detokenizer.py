@@ -74,7 +74,9 @@ class WindowDetokenizer(_Vocabulary):
         return text[len(shown) :]
 
     def _next_context(self) -> list[int]:
-        """The waiting tokens, behind the old context where they have no text (a leading space)."""
+        """Return the waiting tokens, behind the old context where they have no text (a leading
+        space).
+        """
         if self._decode(self._waiting):
             return self._waiting
         return self._context + self._waiting
@@ -84,7 +86,9 @@ class WindowDetokenizer(_Vocabulary):
 
 
 def bytes_of_token(token: str) -> bytes:
-    """The bytes of a byte-level token; a token outside the byte alphabet (an added one) is text."""
+    """Return the bytes of a byte-level token; a token outside the byte alphabet (an added one) is
+    text.
+    """
     alphabet = byte_alphabet()
     if all(character in alphabet for character in token):
         return bytes(alphabet[character] for character in token)
@@ -93,7 +97,7 @@ def bytes_of_token(token: str) -> bytes:
 
 @lru_cache(maxsize=1)
 def byte_alphabet() -> dict[str, int]:
-    """The byte of each of GPT-2's printable characters.
+    """Return the byte of each of GPT-2's printable characters.
 
     Visible Latin-1 characters stand for themselves, the other bytes for characters from U+0100 on.
     """

@@ -75,7 +75,9 @@ class Shield:
         self._mark = f"{secrets.randbelow(10**38):038}"
 
     def cover(self, value: Any) -> Any:
-        """The value with special-token text broken by the mark, in every string that it holds."""
+        """Return the value with special-token text broken by the mark, in every string that it
+        holds.
+        """
         if isinstance(value, str):
             return self._cover_text(value)
         if isinstance(value, Mapping):
@@ -85,7 +87,7 @@ class Shield:
         return value
 
     def uncover(self, piece: Piece) -> Piece:
-        """The piece without marks."""
+        """Return the piece without marks."""
         return Piece(piece.text.replace(self._mark, ""), piece.special_id)
 
     def _cover_text(self, text: str) -> str:
@@ -106,7 +108,8 @@ def _end_of_space(text: str, position: int) -> int:
 
 
 def _trie_pattern(tokens: Iterable[str]) -> str:
-    """A regular expression for the longest token at a position, matched in time of its length.
+    """Return a regular expression for the longest token at a position, matched in time of its
+    length.
 
     Vocabularies reserve thousands of special tokens; a plain alternation would try each of them.
     """

@@ -86,9 +86,7 @@ class ChatTemplate:
 
 
 def _prepared(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message without None values, as templates ask whether keys exist, and with its reasoning
-    under the names that templates ask for.
-    """
+    """Return the message without None values, with its reasoning under every name of it."""
     prepared = {
         key: value for key, value in message.items() if value is not None or key == "content"
     }
@@ -99,7 +97,7 @@ def _prepared(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _limit(messages: Sequence[Any]) -> int:
-    """How many characters a template may write for these messages."""
+    """Return how many characters a template may write for these messages."""
     num_values = num_characters = 0
     unseen: list[Any] = list(messages)
     while unseen:
@@ -119,7 +117,9 @@ def _limit(messages: Sequence[Any]) -> int:
 
 
 def _reason(error: Exception) -> str:
-    """The template's own words where it refuses on purpose; otherwise what failed, and where."""
+    """Return the template's own words where it refuses on purpose; otherwise what failed, and
+    where.
+    """
     if type(error) is jinja2.TemplateError:
         return str(error)
     frames = traceback.extract_tb(error.__traceback__)

@@ -96,7 +96,7 @@ def _strftime_now(form: str) -> str:
 
 
 def _length(value: Any, times: Any) -> int:
-    """How long a text or list is once it is repeated; 0 for other products."""
+    """Return how long a text or list is once it is repeated; 0 for other products."""
     is_repeated = isinstance(value, str | list | tuple) and isinstance(times, int)
     return len(value) * times if is_repeated else 0
 

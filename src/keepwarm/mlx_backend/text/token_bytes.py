@@ -56,7 +56,7 @@ class TokenBytes:
         return cls(shrinkage * most, _lacking(vocabulary) if is_byte_level else b"")
 
     def least_tokens(self, text: str) -> int:
-        """A number of tokens that the text has at least."""
+        """Return a lower bound of the text's tokens."""
         if not self.lacking and text.isascii():
             return -(-len(text) // self.most)
         written = text.encode("utf-8", "surrogatepass").translate(None, self.lacking)
@@ -93,13 +93,15 @@ def _lacking(vocabulary: Collection[str]) -> bytes:
 
 
 def _vocabulary(model: Component) -> list[str]:
-    """The tokens of BPE, which maps them to ids, or of Unigram, which lists them with scores."""
+    """Return the tokens of BPE, which maps them to ids, or of Unigram, which lists them with
+    scores.
+    """
     tokens = model.get("vocab") or ()
     return list(tokens) if isinstance(tokens, Mapping) else [token for token, _ in tokens]
 
 
 def parts(component: C | None) -> Iterator[C]:
-    """A component of tokenizer.json, and everything that it is a sequence of."""
+    """Yield a component of tokenizer.json, and everything that it is a sequence of."""
     if component is not None:
         yield component
         for sequence in _SEQUENCES:

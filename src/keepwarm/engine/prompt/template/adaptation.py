@@ -120,7 +120,7 @@ def _join_neighbours(messages: Messages, traits: Traits, note: Note) -> Messages
 
 
 def _joint_of(before: dict[str, Any], message: dict[str, Any], traits: Traits) -> str | None:
-    """Why the two have to become one message; None where they may stand apart."""
+    """Return why the two have to become one message; None where they may stand apart."""
     roles = (before["role"], message["role"])
     if roles == ("user", "user") and not traits.users_in_a_row:
         return "a user's messages in a row joined"

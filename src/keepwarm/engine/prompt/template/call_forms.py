@@ -66,7 +66,7 @@ def _space_calls(messages: Messages, traits: Traits, note: Note) -> Messages:
 
 
 def _one_at_a_time(message: dict[str, Any], results: Messages) -> Iterator[dict[str, Any]]:
-    """The message's calls one by one, each before its results; results of no call come last."""
+    """Yield the message's calls one by one, each before its results, then results of no call."""
     for number, call in enumerate(message["tool_calls"]):
         call_id = call.get("id") if isinstance(call, dict) else None
         content = "" if number else message["content"]
@@ -108,7 +108,7 @@ def _with_arguments(message: dict[str, Any], calls: CallTraits, note: Note) -> d
 
 
 def _separated(message: dict[str, Any], calls: CallTraits, note: Note) -> Iterator[dict[str, Any]]:
-    """The message's text and its calls as one message or two, as the template takes them."""
+    """Yield the message's text and its calls as one message or two, as the template takes them."""
     if message["content"] and calls.beside is Beside.TOGETHER:
         yield message
         return
@@ -176,13 +176,15 @@ def _without(message: dict[str, Any], field: str) -> dict[str, Any]:
 
 
 def _function_of(call: Any) -> dict[str, Any]:
-    """The call's function; empty where a client sent something else."""
+    """Return the call's function; empty where a client sent something else."""
     function = call.get("function") if isinstance(call, dict) else None
     return function if isinstance(function, dict) else {}
 
 
 def _as_object(arguments: Any) -> dict[str, Any]:
-    """The arguments as an object; any other value becomes the one argument named `arguments`."""
+    """Return the arguments as an object; any other value becomes the one argument named
+    `arguments`.
+    """
     if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
         return {}
     value = _parsed(arguments) if isinstance(arguments, str) else arguments
@@ -190,7 +192,7 @@ def _as_object(arguments: Any) -> dict[str, Any]:
 
 
 def _parsed(text: str) -> Any:
-    """The JSON value of the text; the text itself where it is not JSON that may be kept."""
+    """Return the JSON value of the text; the text itself where it is not JSON that may be kept."""
     try:
         return plain(json.loads(text))
     except (ValueError, RecursionError, NotPlain):

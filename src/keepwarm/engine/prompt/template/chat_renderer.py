@@ -61,7 +61,9 @@ class ChatRenderer:
         return Rendered(pieces, adapted.notes)
 
     def _begun(self, messages: Sequence[Message]) -> tuple[Piece, ...]:
-        """The last message as the template writes it, up to where another would be joined to it."""
+        """Return the last message as the template writes it, up to where another would be joined to
+        it.
+        """
         *said, last = messages
         content = f"{last['content']}{JOINT if last['content'] else ''}"
         marked = [*said, {**last, "content": content + _MARK}]

@@ -118,7 +118,7 @@ class _Probe:
         self._render = render
 
     def text(self, messages: Sequence[Message]) -> str | None:
-        """The rendered text; None where the template refuses the messages."""
+        """Return the rendered text; None where the template refuses the messages."""
         try:
             return "".join(piece.text for piece in self._render(messages))
         except InvalidRequest:
@@ -167,7 +167,7 @@ class _Probe:
         return plain == self.text([_said("user", USER), {**answer, "tool_calls": []}, _more()])
 
     def calls(self) -> CallTraits | None:
-        """The first form in which it writes tool calls; None where there is none."""
+        """Return the first form in which it writes tool calls; None where there is none."""
         for call_id in (LONG_ID, SHORT_ID):
             for content in EMPTY_CONTENTS:
                 takes_text = self._takes_arguments(f'{{"{KEY}": "{VALUE}"}}', call_id, content)
@@ -217,13 +217,13 @@ class _Probe:
 
 
 def call_in_form(calls: CallTraits) -> dict[str, Any]:
-    """The probe's tool call, in the form that the template takes."""
+    """Return the probe's tool call, in the form that the template takes."""
     arguments = f'{{"{KEY}": "{VALUE}"}}' if calls.takes_text else {KEY: VALUE}
     return _call(arguments, _id_for(calls), calls.empty_content)
 
 
 def with_content(message: Mapping[str, Any], content: object) -> dict[str, Any]:
-    """The message with this content, or without any."""
+    """Return the message with this content, or without any."""
     if content is ABSENT:
         return {name: value for name, value in message.items() if name != "content"}
     return {**message, "content": content}
