@@ -32,6 +32,8 @@ from keepwarm.core.errors import (
     UnknownAgent,
 )
 from keepwarm.core.events import Completed, Event, Failed, FinishReason
+from keepwarm.engine.agents.commits import Commit
+from keepwarm.fleet.fleet import Fleet
 from keepwarm.service.async_engine import AsyncEngine
 from keepwarm.service.engine_thread import MAX_REBUILDS
 
@@ -69,6 +71,9 @@ class TestCommands:
                     await engine.call(lambda _: 1 // 0)
                 with pytest.raises(UnknownAgent):
                     await engine.submit(message())
+                with pytest.raises(UnknownAgent):
+                    await engine.change(lambda fleet: (fleet.delete("nobody"), None))
+                assert engine.num_answers == 0
                 assert isinstance(await end_of(running), Completed)
                 assert await engine.call(lambda e: e.snapshot().num_running) == 0
 
@@ -129,6 +134,26 @@ class TestBugs:
                 assert len(opener.opened) == 2
                 assert opener.num_closed == 1
                 await engine.call_at("ada", check_is_empty)
+
+        run(test())
+
+    def test_a_change_that_waits_for_the_disk_is_answered_once(self, tmp_path: Path) -> None:
+        """As failed, when the engines break; the disk's own answer comes too late."""
+
+        async def test() -> None:
+            async with engine_of(Opener(tmp_path)) as engine:
+                await engine.call_at("ada", lambda e: e.create("ada"))
+                commits: list[Commit] = []
+
+                def change(fleet: Fleet) -> tuple[Commit, None]:
+                    commits.append(Commit("ada"))
+                    fleet.step = lambda: 1 // 0  # type: ignore[method-assign, assignment, return-value]
+                    return commits[0], None
+
+                with pytest.raises(EngineBroke):
+                    await engine.change(change)
+                commits[0].answer(durable=True)
+                assert (await reply(engine, message())).durable
 
         run(test())
 

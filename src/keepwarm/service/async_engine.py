@@ -225,7 +225,12 @@ class AsyncEngine:
 
         def begin(fleet: Fleet, answer: "Future[tuple[bool, T]]") -> None:
             commit, result = change(fleet)
-            commit.then(lambda durable: answer.set_result((durable, result)))
+
+            def pass_on(durable: bool) -> None:
+                if not answer.done():  # failed before, when the engines broke
+                    answer.set_result((durable, result))
+
+            commit.then(pass_on)
 
         return await self._answered(begin, answer)
 

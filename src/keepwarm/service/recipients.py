@@ -60,10 +60,13 @@ class Recipients:
                 return
 
     def begin(self, begin: Begin[T], answer: "Future[T]", fleet: Fleet) -> None:
-        """Begin work whose answer is failed if the engines break before they give it."""
+        """Begin work whose answer is failed if the engines break before they give it.
+
+        Raises what `begin` raises; then there is no answer to wait for.
+        """
         self._answers = [other for other in self._answers if not other.done()]
-        self._answers.append(answer)
         begin(fleet, answer)
+        self._answers.append(answer)
 
     def deliver(self, events: Sequence[Event]) -> None:
         """Put the events of a step into their requests' streams."""
