@@ -7,11 +7,14 @@ from engines import (
     assistant,
     completed,
     drain,
+    ending_of,
     failed,
     fake_engine,
     fresh_reply,
     generator_of,
     ids,
+    main_blocks,
+    phase_of,
     run,
     step,
     text_of,
@@ -150,3 +153,55 @@ def test_a_token_whose_outcome_was_lost_is_not_sampled_again() -> None:
         engine.check()
     reply_ids = tuple(sequence.token_ids[sequence.num_prompt_tokens :])
     assert reply_ids == fresh_reply(ids(300), max_tokens=20)[:9]
+
+
+class TestRowsThatAreRestored:
+    """What goes wrong beside them or with them ends or delays them, and holds nothing for good."""
+
+    @pytest.fixture
+    def engine(self) -> BlockPoolBatchEngine:
+        """With an agent whose KV is in blocks."""
+        engine = fake_engine(num_blocks=60)
+        run(engine, agent_id="ada", token_ids=ids(4100), max_tokens=2)
+        engine.tiers.demote(main_blocks(engine, "ada"))
+        engine.tiers.drop_spares()
+        return engine
+
+    def restoring(self, engine: BlockPoolBatchEngine, monkeypatch: pytest.MonkeyPatch) -> str:
+        """Begin a request of the agent, whose slab is still being prepared."""
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.tiers.promotion, "prepare", lambda *_: False)
+            request = engine.submit(agent_id="ada", token_ids=[*ids(4100), 1, 2], max_tokens=5)
+            step(engine, 3)
+        assert phase_of(engine, request) == "restoring"
+        return request
+
+    def test_one_whose_slab_cannot_be_read_when_it_is_cancelled(
+        self, engine: BlockPoolBatchEngine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        request = self.restoring(engine, monkeypatch)
+        break_calls(engine, monkeypatch)
+        assert engine.cancel(request)
+        assert completed(drain(engine), request).finish_reason is FinishReason.CANCELLED
+        engine.check()
+        assert not main_blocks(engine, "ada").is_held
+
+    def test_a_generator_that_does_nothing_more(
+        self, engine: BlockPoolBatchEngine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        other = engine.submit(token_ids=ids(300, 1), max_tokens=1500)
+        step(engine, 5)
+        request = self.restoring(engine, monkeypatch)
+        break_calls(engine, monkeypatch)
+        events = drain(engine)
+        assert isinstance(failed(events, other).error, GeneratorFailed)
+        ending_of(events, request)
+        assert not main_blocks(engine, "ada").is_held
+
+
+def break_calls(engine: BlockPoolBatchEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise GeneratorFault("device out of memory")
+
+    for call in ("decode", "extract", "dismantle", "trim", "copy_span", "reconstruct"):
+        monkeypatch.setattr(generator_of(engine), call, broken)

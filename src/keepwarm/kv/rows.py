@@ -115,8 +115,8 @@ class Rows:
 
     def _rest(self, sequence: TokenSequence) -> None:
         self._close(sequence)
+        self._tiers.park(sequence.blocks)  # before it is anywhere else: this may raise
         self._running.remove(sequence)
-        self._tiers.park(sequence.blocks)
 
     def _open(self, sequence: TokenSequence, row: RowId) -> None:
         self._model.generator.open_row(row, slab_of(sequence.blocks))
@@ -207,9 +207,12 @@ class Rows:
             if sequence.blocks.slab is not None:
                 self._tiers.discard_slab(sequence.blocks)
             sequence.row = None
-        for sequence in dict.fromkeys([*self._running, *involved]):
+        ended = list(dict.fromkeys([*self._running, *involved]))
+        for sequence in ended:
+            self._close(sequence)
+        self._model.replace_failed()  # first: slabs that are half restored are emptied by it
+        for sequence in ended:
             self.break_off(sequence, error)
-        self._model.replace_failed()
 
     def check(self) -> None:
         """Raise InvariantBroken unless rows are open exactly where sequences prefill or decode."""

@@ -1,10 +1,13 @@
 """Slabs from the budget: new ones, and spares that were given back and can be written again."""
 
+import logging
 from dataclasses import dataclass
 
 from keepwarm.core.pool import Allocation, BlockPool, Kind
 from keepwarm.core.ports import Slab
 from keepwarm.kv.generator_source import GeneratorSource
+
+_log = logging.getLogger(__name__)
 
 MAX_SPARES = 2
 """How many slabs are kept to be reused: fresh memory is several times slower to write."""
@@ -62,8 +65,16 @@ class SpareSlabs:
             raise
 
     def keep(self, paid: PaidSlab) -> None:
-        """Empty the slab and keep it as a spare; the oldest spare goes when there are too many."""
-        self._model.generator.trim(paid.slab, 0)
+        """Empty the slab and keep it as a spare; the oldest spare goes when there are too many.
+
+        One that the device does not empty is freed.
+        """
+        try:
+            self._model.generator.trim(paid.slab, 0)
+        except Exception as error:  # noqa: BLE001 - whatever the device raises, as in decision 14
+            _log.warning("a slab of %d tokens is freed: %r", paid.slab.capacity_tokens, error)
+            self._pool.release(paid.allocation)
+            return
         self._pool.reuse(paid.allocation, Kind.SPARE)
         self._spares.append(paid)
         if len(self._spares) > MAX_SPARES:

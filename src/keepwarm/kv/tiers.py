@@ -19,6 +19,7 @@ from keepwarm.kv.demotion import Demotion
 from keepwarm.kv.fetch_queue import FetchQueue
 from keepwarm.kv.generator_source import GeneratorSource
 from keepwarm.kv.line_table import paid_slab_of
+from keepwarm.kv.loss import Loss
 from keepwarm.kv.memory import Memory
 from keepwarm.kv.promotion import Promotion
 from keepwarm.kv.room import Room
@@ -32,8 +33,9 @@ class Tiers:
     """Moves KV between slabs, blocks and the store. No lock: one thread.
 
     Each of its parts knows only those before it: `memory` has the books and the free slabs, `saves`
-    and `fetches` the traffic with the store; `Demotion` empties slabs, `Room` makes room, `copies`
-    reads, `Truncation` shortens lines, `promotion` fills slabs, and `saver` writes.
+    and `fetches` the traffic with the store; `Loss` gives KV up, `Demotion` empties slabs, `Room`
+    makes room, `copies` reads, `Truncation` shortens lines, `promotion` fills slabs, and `saver`
+    writes.
     """
 
     def __init__(
@@ -51,10 +53,11 @@ class Tiers:
         self._lines = memory.lines
         self.fetches = fetches = FetchQueue(store, pool, model)
         self.saves = saves = SaveQueue(memory, store)
-        self._demotion = demotion = Demotion(memory, saves)
-        self._room = room = Room(memory, demotion, saves, fetches)
+        self._loss = loss = Loss(memory, fetches)
+        self._demotion = demotion = Demotion(memory, loss, saves)
+        self._room = room = Room(memory, demotion, loss, saves, fetches)
         self.copies = copies = Copies(memory, room)
-        self._truncation = truncation = Truncation(memory, fetches, room, copies)
+        self._truncation = truncation = Truncation(memory, fetches, loss, room, copies)
         self.promotion = Promotion(
             memory, store, saves=saves, fetches=fetches, room=room, truncation=truncation
         )
@@ -69,7 +72,7 @@ class Tiers:
         """How often each move has happened so far."""
         return TierCounters(
             demotions=self._demotion.num_demotions,
-            evicted_blocks=self._room.num_evicted_blocks,
+            evicted_blocks=self._loss.num_blocks,
             restored_blocks=self.promotion.num_restored_blocks,
             fetched_tokens=self.promotion.num_fetched_tokens,
             slab_growths=self._num_slab_growths,
@@ -251,13 +254,7 @@ class Tiers:
 
     def discard_slab(self, line: AgentBlocks) -> None:
         """Drop a slab whose content cannot be trusted; keep what is stored elsewhere as well."""
-        self.fetches.cancel(line.line)
-        self._lines.cut_to_slab(line, whole_blocks(line.num_in_slab))
-        self.pool.release(self._lines.take_slab(line).allocation)
-        self._lines.trim_ids(line)
-        lost = next((b for b in line.blocks if b.payload is None and not b.slabs), None)
-        if lost is not None:
-            self._room.lose(lost)
+        self._loss.discard_slab(line)
         self._lines.let_go(line)
 
     # -- to the store ----------------------------------------------------------------------------

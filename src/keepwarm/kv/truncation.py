@@ -7,6 +7,7 @@ from keepwarm.core.layout import BLOCK_TOKENS, whole_blocks
 from keepwarm.kv.copies import Copies
 from keepwarm.kv.fetch_queue import FetchQueue
 from keepwarm.kv.line_table import lives_only_in, slab_of
+from keepwarm.kv.loss import Loss
 from keepwarm.kv.memory import Memory
 from keepwarm.kv.room import Room
 
@@ -14,9 +15,12 @@ from keepwarm.kv.room import Room
 class Truncation:
     """Shortens lines; it has no state of its own."""
 
-    def __init__(self, memory: Memory, fetches: FetchQueue, room: Room, copies: Copies) -> None:
+    def __init__(
+        self, memory: Memory, fetches: FetchQueue, loss: Loss, room: Room, copies: Copies
+    ) -> None:
         self._memory = memory
         self._fetches = fetches
+        self._loss = loss
         self._room = room
         self._copies = copies
 
@@ -66,7 +70,7 @@ class Truncation:
             with self._memory.lines.held(line):
                 self._room.make(self._memory.token_bytes * BLOCK_TOKENS)
         except PoolExhausted:
-            self._room.lose(block, but=line)
+            self._loss.lose(block, but=line)
             return
         if len(block.owners) > 1:  # making room may have evicted the other owners' tables
             start = block.depth * BLOCK_TOKENS
