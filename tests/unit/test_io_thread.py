@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from keepwarm.core.errors import EngineStopped
-from keepwarm.store.disk.io_thread import IOThread, Priority, Units
+from keepwarm.store.disk.io_thread import CommandBroke, IOThread, Priority, Units
 
 
 class Held:
@@ -162,3 +162,23 @@ def test_a_bug_ends_the_thread_and_what_is_not_done_is_lost() -> None:
     held.say(Priority.SAVE, "too late")
     held.thread.deliver()
     assert held.heard == ["done", "lost", "lost", "lost"]
+
+
+def test_a_commit_that_breaks_inside_a_long_command_is_no_fault_of_the_disk() -> None:
+    """The command would take an OSError for its own, and the commit would have no answer."""
+    held = Held()
+
+    def nested() -> str:
+        raise OSError("a bug, wherever it came from")
+
+    def long_command() -> str:
+        held.ask(Priority.COMMIT, nested)
+        try:
+            held.thread.run_commits()
+        except OSError:
+            return "refused"
+        return "saved"
+
+    held.ask(Priority.SAVE, long_command)
+    assert held.end() == ["lost", "lost"]
+    assert isinstance(held.thread.failure, CommandBroke)

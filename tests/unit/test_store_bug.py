@@ -12,6 +12,8 @@ from keepwarm import AgentCacheStore, BlockPoolBatchEngine
 from keepwarm.core.errors import BundleFailed
 from keepwarm.core.stored import KVFamily, Record, Saved
 from keepwarm.store.agent_cache_store import StoreConfig
+from keepwarm.store.catalog.catalog import Catalog
+from keepwarm.store.catalog.reader import CatalogReader
 from keepwarm.store.disk.files import RecordFiles
 from keepwarm.store.disk.io_thread import Priority
 from keepwarm.testing.generator import FAKE_LAYOUT
@@ -90,3 +92,38 @@ def test_requests_are_answered_from_memory(
     assert turn.cache.cached_tokens
     assert not engine.flush(0.1)
     engine.check()
+
+
+def test_the_home_is_given_back(tmp_path: Path) -> None:
+    store = AgentCacheStore(tmp_path / "home")
+    store._thread.post(Priority.SAVE, broken)
+    hear(store, lambda: store.health().fault)
+    store.close()
+    AgentCacheStore(tmp_path / "home").close()
+
+
+def test_the_home_is_given_back_where_the_catalogue_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_descriptors(_: Path) -> None:
+        raise OSError("too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CatalogReader, "open", no_descriptors)
+        with pytest.raises(OSError, match="too many"):
+            AgentCacheStore(tmp_path / "home")
+    AgentCacheStore(tmp_path / "home").close()
+
+
+def test_a_disk_that_does_not_say_its_sizes_takes_what_it_takes(
+    engine: BlockPoolBatchEngine, store: AgentCacheStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A figure that cannot be read ends no thread, and leaves nothing without an answer."""
+
+    def unreadable(_: Catalog) -> int:
+        raise OSError("input/output error")
+
+    monkeypatch.setattr(Catalog, "size_bytes", property(unreadable))
+    run(engine, agent_id="ada", token_ids=[*ids(300), 1], max_tokens=2)
+    assert engine.flush(1.0) in (True, False)
+    assert store._thread.failure is None

@@ -115,7 +115,7 @@ class AgentCacheStore:
             other_bytes=opened.other_bytes,
         )
         self._load(opened)
-        self._reader = CatalogReader.open(self.path / CATALOG_NAME)
+        self._reader = self._open_reader()
         parts = StoreParts(
             self._thread, self._disk, self._index, self._room, self._health, self._answers
         )
@@ -153,6 +153,8 @@ class AgentCacheStore:
         self._thread.post(Priority.STOP, self._disk.close)
         if not self._thread.stop(timeout_s):
             log.error("%s did not close within %s s", self.path, timeout_s)
+        if self._thread.failure is not None:
+            self._disk.give_home_back()
         self.poll()
         for loss in losses:
             if not self.is_durable(loss.agent_id):
@@ -291,6 +293,14 @@ class AgentCacheStore:
                 partial(DiskStore.open, self.path, limits, self._thread.run_commits)
             )
         except BaseException:
+            self._thread.stop(None)
+            raise
+
+    def _open_reader(self) -> CatalogReader:
+        try:
+            return CatalogReader.open(self.path / CATALOG_NAME)
+        except BaseException:
+            self._thread.post(Priority.STOP, self._disk.close)
             self._thread.stop(None)
             raise
 

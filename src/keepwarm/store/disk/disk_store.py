@@ -85,6 +85,7 @@ class DiskStore:
     ) -> None:
         self._root = root
         self._lock = lock
+        self._last_other_bytes = 0
         self._catalog = catalog
         self._files = files
         self._budget = budget
@@ -127,6 +128,10 @@ class DiskStore:
 
     def close(self) -> None:
         self._catalog.close()
+        self._lock.release()
+
+    def give_home_back(self) -> None:
+        """Let another store open the home, after the thread that owns this one has died."""
         self._lock.release()
 
     # -- records ---------------------------------------------------------------------------------
@@ -385,7 +390,10 @@ class DiskStore:
         return [row]
 
     def _other_bytes(self) -> int:
-        return self._budget.used_bytes - self._budget.records_bytes
+        """Return the bytes beside records, or as they were last where the disk does not say."""
+        with suppress(OSError):
+            self._last_other_bytes = self._budget.used_bytes - self._budget.records_bytes
+        return self._last_other_bytes
 
     def _describe(self, error: BaseException) -> str:
         """Return the error as text without the home's path, because clients may read it."""

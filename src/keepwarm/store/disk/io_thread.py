@@ -33,6 +33,10 @@ class Priority(IntEnum):
     STOP = 4
 
 
+class CommandBroke(RuntimeError):
+    """A command raised in the middle of another one: a bug."""
+
+
 @dataclass(order=True, slots=True)
 class _Command:
     """`run` returns what `deliver` is to call, if anything; `lost` is called instead of that."""
@@ -132,9 +136,10 @@ class IOThread:
     def deliver(self) -> None:
         """Call, on this thread and in order, what the values go to that have come."""
         self._arrived.clear()
+        has_failed = self.failure is not None  # looked at first: what was done before is delivered
         while self._done:
             self._done.popleft()()
-        if self.failure is not None:
+        if has_failed:
             for command in self._take_undone():
                 command.lost()
 
@@ -150,9 +155,16 @@ class IOThread:
         return not self._thread.is_alive()
 
     def run_commits(self) -> None:
-        """Do the commits that have come meanwhile: for a long command, on the thread itself."""
+        """Do the commits that have come meanwhile: for a long command, on the thread itself.
+
+        One that raises ends the thread as elsewhere: CommandBroke is no fault of a disk that the
+        long command would take for its own.
+        """
         while (command := self._next_commit()) is not None:
-            self._do(command)
+            try:
+                self._do(command)
+            except Exception as error:
+                raise CommandBroke(f"a commit raised {error!r}") from error
 
     # -- inside ----------------------------------------------------------------------------------
 
