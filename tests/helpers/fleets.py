@@ -1,6 +1,6 @@
 """Fleets of fake models over a real store, and the questions that tests ask of them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -125,7 +125,13 @@ def new_engine(
 
 
 @contextmanager
-def opened(home: Path, *, budget_bytes: int = BUDGET_BYTES, **options: Any) -> Iterator[Setup]:
+def opened(
+    home: Path,
+    *,
+    budget_bytes: int = BUDGET_BYTES,
+    new_engine: Callable[..., BlockPoolBatchEngine] = new_engine,
+    **options: Any,
+) -> Iterator[Setup]:
     """Open a fleet with its default model; `options` are the fleet's."""
     with AgentCacheStore(home, config=StoreConfig(free_floor_bytes=0)) as store:
         fleet = Fleet(

@@ -193,3 +193,23 @@ class TestDeleting:
         state = store.load_agent("ada")
         assert state is not None
         assert len(state.mains[0].turns) == len(engine.turns("ada"))
+
+
+def test_a_deletion_that_the_store_does_not_take_leaves_the_agent(
+    engine: BlockPoolBatchEngine, store: SlowStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its catalogue could not be read, say."""
+
+    def broken(*_: object) -> None:
+        raise OSError("disk I/O error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "delete_agent", broken)
+        with pytest.raises(OSError, match="I/O"):
+            engine.delete("ada")
+    drain(engine)
+    assert engine.flush(0.1)
+    assert say(engine, token_ids=[*PROMPT, 1]).durable
+    commit = engine.delete("ada")
+    drain(engine)
+    assert commit.durable

@@ -2,12 +2,14 @@
 
 import random
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from engines import BLOCK_BYTES, fresh_reply, ids
-from fleets import NAMES, Setup, create, opened
+from engines import BLOCK_BYTES, fresh_reply, ids, user
+from fleets import BUDGET_BYTES, NAMES, Setup, create, new_engine, opened
 from keepwarm import AgentCacheStore
 from keepwarm.core.agent import Tier
 from keepwarm.core.errors import (
@@ -17,9 +19,12 @@ from keepwarm.core.errors import (
     OtherWeights,
     UnknownAgent,
     UnknownModel,
+    VerifyInterrupted,
 )
 from keepwarm.core.events import Failed
 from keepwarm.core.stored import AgentState
+from keepwarm.fleet.fleet import Fleet
+from keepwarm.kv.verifier import VerifyReport
 
 
 @pytest.fixture
@@ -91,6 +96,43 @@ class TestSwap:
         assert again.cache.cached_tokens == 0
         assert again.turn == 2
         assert len(setup.fleet.of("ada").turns("ada")) == 2
+
+    def test_a_turn_that_waits_for_the_disk_ends_though_its_weights_are_replaced(
+        self, setup: Setup, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        create(setup, "ada")
+        setup.settle()
+        with monkeypatch.context() as patch:
+            patch.setattr(setup.store, "poll", lambda: None)
+            request = setup.start(agent_id="ada", append=[user("Hello")], max_tokens=3)
+            while not setup.fleet.engine("small")._commits.is_committing:
+                setup.step()
+            setup.fleet.detach("small", 0.01)
+            setup.attach("small", fingerprint="others")
+            assert setup.fleet.has_work
+        assert setup.finish(request).durable
+        assert len(setup.fleet.of("ada").turns("ada")) == 1
+        setup.settle()
+
+    def test_a_verification_ends_when_its_weights_are_replaced(self, setup: Setup) -> None:
+        create(setup, "ada")
+        setup.say("ada", "Hello " * 300)
+        setup.settle()
+        setup.fleet.detach("small")
+        answer: Future[VerifyReport] = Future()
+        setup.fleet.engine("small").begin_verify("ada", answer)
+        setup.attach("small", fingerprint="others")
+        assert isinstance(answer.exception(0), VerifyInterrupted)
+        assert not setup.fleet.has_work
+
+    def test_an_agent_is_not_read_before_there_is_a_model(self, setup: Setup) -> None:
+        create(setup, "ada")
+        setup.settle()
+        fleet = Fleet(new_engine, default="small", store=setup.store, budget_bytes=BUDGET_BYTES)
+        with pytest.raises(UnknownModel):
+            fleet.of("ada")
+        with pytest.raises(UnknownModel):
+            fleet.delete("ada")
 
     def test_an_unknown_model(self, setup: Setup) -> None:
         with pytest.raises(UnknownModel):
@@ -241,13 +283,43 @@ class TestTwoModels:
         setup.attach("other")
         create(setup, "ada")
         setup.say("ada", "Hello", "small")
-        with pytest.raises(InvalidRequest):
-            setup.say("ada", "Hello", "other", temperature=-3.0)
+        where = setup.fleet.of("ada")
+        with pytest.raises(InvalidRequest):  # found when it is there: it moves back
+            setup.start("other", agent_id="ada", append=[])
         with pytest.raises(UnknownAgent):
             setup.say("nobody", "Hello", "other")
+        assert setup.fleet.of("ada") is where
         assert setup.fleet.model_of("ada") == "small"
         assert setup.fleet.model_of("nobody") == "small"
         assert setup.say("ada", "And now?").turn == 2
+
+    def test_a_pin_at_another_engine_is_the_agents_own(self, setup: Setup) -> None:
+        setup.attach("other")
+        create(setup, "ada")
+        setup.say("ada", "Hello")
+        setup.fleet.engine("other").pin("ada")
+        assert setup.fleet.book.get("ada").main.blocks.pinned
+        setup.fleet.check()
+
+    def test_the_side_line_used_last_is_kept_at_any_model(self, tmp_path: Path) -> None:
+        with opened(tmp_path, new_engine=partial(new_engine, max_side_lines=2)) as setup:
+            setup.attach("other")
+
+            def aside(model: str, content: str) -> None:
+                messages = [user(content * 30)]
+                setup.run(model, agent_id="ada", messages=messages, max_tokens=3)
+
+            create(setup, "ada")
+            setup.say("ada", "one")
+            aside("small", "first")
+            setup.say("ada", "two", "other")
+            aside("other", "second")
+            for _ in range(3):
+                aside("small", "first")
+            aside("other", "third")
+            lines = setup.fleet.book.get("ada").sides
+            said = {str(line.messages[0]["content"])[:5] for line in lines if line.messages}
+            assert said == {"first", "third"}
 
     def test_a_fork_of_an_earlier_turn(self, setup: Setup) -> None:
         setup.attach("other")
@@ -307,12 +379,29 @@ class TestCommitsThatWereRefused:
         create(setup, "ada")
         with monkeypatch.context() as patch:
             refusing(setup.store, patch)
-            setup.say("ada", "one", "small")
-        setup.say("ada", "two", "other")
-        setup.fleet.delete("ada")
+            assert not setup.say("ada", "one", "small").durable
+            assert not setup.say("ada", "two", "other").durable
+        assert setup.fleet.delete("ada")
+        setup.settle()
         setup.fleet.detach("small")
         setup.fleet.detach("other")
         assert setup.store.summaries() == []
+
+    def test_of_a_model_that_got_other_weights(
+        self, setup: Setup, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        create(setup, "ada")
+        setup.settle()
+        with monkeypatch.context() as patch:
+            answers = setup.store._answers
+            patch.setattr(setup.store, "commit", lambda _, answer: answers.add(answer, False))
+            assert not setup.say("ada", "one").durable
+            setup.fleet.detach("small", 0.01)
+            setup.attach("small", fingerprint="others")
+        assert setup.fleet.close()
+        state = setup.store.load_agent("ada")
+        assert state is not None
+        assert len(state.lines[0].turns) == 1
 
 
 @pytest.fixture
@@ -320,6 +409,10 @@ def tight(tmp_path: Path) -> Iterator[Setup]:
     """Forty blocks for both models."""
     with opened(tmp_path, budget_bytes=40 * BLOCK_BYTES) as setup:
         yield setup
+
+
+def out_of_memory(*_: object) -> None:
+    raise MemoryError("[malloc] unable to allocate")
 
 
 class TestOneBudget:
@@ -380,18 +473,27 @@ class TestOneBudget:
         self, tight: Setup, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         tight.run("small", agent_id="ada", token_ids=ids(300), max_tokens=3)
-
-        def out_of_memory(*_: object) -> None:
-            raise MemoryError("[malloc] unable to allocate")
-
         with monkeypatch.context() as patch:
-            patch.setattr(
-                tight.fleet.engine("small").tiers.model.generator, "extract", out_of_memory
-            )
+            patch.setattr(tight.fleet.engine("small").tiers, "put_all_away", out_of_memory)
             with pytest.raises(MemoryError):
                 tight.fleet.detach("small")
         assert tight.fleet.is_attached("small")
         assert len(tight.run("small", token_ids=ids(20), max_tokens=2).token_ids) == 2
+
+    def test_kv_that_cannot_be_read_does_not_keep_a_model_from_going(
+        self, tight: Setup, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        prompt = ids(300)
+        tight.run("small", agent_id="ada", token_ids=prompt, max_tokens=3)
+        with monkeypatch.context() as patch:
+            generator = tight.fleet.engine("small").tiers.model.generator
+            patch.setattr(generator, "extract", out_of_memory)
+            patch.setattr(generator, "dismantle", out_of_memory)
+            tight.fleet.detach("small")
+        assert self.used(tight) == 0
+        tight.attach("small")
+        again = tight.run("small", agent_id="ada", token_ids=[*prompt, 1], max_tokens=3)
+        assert again.token_ids == fresh_reply([*prompt, 1], max_tokens=3)
 
 
 def test_two_engines_that_wait_for_the_disk_wait(

@@ -146,7 +146,7 @@ class FleetMachine(RuleBasedStateMachine):
     @rule(agent=agents)
     def say_something_wrong(self, agent: str) -> None:
         """A request that is refused leaves the agent where it was."""
-        if agent in self.said and agent not in self.running:
+        if agent in self.said and not self.fleet.book.get(agent).in_use:
             before = self.fleet.model_of(agent)
             where = self.fleet.of(agent)
             for model in NAMES:
@@ -229,7 +229,7 @@ class FleetMachine(RuleBasedStateMachine):
             self.busy(lambda: self.fleet.delete(agent))
             return
         commit = self.fleet.delete(agent)
-        self.fleet.step()
+        self.step(1)
         assert commit.durable is not None
         if commit.durable:
             del self.said[agent], self.begun[agent]
@@ -263,6 +263,7 @@ class FleetMachine(RuleBasedStateMachine):
         if not self.fleet.is_attached(model):
             self.weights[model] += "+"
             self.attach(model)
+            self.step(1)  # says what failed
 
     @rule(times=st.sampled_from([1, 4, 40]))
     def be_idle(self, times: int) -> None:

@@ -1,15 +1,20 @@
 """The main line is the conversation: the line that goes on, whichever was asked for first."""
 
+from dataclasses import replace
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from engines import assistant, drain, fake_engine, run, user
-from fleets import Setup, opened
+from fleets import Setup, create, opened
 from keepwarm import BlockPoolBatchEngine
 from keepwarm.core.events import Completed
+from keepwarm.core.stored import LineState
+from keepwarm.core.transcript import Span, Transcript
 from keepwarm.testing.agent_store import MemoryAgentStore
+from keepwarm.testing.tokenizer import FakeTokenizer
 from stores import Restart
 
 TITLE = [{"role": "system", "content": "Give a title. " * 20}, user("Fix the bug")]
@@ -197,6 +202,53 @@ class TestWhatStays:
         assert ends[other].turn is None
         assert ends[running].turn == 2
         assert main_says(engine)[:3] == client.said["title"]
+
+
+class TestEarlierCatalogues:
+    """They numbered an agent's side lines in each tokenizer on its own."""
+
+    def side(self, tokenizer: str, said: list[Any], last_used: int) -> LineState:
+        token_ids = FakeTokenizer().encode(said[0]["content"])
+        return LineState(
+            number=1,
+            tokenizer=tokenizer,
+            transcript=Transcript((Span(None, tuple(token_ids)),)),
+            messages=tuple(said),
+            turns=(),
+            block_hashes=(),
+            last_used=last_used,
+        )
+
+    def sides(self, tmp_path: Path, *sides: LineState) -> list[tuple[int, list[Any]]]:
+        """The side lines that an agent is read with where its catalogue has these."""
+        with opened(tmp_path) as setup:
+            create(setup, "ada")
+            setup.say("ada", "Hello")
+            setup.settle()
+            state = setup.store.load_agent("ada")
+            assert state is not None
+            setup.store.commit(
+                replace(state, lines=(*state.lines, *sorted(sides, key=attrgetter("key")))),
+                lambda _: None,
+            )
+            setup.settle()
+        with opened(tmp_path) as setup:
+            agent = setup.fleet.book.get("ada")
+            setup.fleet.check()
+            return [(line.number, list(line.messages or ())) for line in agent.sides]
+
+    def test_two_conversations_with_one_number_stay_two(self, tmp_path: Path) -> None:
+        fake = FakeTokenizer().fingerprint
+        first, second = [user("A title?")], [user("A summary?")]
+        sides = self.sides(tmp_path, self.side(fake, first, 3), self.side("bytes", second, 4))
+        assert sorted(sides, key=itemgetter(0)) == [(1, second), (2, first)]
+
+    def test_one_in_two_tokenizers_stays_one(self, tmp_path: Path) -> None:
+        fake = FakeTokenizer().fingerprint
+        first = [user("A title?")]
+        longer = [*first, assistant("Yes"), user("Go on")]
+        sides = self.sides(tmp_path, self.side(fake, first, 3), self.side("bytes", longer, 4))
+        assert sides == [(1, longer)]
 
 
 class TestFleets:

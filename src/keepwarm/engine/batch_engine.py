@@ -196,6 +196,11 @@ class BlockPoolBatchEngine:
         return self.batch.is_suspended
 
     @property
+    def is_settled(self) -> bool:
+        """Whether there is no work, and no change that the disk has not taken."""
+        return not self.has_work and self._commits.is_settled
+
+    @property
     def has_chores(self) -> bool:
         """Whether the store is at work for this engine: `step` has to be called now and then.
 
@@ -273,6 +278,7 @@ class BlockPoolBatchEngine:
 
     def abandon(self, error: Exception) -> list[Event]:
         """End all requests and jobs with this error: their model does not come back."""
+        self._verifies.cancel("its model does not come back")
         self._turns.abandon(error)
         self._jobs.abandon(error)
         return self._take_events()

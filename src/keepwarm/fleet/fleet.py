@@ -72,6 +72,7 @@ class Fleet:
         self._default = default
         self._budget_bytes = budget_bytes
         self._engines: dict[str, BlockPoolBatchEngine] = {}
+        self._replaced: list[BlockPoolBatchEngine] = []
         self._ids = itertools.count(1)
         self._events: list[Event] = []
         self._builder = IdleBuilder(self._engines, self.book, clock=clock)
@@ -111,6 +112,7 @@ class Fleet:
         else:
             if old is not None:
                 self._events += old.abandon(OtherWeights(name))
+                self._replaced.append(old)  # its agents' changes may not be on the disk yet
             pool = BlockPool(self._budget_bytes, _Others(self._engines, name))
             new = self._new_engine(loaded, pool, self.store, self.book, self._ids)
             self._engines[name] = new
@@ -195,7 +197,8 @@ class Fleet:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._events) or any(engine.has_work for engine in self._engines.values())
+        engines = (*self._engines.values(), *self._replaced)
+        return bool(self._events) or any(engine.has_work for engine in engines)
 
     @property
     def has_chores(self) -> bool:
@@ -210,6 +213,10 @@ class Fleet:
             self.store.wait(STORE_WAIT_S)
         for engine in self._engines.values():
             self._events += engine.step(may_wait=busy == [engine])
+        self._replaced = [engine for engine in self._replaced if not engine.is_settled]
+        for engine in self._replaced:
+            if engine.has_work:
+                self._events += engine.step(may_wait=False)
         events, self._events = self._events, []
         return events
 
@@ -229,10 +236,14 @@ class Fleet:
         return self._default if agent is None else agent.model or self._default
 
     def of(self, agent_id: str) -> BlockPoolBatchEngine:
-        """Return the agent's engine; the default one for an unknown or damaged agent."""
+        """Return the agent's engine; the default one for an unknown or damaged agent.
+
+        Raises UnknownModel where there is no engine: an agent is read for a model.
+        """
         agent = None
-        with suppress(DamagedAgent):
-            agent = self.book.find(agent_id)
+        if self._engines:
+            with suppress(DamagedAgent):
+                agent = self.book.find(agent_id)
         return self._default_engine if agent is None else self._engines[agent.place.model]
 
     def agents(self) -> tuple[AgentView, ...]:
@@ -314,6 +325,8 @@ class Fleet:
         """Save every line's KV to its last token; the store stays open. As the engine's own."""
         self._builder.stop()
         is_saved = True
+        for engine in self._replaced:
+            is_saved &= engine.flush(timeout_s)
         for engine in self._engines.values():
             # A disk that has refused one engine's KV to the end is not waited for again.
             is_refused = not is_saved and self.fault is not None

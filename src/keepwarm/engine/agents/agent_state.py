@@ -30,11 +30,7 @@ def agent_of(state: AgentState, place: Place) -> Agent:
 
     What was said in another tokenizer's ids gets its ids here with the next prompt.
     """
-    numbers = sorted({line.number for line in state.lines})
-    main, *sides = [
-        _line([line for line in state.lines if line.number == number], state.agent_id, place)
-        for number in numbers
-    ]
+    main, *sides = [_line(states, state.agent_id, place) for states in _conversations(state.lines)]
     place.tiers.pin(main.blocks, pinned=state.settings.pinned)
     return Agent(
         state.agent_id,
@@ -86,14 +82,43 @@ def move(agent: Agent, place: Place) -> None:
     for line in agent.lines:
         there = line_at(agent, line, place)
         if place.tokenizer != former.tokenizer:
-            line.foreign[former.tokenizer] = _state_of_line(line, former)
+            if line is agent.main or line.transcript.num_tokens:
+                line.foreign[former.tokenizer] = _state_of_line(line, former)
             line.foreign.pop(place.tokenizer, None)
         line.resting[former] = line.blocks
         line.blocks = line.resting.pop(place)
+        place.tiers.touch(line.blocks, as_of=line.resting[former].last_used)
         line.transcript, line.turns = there.transcript, there.turns
     agent.place = place
     place.tiers.pin(agent.main.blocks, pinned=agent.settings.pinned)
     place.tiers.touch(agent.main.blocks)
+
+
+def _conversations(states: Sequence[LineState]) -> list[list[LineState]]:
+    """Group the states of each line, the main line's first.
+
+    Catalogues of earlier versions counted side lines in each tokenizer on its own: two of one
+    number may be two conversations. The second gets a number of its own.
+    """
+    groups: dict[int, list[LineState]] = {}
+    strangers: list[LineState] = []
+    for state in sorted(states, key=lambda state: state.number):
+        group = groups.setdefault(state.number, [])
+        if state.number and any(not _are_one(state, other) for other in group):
+            strangers.append(state)
+        else:
+            group.append(state)
+    for number, state in enumerate(strangers, 1 + max(groups)):
+        groups[number] = [replace(state, number=number)]
+    return list(groups.values())
+
+
+def _are_one(a: LineState, b: LineState) -> bool:
+    """Whether one conversation may be the other's beginning; unknown messages may be any."""
+    if a.messages is None or b.messages is None:
+        return True
+    shorter, longer = sorted((a.messages, b.messages), key=len)
+    return longer[: len(shorter)] == shorter
 
 
 def _states(agent: Agent) -> Iterator[LineState]:

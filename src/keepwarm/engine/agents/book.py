@@ -152,5 +152,7 @@ class AgentBook:
 
     def _place_of(self, model: str) -> Place:
         """Return the place of the model that an agent talked to last, or the default one's."""
+        if not self._places:
+            raise InvariantBroken("agents are read for a model, and none was ever loaded")
         default = self._places.get("") or next(iter(self._places.values()))
         return self._places.get(model, default)

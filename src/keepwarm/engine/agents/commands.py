@@ -190,8 +190,8 @@ class AgentCommands:
             agent = self._book.get_idle(agent_id, "delete it")
         except DamagedAgent:
             return self._commits.delete(agent_id)
-        agent.is_leaving = True
         commit = self._commits.delete(agent_id)
+        agent.is_leaving = True
         commit.then(partial(self._end_deletion, agent))
         return commit
 
@@ -244,7 +244,7 @@ class AgentCommands:
         if settings == agent.settings:
             return self._commits.settle(agent)
         agent.settings = settings
-        self._tiers.pin(agent.main.blocks, pinned=settings.pinned)
+        agent.place.tiers.pin(agent.main.blocks, pinned=settings.pinned)
         return self._commits.commit(agent)
 
     def _end_deletion(self, agent: Agent, is_done: bool) -> None:

@@ -75,12 +75,17 @@ class Commits:
         """Whether the disk has changes of agents that it has not answered for."""
         return bool(self._uncommitted)
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether the disk has taken every change."""
+        return not self._uncommitted and not self._refused
+
     def commit(self, agent: Agent, completed: Completed | None = None) -> Commit:
         """Write the agent, and emit the turn's final event when the disk has answered."""
         commit = Commit(agent.agent_id)
-        self._uncommitted.add(commit)
         answer = partial(self._take, commit, agent, completed)
         self._store.commit(state_of(agent), answer)
+        self._uncommitted.add(commit)  # the answer comes by a poll, never within the call
         return commit
 
     def settle(self, agent: Agent) -> Commit:
@@ -95,8 +100,8 @@ class Commits:
         A store that is in memory has its answer ready, and is asked for it.
         """
         commit = Commit(agent_id)
-        self._uncommitted.add(commit)
         self._store.delete_agent(agent_id, partial(self._take, commit, None, None))
+        self._uncommitted.add(commit)
         self.poll()
         return commit
 
@@ -135,7 +140,7 @@ class Commits:
         until = time.monotonic() + timeout_s
         while self._uncommitted and time.monotonic() < until:
             self.hear()
-        return not self._uncommitted and not self._refused
+        return self.is_settled
 
     def save_while(self, is_unsaved: Callable[[], bool], until_s: float) -> None:
         """Hand KV to the store, as fast as it takes it, while `is_unsaved`, until `until_s`.
