@@ -16,7 +16,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from keepwarm.core.ports import LoadedModel
+from keepwarm.core.ports import BatchGenerator, LoadedModel, RowInput
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
 from keepwarm.kv.demotion import Demotion
 from keepwarm.kv.promotion import Promotion
@@ -115,9 +115,17 @@ def _in_queue(trap: Trap, _loaded: LoadedModel) -> None:
 
 
 def _in_generator(trap: Trap, loaded: LoadedModel) -> None:
-    """Kill at the beginning of a call, wherever the store's thread is."""
-    generator = type(loaded.batch_gen_factory(deterministic=True))
-    _before(generator, "prefill" if trap.phase is Phase.PREFILL else "decode", trap.visit)
+    """Kill at the beginning of a step with what the phase names, wherever the store's thread is."""
+    generator: Any = type(loaded.batch_gen_factory(deterministic=True))
+    original = generator.step
+
+    def step(self: BatchGenerator, inputs: Sequence[RowInput]) -> list[list[int]]:
+        if any(bool(item.draws) == (trap.phase is Phase.DECODE) for item in inputs):
+            trap.visit()
+        tokens: list[list[int]] = original(self, inputs)
+        return tokens
+
+    _replace(generator, "step", step)
 
 
 def _in_write(trap: Trap, _loaded: LoadedModel) -> None:

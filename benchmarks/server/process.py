@@ -44,11 +44,12 @@ def source_of(model: str) -> ModelSource:
 
 
 class _PacedGenerator(FakeBatchGenerator):
-    """The fake with steps as long as a small model's, in which it sleeps."""
+    """The fake with decode steps as long as a small model's, in which it sleeps."""
 
-    def decode(self, inputs: Sequence[RowInput]) -> list[int]:
-        time.sleep(STEP_S)
-        return super().decode(inputs)
+    def step(self, inputs: Sequence[RowInput]) -> list[list[int]]:
+        if any(item.draws for item in inputs):
+            time.sleep(STEP_S)
+        return super().step(inputs)
 
 
 def _fake_model() -> LoadedModel:

@@ -49,9 +49,10 @@ class FullSizeGenerator(FakeBatchGenerator):
         super().__init__(layout=layout, script=script)
         self.decoded_s = 0.0
 
-    def decode(self, inputs: Sequence[RowInput]) -> list[int]:
-        tokens = super().decode(inputs)
-        self.decoded_s = time.perf_counter()
+    def step(self, inputs: Sequence[RowInput]) -> list[list[int]]:
+        tokens = super().step(inputs)
+        if any(tokens):
+            self.decoded_s = time.perf_counter()
         return tokens
 
     def pack(self, payload: Payload) -> tuple[memoryview, ...]:

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 
 from keepwarm.core.errors import InvariantBroken
 from keepwarm.core.layout import capacity_for
-from keepwarm.core.ports import GREEDY, BatchGenerator, Payload, RowId, RowInput, Sampling, Slab
+from keepwarm.core.ports import (
+    GREEDY,
+    BatchGenerator,
+    Draw,
+    Payload,
+    RowId,
+    RowInput,
+    Sampling,
+    Slab,
+)
 from keepwarm.testing.generator import FakeBatchGenerator, FakePayload
 
 HAS_BACKEND = importlib.util.find_spec("mlx") and importlib.util.find_spec("mlx_lm")
@@ -69,10 +78,19 @@ def no_row_is_left_open(generator: BatchGenerator) -> Iterator[None]:
             continue
 
 
+def chunk_of(row: RowId, ids: Sequence[int]) -> RowInput:
+    return RowInput(row, ids)
+
+
+def next_of(row: RowId, token_id: int, draw: int = 0, sampling: Sampling = GREEDY) -> RowInput:
+    """One id, and the token behind it."""
+    return RowInput(row, (token_id,), (Draw(sampling, draw),))
+
+
 def prefill(generator: BatchGenerator, slab: Slab, ids: Sequence[int], chunk: int = 256) -> Slab:
     generator.open_row(ROW, slab)
     for start in range(0, len(ids), chunk):
-        generator.prefill(ROW, ids[start : start + chunk])
+        assert generator.step([chunk_of(ROW, ids[start : start + chunk])]) == [[]]
     return generator.close_row(ROW)
 
 
@@ -94,7 +112,7 @@ def decoded(
     generator.open_row(ROW, slab)
     tokens = [first]
     for draw in range(num_tokens):
-        tokens += generator.decode([RowInput(ROW, tokens[-1], sampling, draw)])
+        tokens += generator.step([next_of(ROW, tokens[-1], draw, sampling)])[0]
     generator.close_row(ROW)
     return tokens[1:]
 
@@ -291,7 +309,7 @@ def test_a_single_flipped_bit_is_a_difference(generator: BatchGenerator) -> None
 def test_closing_hands_back_the_slab_that_was_opened(generator: BatchGenerator) -> None:
     slab = generator.new_slab(256)
     generator.open_row(ROW, slab)
-    generator.prefill(ROW, IDS[:9])
+    generator.step([chunk_of(ROW, IDS[:9])])
     assert generator.close_row(ROW) is slab
     assert slab.num_tokens == 9
 
@@ -305,7 +323,7 @@ def test_a_row_can_be_opened_again(generator: BatchGenerator) -> None:
 def filled_elsewhere(generator: BatchGenerator) -> Slab:
     slab = generator.new_slab(256)
     generator.open_row(OTHER_ROW, slab)
-    generator.prefill(OTHER_ROW, IDS[:20])
+    generator.step([chunk_of(OTHER_ROW, IDS[:20])])
     return generator.close_row(OTHER_ROW)
 
 
@@ -329,13 +347,69 @@ def test_a_row_says_in_a_batch_what_it_says_alone(
     last = [5] * len(rows)
     together: list[list[int]] = [[] for _ in rows]
     for draw in range(6):
-        inputs = [RowInput(r, t, sampling, draw) for r, t in zip(rows, last, strict=True)]
-        last = generator.decode(inputs)
+        inputs = [next_of(r, t, draw, sampling) for r, t in zip(rows, last, strict=True)]
+        last = [token_id for (token_id,) in generator.step(inputs)]
         for tokens, token_id in zip(together, last, strict=True):
             tokens.append(token_id)
     for row, length in zip(rows, lengths, strict=True):
         assert generator.close_row(row).num_tokens == length + 6
     assert together == alone
+
+
+CHUNKS = [IDS[:100], IDS[100:101], IDS[101:256]]
+
+
+def in_steps(
+    generator: BatchGenerator, *, decoding: Sequence[int], chunks_at: int | None
+) -> tuple[list[list[int]], list[Any]]:
+    """The tokens and the KV of rows that decode from these lengths on, one step for each of CHUNKS.
+
+    `chunks_at`: where among the inputs another row's chunks are, whose KV comes last then.
+    """
+    rows = [RowId(10 + number) for number in range(len(decoding))]
+    for row, num_tokens in zip(rows, decoding, strict=True):
+        generator.open_row(row, filled(generator, num_tokens))
+    generator.open_row(ROW, generator.new_slab(256))
+    tokens = [[5] for _ in rows]
+    for draw, ids in enumerate(CHUNKS):
+        inputs = [next_of(row, tokens[n][-1], draw) for n, row in enumerate(rows)]
+        if chunks_at is not None:
+            inputs.insert(chunks_at, chunk_of(ROW, ids))
+        sampled = generator.step(inputs)
+        if chunks_at is not None:
+            assert sampled.pop(chunks_at) == []
+        for one, (token_id,) in zip(tokens, sampled, strict=True):
+            one.append(token_id)
+    slabs = [generator.close_row(row) for row in (*rows, ROW)]
+    return tokens, [all_bits(generator, slab) for slab in slabs if slab.num_tokens]
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_chunk_beside_decode_changes_no_bit_of_either(
+    generator: BatchGenerator, place: int
+) -> None:
+    apart, kv = in_steps(generator, decoding=(20, 300), chunks_at=None)
+    _, chunk_kv = in_steps(generator, decoding=(), chunks_at=0)
+    together, all_kv = in_steps(generator, decoding=(20, 300), chunks_at=place)
+    assert together == apart
+    assert all_kv == [*kv, *chunk_kv]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.0, seed=5)], ids=repr)
+def test_guessed_ids_are_verified_in_one_step(
+    generator: BatchGenerator, sampling: Sampling
+) -> None:
+    """The ids of a reply, fed at once, are followed by the tokens that they were followed by."""
+    tokens = decoded(generator, filled(generator, 200), 5, 6, sampling)
+    expected_beside = decoded(generator, filled(generator, 30), 5, 1)
+    slabs = filled(generator, 200), filled(generator, 30)
+    generator.open_row(ROW, slabs[0])
+    generator.open_row(OTHER_ROW, slabs[1])
+    draws = tuple(Draw(sampling, index) for index in range(6))
+    guessed = RowInput(ROW, (5, *tokens[:5]), draws)
+    verified, beside = generator.step([guessed, next_of(OTHER_ROW, 5)])
+    assert (verified, beside) == (tokens, expected_beside)
+    assert generator.close_row(ROW).num_tokens == 206
 
 
 def test_a_reconstructed_slab_says_what_the_first_would_have_said(
@@ -372,9 +446,12 @@ def misuses(generator: BatchGenerator, slab: Slab) -> dict[str, Any]:
         "open a row twice": lambda: generator.open_row(ROW, outside),
         "open a slab in two rows": lambda: generator.open_row(OTHER_ROW, slab),
         "close a row that is not open": lambda: generator.close_row(OTHER_ROW),
-        "prefill a row that is not open": lambda: generator.prefill(OTHER_ROW, [1]),
-        "decode a row that is not open": lambda: generator.decode(
-            [RowInput(OTHER_ROW, 1, GREEDY, 0)]
+        "prefill a row that is not open": lambda: generator.step([chunk_of(OTHER_ROW, [1])]),
+        "decode a row that is not open": lambda: generator.step([next_of(OTHER_ROW, 1)]),
+        "feed a row twice": lambda: generator.step([next_of(ROW, 1), chunk_of(ROW, [1])]),
+        "feed a row nothing": lambda: generator.step([chunk_of(ROW, [])]),
+        "draw more often than ids are fed": lambda: generator.step(
+            [RowInput(ROW, (1,), (Draw(GREEDY, 0), Draw(GREEDY, 1)))]
         ),
         "trim inside": lambda: generator.trim(slab, 0),
         "grow inside": lambda: generator.grow_slab(slab, 1024),
@@ -386,7 +463,7 @@ def misuses(generator: BatchGenerator, slab: Slab) -> dict[str, Any]:
         "cut to more": lambda: generator.cut(ten, 0, 11),
         "reconstruct beyond the capacity": lambda: generator.reconstruct(outside, too_many),
         "copy a span with a gap": lambda: generator.copy_span(slab, outside, 5, 9),
-        "prefill beyond the capacity": lambda: generator.prefill(ROW, IDS[:300]),
+        "prefill beyond the capacity": lambda: generator.step([chunk_of(ROW, IDS[:300])]),
         "a foreign payload": lambda: generator.reconstruct(outside, [object()]),  # type: ignore[list-item]
         "a foreign slab": lambda: generator.trim(object(), 0),  # type: ignore[arg-type]
     }
@@ -428,7 +505,7 @@ def test_nothing_that_is_done_to_a_slab_moves_its_arrays(
     fork = generator.new_slab(512)
     for draw in range(4):
         generator.extract(slabs[0], 0, 100)
-        generator.decode([RowInput(RowId(10 + row), 5, GREEDY, draw) for row in range(num_rows)])
+        generator.step([next_of(RowId(10 + row), 5, draw) for row in range(num_rows)])
         if draw == 1:
             generator.copy_span(slabs[0], fork, 0, 100)
     for row in range(num_rows):
@@ -452,6 +529,6 @@ def test_canonical_shapes_give_the_same_bits_whatever_the_chunks_and_the_batch(
     for chunk in (37, 255):
         slab = filled(generator, 300, chunk=chunk)
         generator.open_row(ROW, slab)
-        generator.decode([RowInput(OTHER_ROW, 3, GREEDY, 0), RowInput(ROW, 5, GREEDY, 0)])
+        generator.step([next_of(OTHER_ROW, 3), next_of(ROW, 5)])
         generator.close_row(ROW)
         assert all_bits(generator, slab) == all_bits(generator, whole)

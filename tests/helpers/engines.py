@@ -34,9 +34,9 @@ MAX_KNOWN = 200
 class FakeFactory:
     """Makes generators and keeps them all; `fail_at` has the failing calls of one after another.
 
-    A decode step sleeps `pause_s` seconds without the interpreter's lock, as if a device computed:
-    DEVICE_S suffices. Otherwise the engine's thread can keep the lock from a server's event loop
-    for seconds.
+    A step in which rows decode sleeps `pause_s` seconds without the interpreter's lock, as if a
+    device computed: DEVICE_S suffices. Otherwise the engine's thread can keep the lock from a
+    server's event loop for seconds.
     """
 
     def __init__(
@@ -72,13 +72,14 @@ class FakeFactory:
 
 
 def _pause(generator: FakeBatchGenerator, pause_s: float) -> None:
-    decode = generator.decode
+    step = generator.step
 
-    def slow_decode(inputs: Sequence[RowInput]) -> list[int]:
-        time.sleep(pause_s)
-        return decode(inputs)
+    def slow_step(inputs: Sequence[RowInput]) -> list[list[int]]:
+        if any(item.draws for item in inputs):
+            time.sleep(pause_s)
+        return step(inputs)
 
-    generator.decode = slow_decode  # type: ignore[method-assign]
+    generator.step = slow_step  # type: ignore[method-assign]
 
 
 def fake_loaded(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import pytest
 
-from keepwarm.core.ports import GREEDY, RowId, RowInput, Sampling
+from keepwarm.core.ports import GREEDY, Draw, Sampling
 from keepwarm.mlx_backend.compute.sampling import sample
 
 PROBABILITIES = [0.4, 0.3, 0.15, 0.1, 0.04, 0.01]
@@ -15,15 +15,11 @@ LOGITS = mx.log(mx.array(PROBABILITIES))
 NUM_DRAWS = 4000
 
 
-def row(settings: Sampling, draw: int = 0, number: int = 0) -> RowInput:
-    return RowInput(RowId(number), 0, settings, draw)
-
-
-def draw_all(settings: Sequence[Sampling], draws: Sequence[int]) -> list[int]:
+def draw_all(settings: Sequence[Sampling], indices: Sequence[int]) -> list[int]:
     """One token for each, in one call, from LOGITS."""
-    inputs = [row(s, d, n) for n, (s, d) in enumerate(zip(settings, draws, strict=True))]
-    logits = mx.broadcast_to(LOGITS[None], (len(inputs), LOGITS.size))
-    return [int(token) for token in sample(logits, inputs).tolist()]  # type: ignore[union-attr]
+    draws = [Draw(*pair) for pair in zip(settings, indices, strict=True)]
+    logits = mx.broadcast_to(LOGITS[None], (len(draws), LOGITS.size))
+    return [int(token) for token in sample(logits, draws).tolist()]  # type: ignore[union-attr]
 
 
 def counts(settings: Sampling) -> Counter[int]:
@@ -111,14 +107,14 @@ def test_greedy_rows_are_greedy_beside_others() -> None:
 def test_rows_get_the_tokens_of_their_own_logits() -> None:
     logits = mx.array([[9.0, 0, 0], [0, 9.0, 0], [0, 0, 9.0], [0, 9.0, 0]])
     cold = Sampling(temperature=0.01, seed=4)
-    inputs = [row(s, n, n) for n, s in enumerate([GREEDY, cold, GREEDY, cold])]
-    assert sample(logits, inputs).tolist() == [0, 1, 2, 1]
+    draws = [Draw(settings, n) for n, settings in enumerate([GREEDY, cold, GREEDY, cold])]
+    assert sample(logits, draws).tolist() == [0, 1, 2, 1]
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 def test_half_precision_logits_are_drawn_from_in_full(dtype: mx.Dtype) -> None:
     logits = LOGITS.astype(dtype)[None]
-    token = sample(logits, [row(Sampling(temperature=1.0, top_p=0.65, seed=2))])
+    token = sample(logits, [Draw(Sampling(temperature=1.0, top_p=0.65, seed=2), 0)])
     assert token.tolist()[0] in (0, 1)  # type: ignore[index]
 
 
@@ -129,8 +125,8 @@ def test_another_thread_draws_the_same() -> None:
     def draw() -> None:
         with mx.stream(mx.new_stream(mx.default_device())):
             logits = mx.log(mx.array([PROBABILITIES] * 20))
-            inputs = [row(mine, number, number) for number in range(20)]
-            seen.append(sample(logits, inputs).tolist())  # type: ignore[arg-type]
+            draws = [Draw(mine, index) for index in range(20)]
+            seen.append(sample(logits, draws).tolist())  # type: ignore[arg-type]
 
     thread = threading.Thread(target=draw)
     thread.start()

@@ -276,9 +276,9 @@ class TestVerify:
     def test_memory_that_a_reply_needs(self) -> None:
         """It grows, and takes the room of the cold run, not another's row."""
         engine, result = half_verified(num_blocks=30, reserve_reply_tokens=0)
-        prompt = ids(256 * 12 + 230, 1)
+        prompt = ids(256 * 12 + 250, 1)
         request = engine.submit(agent_id="bob", token_ids=prompt, max_tokens=200)
-        step(engine, 20)
+        step(engine, 15)
         assert not result.done()
         turn = completed(drain(engine), request)
         with pytest.raises(VerifyInterrupted, match="memory"):

@@ -302,7 +302,7 @@ def test_what_the_generator_raises_costs_nothing(
     clock.advance(2 * IDLE_S)
     setup.step(3)
     assert is_building(setup)
-    monkeypatch.setattr(setup.fleet.engine("small").tiers.model.generator, "prefill", fail)
+    monkeypatch.setattr(setup.fleet.engine("small").tiers.model.generator, "step", fail)
     rest(setup, clock)
     assert not is_building(setup)
     assert setup.say("ada", "three", "small").turn == 3

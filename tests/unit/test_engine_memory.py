@@ -21,6 +21,7 @@ from engines import (
 from keepwarm import BlockPool
 from keepwarm.core.agent import Tier
 from keepwarm.core.errors import PoolExhausted
+from keepwarm.core.ports import RowId, RowInput
 from keepwarm.core.stored import KVFamily
 from keepwarm.kv.generator_source import GeneratorSource
 from keepwarm.kv.tiers import Tiers
@@ -148,9 +149,9 @@ class TestPressure:
         tiers.make_hot(line, ids(512), 512)
         assert line.slab is not None
         for chunk in (ids(512)[:256], ids(512)[256:]):
-            tiers.model.generator.open_row(1, line.slab)  # type: ignore[arg-type]
-            tiers.model.generator.prefill(1, chunk)  # type: ignore[arg-type]
-            tiers.model.generator.close_row(1)  # type: ignore[arg-type]
+            tiers.model.generator.open_row(RowId(1), line.slab)
+            tiers.model.generator.step([RowInput(RowId(1), chunk)])
+            tiers.model.generator.close_row(RowId(1))
             tiers.advance(line, chunk)
         tiers.park(line)
         tiers.demote(line)

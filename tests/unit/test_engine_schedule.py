@@ -1,15 +1,29 @@
-"""Who runs when: decode beside prefill, turns among prefills, priorities, nobody starves."""
+"""Who runs when: decode beside prefill, the order of prefills, priorities, nobody starves."""
 
 from collections import Counter
+from statistics import mean, median
 
 import pytest
 
-from engines import completed, drain, fake_engine, generator_of, ids, phase_of, step
+from engines import (
+    completed,
+    deltas_of,
+    drain,
+    fake_engine,
+    generator_of,
+    ids,
+    phase_of,
+    run,
+    step,
+)
 from keepwarm import BlockPoolBatchEngine
-from keepwarm.core.events import Completed, Progress
+from keepwarm.core.events import Completed, Delta, Event, Progress
 from keepwarm.core.layout import BLOCK_TOKENS
 from keepwarm.core.sequence import Phase
 from keepwarm.testing.generator import FAKE_LAYOUT
+from timed import MLX, NATIVE, Device, device_of, timed_engine
+
+DEVICES = [NATIVE, MLX]
 
 
 def admission_order_of(engine: BlockPoolBatchEngine) -> list[str]:
@@ -46,34 +60,97 @@ def test_decode_goes_on_beside_a_long_prefill() -> None:
         assert engine.batch.counters.decoded_tokens == before + 1
 
 
-def test_prefill_beside_decode_is_a_part_of_what_it_is_alone() -> None:
-    engine = fake_engine(max_step_stretch=1.5)
+@pytest.mark.parametrize("device", DEVICES, ids=repr)
+def test_prefill_beside_decode_is_a_part_of_what_it_is_alone(device: Device) -> None:
+    engine, _ = timed_engine(device)
     engine.submit(token_ids=ids(10), max_tokens=3000)
     step(engine, 3)
     engine.submit(token_ids=ids(4000, 1), max_tokens=1)
-    before = engine.batch.counters.prefilled_tokens
-    step(engine)
-    assert engine.batch.counters.prefilled_tokens - before < engine.config.idle_prefill_tokens
+    step(engine, 20)
+    chunks = [length for _, length in device_of(engine).prefilled[1:]]
+    assert chunks
+    assert max(chunks) <= 32 < engine.config.idle_prefill_tokens
 
 
-def test_beside_decode_the_model_is_not_called_twice_for_one_small_budget() -> None:
-    engine = fake_engine()
-    engine.submit(token_ids=ids(10), max_tokens=2000)
-    step(engine, 3)
-    long = engine.submit(token_ids=ids(4000, 1), max_tokens=1)
-    while phase_of(engine, long) != Phase.DECODING:
-        before = len(generator_of(engine).prefilled)
-        step(engine)
-        calls = generator_of(engine).prefilled[before:]
-        assert all(num_tokens == 256 for _, num_tokens in calls[:-1]) or len(calls) == 1
+def test_decode_and_a_chunk_are_one_call() -> None:
+    engine, _ = timed_engine(NATIVE)
+    engine.submit(token_ids=ids(10), max_tokens=3000)
+    engine.submit(token_ids=ids(300, 1), max_tokens=1)
+    step(engine, 6)
+    num_calls = engine.batch.counters.steps
+    assert device_of(engine).num_calls == num_calls
+    assert any(
+        {bool(item.draws) for item in s} == {True, False} for s, _ in device_of(engine).steps
+    )
 
 
-def test_prefills_take_turns() -> None:
+def test_equal_prompts_are_prefilled_in_the_order_of_their_arrival() -> None:
     engine = fake_engine(idle_prefill_tokens=256)
     requests = [engine.submit(token_ids=ids(1500, salt), max_tokens=1) for salt in range(3)]
-    events = step(engine, 6)
-    done = [event.request_id for event in events if isinstance(event, Progress)]
-    assert done == requests * 2
+    assert admission_order_of(engine) == requests
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=repr)
+def test_of_equal_cold_prompts_the_first_does_not_wait_for_the_last(device: Device) -> None:
+    engine, clock = timed_engine(device)
+    for salt in range(8):
+        engine.submit(token_ids=ids(1450, salt), max_tokens=32)
+    first_s: dict[str, float] = {}
+    while len(first_s) < 8:
+        for event in step(engine):
+            if isinstance(event, Delta):
+                first_s.setdefault(event.request_id, clock())
+    assert median(first_s.values()) <= 0.6 * max(first_s.values())
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=repr)
+def test_a_warm_turn_waits_for_no_cold_prompt(device: Device) -> None:
+    """Its few new tokens are in the very next call, and all of them in the next few."""
+    engine, _ = timed_engine(device)
+    first = run(engine, agent_id="ada", token_ids=ids(850), max_tokens=32)
+    for salt in range(1, 5):
+        engine.submit(token_ids=ids(850, salt), max_tokens=32)
+    step(engine, 3)
+    num_before = device_of(engine).num_calls
+    turn = [*ids(850), *first.token_ids, *ids(80, 9)]
+    request = engine.submit(agent_id="ada", token_ids=turn, max_tokens=2)
+    while not deltas_of(step(engine), request):
+        assert device_of(engine).num_calls <= num_before + 3
+
+
+@pytest.mark.parametrize(("device", "bound"), [(NATIVE, 1.8), (MLX, 4.0)], ids=repr)
+def test_a_long_prefill_beside_decode_keeps_the_bound(device: Device, bound: float) -> None:
+    """In each step where the parts share a pass, and on average where they do not."""
+    engine, _ = timed_engine(device)
+    for salt in range(4):
+        engine.submit(token_ids=ids(200, salt), max_tokens=20_000)
+    while len(engine.batch.running) < 4 or any(
+        sequence.phase is not Phase.DECODING for sequence in engine.batch.running
+    ):
+        step(engine)
+    engine.step()
+    num_before = device_of(engine).num_calls
+    eve = engine.submit(token_ids=ids(6000, 9), max_tokens=1)
+    while not any(isinstance(event, Completed) for event in engine.step()):
+        assert device_of(engine).num_calls < 10_000, eve
+    steps = device_of(engine).steps[num_before:]
+    lengths = [seconds / device.seconds(steps[0][0][:4]) for _, seconds in steps]
+    assert max(lengths) <= bound
+    assert 1.5 <= mean(lengths) <= 1.81
+
+
+def test_a_long_prompt_is_not_starved_by_short_ones() -> None:
+    engine, _ = timed_engine(NATIVE)
+    long = engine.submit(token_ids=ids(3000), max_tokens=1)
+    num_short = 0
+    events: list[Event] = []
+    while not any(isinstance(e, Completed) and e.request_id == long for e in events):
+        while len(engine.batch.running) + engine.batch.num_waiting < 6:
+            num_short += 1
+            engine.submit(token_ids=ids(200, num_short % 100 + 1), max_tokens=1)
+        events = engine.step()
+        assert 200 * num_short <= 5 * 3000
+    assert num_short > 5
 
 
 def test_a_short_prompt_is_not_kept_waiting_by_long_ones() -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,20 +13,17 @@ from keepwarm.core.policies import (
     PASSES_PER_PRIORITY,
     BlockVictim,
     EngineConfig,
-    PrefillThrottle,
     TailVictim,
     admission_order,
     choose_preempted,
     choose_victims,
     demotion_order,
     grown_capacity,
-    next_chunk,
     reserve_capacity,
 )
-from keepwarm.core.ports import GREEDY
-from keepwarm.core.sequence import TokenSequence
 from keepwarm.kv.line_table import LineBlocks
 from keepwarm.testing.generator import FakePayload, FakeSlab
+from sequences import sequence
 
 
 @dataclass(frozen=True)
@@ -51,22 +47,6 @@ def block(depth: int, *owners: int, slabs: Sequence[int] = ()) -> Block:
         payload=Payload(),
         owners={LineId(owner) for owner in owners},
         slabs={LineId(line) for line in slabs},
-    )
-
-
-def sequence(arrival: int, *, priority: int = 0, num_tokens: int = 2, held: int = 0) -> Any:
-    blocks = LineBlocks(LineId(arrival), token_ids=list(range(held)))
-    if held:
-        blocks.tail = FakePayload(tuple(range(held)), 8)
-    return TokenSequence(
-        request_id=f"req-{arrival}",
-        agent_id=None,
-        arrival=arrival,
-        prompt_ids=range(num_tokens),
-        max_tokens=8,
-        sampling=GREEDY,
-        priority=priority,
-        blocks=blocks,
     )
 
 
@@ -151,24 +131,6 @@ class TestPreemption:
         assert choose_preempted([]) is None
 
 
-@given(
-    num_tokens=st.integers(2, 900),
-    held=st.integers(0, 900),
-    limit=st.integers(1, 256),
-)
-def test_a_chunk_never_crosses_a_blocks_end_nor_the_last_id(
-    num_tokens: int, held: int, limit: int
-) -> None:
-    held = min(held, num_tokens - 2)
-    chunk = next_chunk(sequence(1, num_tokens=num_tokens, held=held), limit)
-    end = held + len(chunk)
-    assert chunk == list(range(held, end))
-    assert 1 <= len(chunk) <= limit
-    assert held // 256 == (end - 1) // 256
-    assert end <= num_tokens - 1
-    assert len(chunk) == limit or end % 256 == 0 or end == num_tokens - 1
-
-
 class TestCapacity:
     def test_a_part_of_the_reply_is_reserved(self) -> None:
         config = EngineConfig(reserve_reply_tokens=512)
@@ -189,31 +151,6 @@ class TestCapacity:
 
     def test_a_long_slab_grows_by_an_eighth(self) -> None:
         assert grown_capacity(8192, 100_000) == 9216
-
-
-class TestThrottle:
-    def test_it_finds_the_budget_that_keeps_the_stretch(self) -> None:
-        throttle = PrefillThrottle(2.0)
-        for _ in range(60):
-            num_tokens = throttle.num_tokens
-            throttle.observe(num_tokens=num_tokens, prefill_s=num_tokens * 0.001, decode_s=0.1)
-        assert 90 <= throttle.num_tokens <= 110
-
-    def test_it_never_stops_prefill(self) -> None:
-        throttle = PrefillThrottle(2.0)
-        for _ in range(60):
-            throttle.observe(num_tokens=throttle.num_tokens, prefill_s=100.0, decode_s=0.001)
-        assert throttle.num_tokens == 1
-
-    def test_a_step_that_used_little_teaches_nothing(self) -> None:
-        throttle = PrefillThrottle(2.0, budget_tokens=100.0)
-        throttle.observe(num_tokens=10, prefill_s=1e-9, decode_s=1.0)
-        assert throttle.num_tokens == 100
-
-    def test_one_odd_step_moves_it_by_half_at_most(self) -> None:
-        throttle = PrefillThrottle(2.0, budget_tokens=90.0)
-        throttle.observe(num_tokens=90, prefill_s=100.0, decode_s=0.001)
-        assert throttle.num_tokens == 60
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from engines import BLOCK_BYTES, check_values, fake_loaded, ids
 from keepwarm.core.agent import AgentBlocks
 from keepwarm.core.layout import capacity_for
 from keepwarm.core.pool import BlockPool
-from keepwarm.core.ports import RowId
+from keepwarm.core.ports import RowId, RowInput
 from keepwarm.core.stored import KVFamily
 from keepwarm.kv.generator_source import GeneratorSource
 from keepwarm.kv.tiers import Tiers
@@ -31,7 +31,7 @@ def computed(tiers: Tiers, token_ids: list[int]) -> AgentBlocks:
     for start in range(0, len(token_ids), 256):
         chunk = token_ids[start : start + 256]
         tiers.model.generator.open_row(ROW, line.slab)
-        tiers.model.generator.prefill(ROW, chunk)
+        tiers.model.generator.step([RowInput(ROW, chunk)])
         tiers.model.generator.close_row(ROW)
         tiers.advance(line, chunk)
     tiers.park(line)

@@ -11,7 +11,7 @@ from keepwarm.core.block import chain_hashes, common_prefix
 from keepwarm.core.errors import PoolExhausted
 from keepwarm.core.layout import BLOCK_TOKENS, capacity_for
 from keepwarm.core.pool import BlockPool
-from keepwarm.core.ports import RowId
+from keepwarm.core.ports import RowId, RowInput
 from keepwarm.core.stored import KVFamily
 from keepwarm.kv.generator_source import GeneratorSource
 from keepwarm.kv.tiers import Tiers
@@ -119,7 +119,7 @@ class TiersMachine(RuleBasedStateMachine):
         chunk = self.wanted[line][start : min(start + limit, start - start % 256 + 256)]
         assert line.slab is not None
         self.tiers.model.generator.open_row(ROW, line.slab)
-        self.tiers.model.generator.prefill(ROW, chunk)
+        self.tiers.model.generator.step([RowInput(ROW, chunk)])
         self.tiers.model.generator.close_row(ROW)
         self.tiers.advance(line, chunk)
 

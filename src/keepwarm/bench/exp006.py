@@ -23,7 +23,7 @@ from keepwarm.bench.timing import Percentiles, timed
 from keepwarm.core.agent import AgentBlocks
 from keepwarm.core.layout import BLOCK_TOKENS, CacheLayout, LayerLayout
 from keepwarm.core.pool import BlockPool
-from keepwarm.core.ports import GREEDY, BatchGenerator, LoadedModel, RowId, RowInput
+from keepwarm.core.ports import GREEDY, BatchGenerator, Draw, LoadedModel, RowId, RowInput
 from keepwarm.core.stored import KVFamily
 from keepwarm.kv.generator_source import GeneratorSource
 from keepwarm.kv.tiers import Tiers
@@ -303,7 +303,7 @@ class _Bench:
             self._tiers.promotion.restore(self._line)
         slab = cast("RowSlab", self._line.slab)
         self._generator.open_row(self._ROW, slab)
-        self._generator.decode([RowInput(self._ROW, 0, GREEDY, 0)])
+        self._generator.step([RowInput(self._ROW, (0,), (Draw(GREEDY, 0),))])
 
     def _rest(self) -> None:
         slab = self._generator.close_row(self._ROW)

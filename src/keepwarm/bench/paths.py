@@ -18,7 +18,7 @@ from keepwarm.bench.requiring import require
 from keepwarm.core.agent import Tier
 from keepwarm.core.events import FinishReason
 from keepwarm.core.layout import BLOCK_TOKENS, capacity_for
-from keepwarm.core.policies import EngineConfig, PrefillThrottle
+from keepwarm.core.policies import EngineConfig
 
 FIRST_REPLY_TOKENS = 8
 CHUNK_TOKENS = 100
@@ -221,15 +221,10 @@ def preempted(setting: Setting, case: Case) -> Recording:
 
 
 def _num_prefill_steps(num_tokens: int) -> int:
-    """Return how many steps a prefill beside decode takes; unthrottled, its budget grows by half in
-    each.
+    """Return how many steps a prefill beside decode takes, where the throttle leaves it a block in
+    each, and none in the step in which it measures decode alone.
     """
-    budget, num_steps = PrefillThrottle(UNTHROTTLED).budget_tokens, 0
-    while num_tokens > 0:
-        num_tokens -= int(budget)
-        budget *= 1.5
-        num_steps += 1
-    return num_steps
+    return -(-num_tokens // BLOCK_TOKENS) + 1
 
 
 def beside_decode(setting: Setting, case: Case) -> Recording:

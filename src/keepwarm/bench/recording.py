@@ -11,7 +11,7 @@ from mlx import nn
 from numpy.typing import NDArray
 
 from keepwarm.core.layout import CacheLayout
-from keepwarm.core.ports import Payload, RowId, RowInput, Slab
+from keepwarm.core.ports import Draw, Payload, RowId, RowInput, Slab
 from keepwarm.mlx_backend.compute.payload import KVPayload, RawArray
 from keepwarm.mlx_backend.compute.row_batch import RowBatchGenerator
 from keepwarm.mlx_backend.compute.slab import RowSlab
@@ -74,12 +74,12 @@ class Recorder:
             self._kept[seed] = []
         return seed
 
-    def __call__(self, logits: mx.array, inputs: Sequence[RowInput]) -> mx.array:
-        self.widest_batch = max(self.widest_batch, len(inputs))
-        if not any(self._is_watched(item.sampling.seed) for item in inputs):
-            return self._choose_unwatched(logits, inputs)
+    def __call__(self, logits: mx.array, draws: Sequence[Draw]) -> mx.array:
+        self.widest_batch = max(self.widest_batch, len(draws))
+        if not any(self._is_watched(draw.sampling.seed) for draw in draws):
+            return self._choose_unwatched(logits, draws)
         rows: Logits = np.array(logits.astype(mx.float32))
-        return mx.array([self._choose(item, row) for item, row in zip(inputs, rows, strict=True)])
+        return mx.array([self._choose(draw, row) for draw, row in zip(draws, rows, strict=True)])
 
     def close_row(self, seed: int, generator: RowBatchGenerator, slab: RowSlab) -> None:
         """Note that the request's row left the batch with this slab."""
@@ -102,23 +102,23 @@ class Recorder:
     def _is_watched(self, seed: int) -> bool:
         return seed in self._kept or seed in self._scripts
 
-    def _choose_unwatched(self, logits: mx.array, inputs: Sequence[RowInput]) -> mx.array:
+    def _choose_unwatched(self, logits: mx.array, draws: Sequence[Draw]) -> mx.array:
         """Choose lazily, as the engine's own sampler does, so that speed can be measured."""
-        for item in inputs:
-            self.num_draws[item.sampling.seed] += 1
+        for draw in draws:
+            self.num_draws[draw.sampling.seed] += 1
         if self._mask is None:
             allowed = np.zeros(logits.shape[-1], np.float32)
             allowed[list(self.forbidden)] = -np.inf
             self._mask = mx.array(allowed)
         return mx.argmax(logits + self._mask, axis=-1)
 
-    def _choose(self, item: RowInput, row: Logits) -> int:
-        seed = item.sampling.seed
+    def _choose(self, draw: Draw, row: Logits) -> int:
+        seed = draw.sampling.seed
         self.num_draws[seed] += 1
         if seed in self._kept:
             self._kept[seed].append(row.copy())
         script = self._scripts.get(seed)
-        return choose_token(row, self.forbidden) if script is None else script[item.draw]
+        return choose_token(row, self.forbidden) if script is None else script[draw.index]
 
 
 class RecordingGenerator(RowBatchGenerator):
@@ -131,9 +131,9 @@ class RecordingGenerator(RowBatchGenerator):
         self._recorder = recorder
         self._seeds: dict[RowId, int] = {}
 
-    def decode(self, inputs: Sequence[RowInput]) -> list[int]:
-        self._seeds.update((item.row, item.sampling.seed) for item in inputs)
-        return super().decode(inputs)
+    def step(self, inputs: Sequence[RowInput]) -> list[list[int]]:
+        self._seeds.update((item.row, draw.sampling.seed) for item in inputs for draw in item.draws)
+        return super().step(inputs)
 
     def close_row(self, row: RowId) -> Slab:
         slab = super().close_row(row)

@@ -1,10 +1,8 @@
 """The engine's decisions, as pure functions over values."""
 
 import math
-from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from statistics import median
+from dataclasses import dataclass
 
 from keepwarm.core.agent import AgentBlocks
 from keepwarm.core.block import Block, LineId
@@ -20,10 +18,10 @@ class EngineConfig:
     max_rows: rows decoding, prefilling or restoring at once. max_waiting: requests queued beyond
     that. prefill_chunk_tokens: the longest chunk; it ends at a block's end at the latest.
     idle_prefill_tokens: prefill per step when no row decodes. max_step_stretch: how many times
-    longer a decode step may become through prefill beside it. reserve_reply_tokens: the part of the
-    reply for which memory is reserved at admission. restore_bytes_per_step: bytes copied into slabs
-    per step while others decode. fresh_bytes_per_step: bytes of a new slab's memory touched per
-    step while others decode. save_bytes_per_step: bytes handed to the store per step.
+    longer decode steps may become through prefill beside them. reserve_reply_tokens: the part of
+    the reply for which memory is reserved at admission. restore_bytes_per_step: bytes copied into
+    slabs per step while others decode. fresh_bytes_per_step: bytes of a new slab's memory touched
+    per step while others decode. save_bytes_per_step: bytes handed to the store per step.
     always_restore: read from disk even where computing has been faster lately. max_side_lines: side
     lines kept for each agent. max_anonymous_lines: lines without an agent kept in all.
     """
@@ -31,8 +29,8 @@ class EngineConfig:
     max_rows: int = 16
     max_waiting: int = 1024
     prefill_chunk_tokens: int = BLOCK_TOKENS
-    idle_prefill_tokens: int = 2 * BLOCK_TOKENS
-    max_step_stretch: float = 2.2
+    idle_prefill_tokens: int = BLOCK_TOKENS
+    max_step_stretch: float = 1.8
     reserve_reply_tokens: int = 2 * BLOCK_TOKENS
     restore_bytes_per_step: int = 128 << 20
     fresh_bytes_per_step: int = 16 << 20
@@ -177,13 +175,6 @@ def choose_preempted(running: Sequence[TokenSequence]) -> TokenSequence | None:
     )
 
 
-def next_chunk(row: TokenSequence, limit: int) -> Sequence[int]:
-    """Return the ids to prefill next: at most `limit`, never across the end of a block."""
-    start = row.blocks.num_tokens
-    block_end = start - start % BLOCK_TOKENS + BLOCK_TOKENS
-    return row.token_ids[start : min(start + limit, block_end, row.target_tokens)]
-
-
 @dataclass(slots=True)
 class RestoreCost:
     """Decides whether to read tokens from disk or to compute them, by what either cost lately.
@@ -212,33 +203,3 @@ class RestoreCost:
 
 def _smoothed(before: float | None, now: float) -> float:
     return now if before is None else 0.7 * before + 0.3 * now
-
-
-@dataclass(slots=True)
-class PrefillThrottle:
-    """How many tokens to prefill beside decode, learnt from how long steps took.
-
-    The time that prefill may add to a step is `(max_step_stretch - 1)` times what a decode step has
-    taken lately. After each step that used most of the budget it is corrected towards that: down by
-    at most a third, and up by a tenth, because a chunk that takes too long is seen only after
-    every row has waited for it. So it follows a prompt that becomes dearer as it gets longer.
-    """
-
-    max_step_stretch: float
-    budget_tokens: float = 24.0
-    recent_decode_s: deque[float] = field(default_factory=lambda: deque(maxlen=9))
-
-    def observe(self, *, num_tokens: int, prefill_s: float, decode_s: float) -> None:
-        """Learn from a step: `num_tokens` were prefilled in `prefill_s`, after `decode_s` of
-        decode.
-        """
-        self.recent_decode_s.append(decode_s)
-        allowed_s = (self.max_step_stretch - 1.0) * median(self.recent_decode_s)
-        if 2 * num_tokens > self.num_tokens and prefill_s > 0.0:
-            ratio = min(max(allowed_s / prefill_s, 1 / 1.5), 1.1)
-            self.budget_tokens = max(self.budget_tokens * ratio, 1.0)
-
-    @property
-    def num_tokens(self) -> int:
-        """How many tokens the next step may prefill."""
-        return max(int(self.budget_tokens), 1)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NewType, Protocol
 
+from keepwarm.core.errors import InvariantBroken
 from keepwarm.core.layout import CacheLayout
 
 RowId = NewType("RowId", int)
@@ -67,14 +68,37 @@ class Slab(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Draw:
+    """How one token is sampled, and its index in the reply, which with the seed fixes the draw."""
+
+    sampling: Sampling
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
 class RowInput:
-    """One row of a decode step: the token to feed, and how the next one is sampled."""
+    """What a step feeds to one row: its next ids, and a draw behind each of the last of them.
+
+    One id and one draw while the row decodes, ids without a draw in a chunk of a prompt, several
+    draws where guessed ids are verified. Raises InvariantBroken without ids, and for more draws
+    than ids.
+    """
 
     row: RowId
-    token_id: int
-    sampling: Sampling
-    draw: int
-    """The sampled token's index in the reply. With the seed it fixes the draw."""
+    token_ids: Sequence[int]
+    draws: tuple[Draw, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.token_ids or len(self.draws) > len(self.token_ids):
+            raise InvariantBroken(
+                f"row {self.row}: {len(self.token_ids)} ids and {len(self.draws)} draws"
+            )
+
+
+def check_rows(inputs: Sequence[RowInput]) -> None:
+    """Raise InvariantBroken where a row occurs twice among the inputs of one step."""
+    if len({item.row for item in inputs}) < len(inputs):
+        raise InvariantBroken(f"a row occurs twice in a step: {[item.row for item in inputs]}")
 
 
 class BatchGenerator(Protocol):
@@ -84,6 +108,14 @@ class BatchGenerator(Protocol):
     every array has been evaluated. When a call raises, the slabs of the rows that it named may
     hold anything beyond the `num_tokens` they had before.
     """
+
+    @property
+    def least_chunk_tokens(self) -> int:
+        """How many tokens a chunk beside other rows needs to be worth its place in a step.
+
+        1 where all inputs of a step share one pass over the weights.
+        """
+        ...
 
     def slab_bytes(self, capacity_tokens: int) -> int:
         """Return how many bytes a slab of that capacity occupies, padding included."""
@@ -155,12 +187,12 @@ class BatchGenerator(Protocol):
         """Take the row out of the batch and hand its slab back. Copies nothing."""
         ...
 
-    def prefill(self, row: RowId, token_ids: Sequence[int]) -> None:
-        """Compute and append the KV of `token_ids`; nothing is sampled."""
-        ...
+    def step(self, inputs: Sequence[RowInput]) -> list[list[int]]:
+        """Feed each row its ids, appending their KV, and sample a token for each of its draws.
 
-    def decode(self, inputs: Sequence[RowInput]) -> list[int]:
-        """Feed one token to each row and sample the next; appends one token of KV to each row."""
+        Returns the sampled tokens of each input. A row occurs once at most. An id's token depends
+        on the ids before it, and not on the other rows.
+        """
         ...
 
     def release_model(self) -> None:

@@ -40,6 +40,9 @@ class TokenSequence:
     phase: Phase = Phase.WAITING
     row: RowId | None = None
     num_passed_over: int = 0
+    """How many later arrivals were admitted before it."""
+    num_overtaken: int = 0
+    """How many tokens of later arrivals were prefilled while it waited for its own."""
     num_preemptions: int = 0
     cached_tokens: int | None = None
     tier: Tier = Tier.NONE

@@ -1,7 +1,7 @@
 """The batch: sequences that wait, sequences that run, and one step of the model for all of them.
 
-It moves token ids and KV and knows nothing of text. A step decodes first, then restores and
-prefills under a budget, so that no reply stalls while another's context is computed.
+It moves token ids and KV and knows nothing of text. Restoring and prefill beside decode are
+bounded in each step, so that no reply stalls while another's context is computed.
 """
 
 from collections.abc import Callable, Collection
@@ -11,16 +11,16 @@ from keepwarm.core.agent import Tier
 from keepwarm.core.block import LineId
 from keepwarm.core.errors import InvariantBroken, PoolExhausted
 from keepwarm.core.policies import EngineConfig, RestoreCost, reserve_capacity
-from keepwarm.core.ports import RowInput
 from keepwarm.core.sequence import Phase, TokenSequence
 from keepwarm.kv.background import Background
 from keepwarm.kv.counters import BatchCounters
 from keepwarm.kv.generator_source import GeneratorSource
 from keepwarm.kv.line_table import slab_of
-from keepwarm.kv.outcomes import Outcome, Sampled
+from keepwarm.kv.outcomes import Outcome
+from keepwarm.kv.passes import Passes
 from keepwarm.kv.prefill import Prefill
 from keepwarm.kv.restoring import Restoring
-from keepwarm.kv.rows import Rows, row_of
+from keepwarm.kv.rows import Rows
 from keepwarm.kv.sequence_queue import SequenceQueue
 from keepwarm.kv.tiers import Tiers
 
@@ -42,7 +42,6 @@ class Batch:
     ) -> None:
         self.is_suspended = False
         self._tiers = tiers
-        self._model = model
         self._background = background
         self._config = config
         self._clock = clock
@@ -50,9 +49,10 @@ class Batch:
         self._queue = queue = SequenceQueue()
         self._rows = rows = Rows(tiers, model, queue, background, config)
         self._restoring = Restoring(rows, tiers, cost, config, clock)
-        self._prefill = Prefill(rows, tiers, model, cost, config, clock)
+        least_tokens = model.generator.least_chunk_tokens
+        self._prefill = prefill = Prefill(rows, tiers, cost, config, least_tokens=least_tokens)
+        self._passes = Passes(rows, prefill, tiers, model, clock)
         self._num_steps = 0
-        self._num_decoded = 0
 
     def __repr__(self) -> str:
         return f"Batch({len(self._rows)} rows, {len(self._queue)} waiting)"
@@ -106,7 +106,7 @@ class Batch:
         """What the batch has done so far."""
         return BatchCounters(
             steps=self._num_steps,
-            decoded_tokens=self._num_decoded,
+            decoded_tokens=self._passes.num_decoded,
             prefilled_tokens=self._prefill.num_tokens,
             preemptions=self._rows.num_preemptions,
             generator_failures=self._rows.num_failures,
@@ -152,28 +152,10 @@ class Batch:
         if self.is_suspended:
             return []
         self._admit()
-        decode_s = self._decode()
         self._restoring.advance()
-        self._prefill.advance(decode_s)
+        self._passes.make()
         self._num_steps += 1
         return self._rows.take_outcomes()
-
-    def _decode(self) -> float:
-        """Sample one token for every row that is ready. Returns how long it took in seconds."""
-        started = self._clock()
-        self._rows.make_room_for_next_tokens()
-        rows = self._rows.in_phase(Phase.DECODING)
-        if not rows:
-            return 0.0
-        inputs = [_input_of(sequence) for sequence in rows]
-        tokens: list[int] = []
-        if self._rows.attempt(rows, lambda: tokens.extend(self._model.generator.decode(inputs))):
-            for sequence, token_id in zip(rows, tokens, strict=True):
-                self._tiers.advance(sequence.blocks, sequence.token_ids[-1:])
-                sequence.append(token_id)
-                self._rows.report(Sampled(sequence, token_id))
-            self._num_decoded += len(tokens)
-        return self._clock() - started
 
     # -- admission -------------------------------------------------------------------------------
 
@@ -236,15 +218,6 @@ class Batch:
 
     def _is_worth_fetching(self) -> bool:
         return self._config.always_restore or self._cost.is_worth_restoring()
-
-
-def _input_of(sequence: TokenSequence) -> RowInput:
-    return RowInput(
-        row=row_of(sequence),
-        token_id=sequence.token_ids[-1],
-        sampling=sequence.sampling,
-        draw=sequence.num_reply_tokens,
-    )
 
 
 def _tier_of_reuse(sequence: TokenSequence, *, had_slab: bool) -> Tier:

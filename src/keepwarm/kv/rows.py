@@ -51,7 +51,7 @@ class Rows:
         return iter(self._running)
 
     def in_phase(self, phase: Phase) -> list[TokenSequence]:
-        """Return the running sequences of this phase; the one that prefilled last comes last."""
+        """Return the running sequences of this phase, in the order of their admission."""
         return [sequence for sequence in self._running if sequence.phase is phase]
 
     def report(self, outcome: Outcome) -> None:
@@ -83,11 +83,9 @@ class Rows:
         sequence.phase = Phase.RESTORING
 
     def end_chunk(self, sequence: TokenSequence) -> None:
-        """Let the sequence decode when its prompt is computed, and the others prefill first."""
+        """Let the sequence decode when its prompt is computed."""
         if not sequence.num_missing:
             sequence.phase = Phase.DECODING
-        self._running.remove(sequence)
-        self._running.append(sequence)
         self.report(Advanced(sequence))
 
     def end_prefetch(self, sequence: TokenSequence) -> None:

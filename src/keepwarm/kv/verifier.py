@@ -9,7 +9,7 @@ from keepwarm.core.agent_store import RecordStore
 from keepwarm.core.block import BlockHash
 from keepwarm.core.errors import GeneratorFailed, InvariantBroken
 from keepwarm.core.layout import BLOCK_TOKENS, capacity_for, whole_blocks
-from keepwarm.core.ports import Payload, RowId
+from keepwarm.core.ports import Payload, RowId, RowInput
 from keepwarm.core.steps import Pause, Steps
 from keepwarm.core.stored import Record
 from keepwarm.kv.generator_source import GeneratorSource
@@ -193,7 +193,7 @@ class Verifier:
         while start < len(token_ids):
             chunk = list(token_ids[start : start + max(unit_tokens(), 1)])
             try:
-                self._model.generator.prefill(SCRATCH_ROW, chunk)
+                self._model.generator.step([RowInput(SCRATCH_ROW, chunk)])
             except InvariantBroken:
                 raise
             except Exception as error:

@@ -7,7 +7,7 @@ from itertools import accumulate, pairwise
 
 from keepwarm.core.errors import InvariantBroken
 from keepwarm.core.layout import CacheLayout, LayerLayout
-from keepwarm.core.ports import Payload, RowId, RowInput, Slab
+from keepwarm.core.ports import Draw, Payload, RowId, RowInput, Slab, check_rows
 
 FAKE_LAYOUT = CacheLayout(
     layers=(LayerLayout(num_kv_heads=1, key_dim=1, value_dim=1),), dtype="float32"
@@ -72,11 +72,11 @@ class FakeBatchGenerator:
 
     Promises that the next token is a function of the KV of all tokens so far, so that a wrong,
     stale or missing piece of cache changes the reply. `script` fixes replies instead: a row's draw
-    n gives script[n]. `fail_at` holds the ordinals, from 1, of the prefill and decode calls that
-    raise GeneratorFault half-way.
+    n gives script[n]. `fail_at` holds the ordinals, from 1, of the steps that raise GeneratorFault
+    half-way.
 
-    Records what it was asked to do: `num_calls` (prefills and decodes), `num_copied_tokens`,
-    `prefilled` (row and number of tokens of each prefill) and `batch_sizes` (rows of each decode).
+    Records what it was asked to do: `num_calls` (steps), `num_copied_tokens`, `prefilled` (row and
+    number of tokens of each chunk) and `batch_sizes` (sampling rows of each step that had any).
     """
 
     def __init__(
@@ -87,8 +87,10 @@ class FakeBatchGenerator:
         script: Sequence[int] | None = None,
         fail_at: Sequence[int] = (),
         deterministic: bool = False,
+        least_chunk_tokens: int = 1,
     ) -> None:
         self.deterministic = deterministic
+        self.least_chunk_tokens = least_chunk_tokens
         self._layout = layout
         self._vocab_size = vocab_size
         self._script = script
@@ -189,35 +191,39 @@ class FakeBatchGenerator:
         slab.row = None
         return slab
 
-    def prefill(self, row: RowId, token_ids: Sequence[int]) -> None:
-        slab = self._row(row)
-        self._feed(slab, token_ids[: len(token_ids) // 2])
-        self._count_call()
-        self._feed(slab, token_ids[len(token_ids) // 2 :])
-        self.prefilled.append((row, len(token_ids)))
-
-    def decode(self, inputs: Sequence[RowInput]) -> list[int]:
+    def step(self, inputs: Sequence[RowInput]) -> list[list[int]]:
+        check_rows(inputs)
         half = len(inputs) // 2
-        for item in inputs[:half]:
-            self._feed(self._row(item.row), [item.token_id])
+        self._feed_all(inputs[:half])
         self._count_call()
-        for item in inputs[half:]:
-            self._feed(self._row(item.row), [item.token_id])
-        self.batch_sizes.append(len(inputs))
-        return [self._sample(item) for item in inputs]
+        self._feed_all(inputs[half:])
+        self.prefilled += [(item.row, len(item.token_ids)) for item in inputs if not item.draws]
+        if num_sampling := sum(bool(item.draws) for item in inputs):
+            self.batch_sizes.append(num_sampling)
+        return [self._sample_all(item) for item in inputs]
 
     def release_model(self) -> None:
         if self._rows:
             raise InvariantBroken(f"rows {list(self._rows)} are open, and the model was to go")
         self._has_model = False
 
-    def _sample(self, item: RowInput) -> int:
+    def _sample_all(self, item: RowInput) -> list[int]:
+        """Sample a token behind each of the last ids that has a draw."""
+        if not item.draws:
+            return []
+        states = self._rows[item.row].values[-len(item.draws) :]
+        return [self._sample(*pair) for pair in zip(states, item.draws, strict=True)]
+
+    def _sample(self, state: int, draw: Draw) -> int:
         if self._script is not None:
-            return self._script[item.draw % len(self._script)]
-        state = self._rows[item.row].values[-1]
-        if item.sampling.temperature > 0.0:
-            state = kv_of(kv_of(state, item.sampling.seed), item.draw)
+            return self._script[draw.index % len(self._script)]
+        if draw.sampling.temperature > 0.0:
+            state = kv_of(kv_of(state, draw.sampling.seed), draw.index)
         return (state >> 7) % self._vocab_size
+
+    def _feed_all(self, inputs: Sequence[RowInput]) -> None:
+        for item in inputs:
+            self._feed(self._row(item.row), item.token_ids)
 
     def _feed(self, slab: FakeSlab, token_ids: Sequence[int]) -> None:
         values: list[int] = []

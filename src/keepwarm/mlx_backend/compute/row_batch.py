@@ -1,12 +1,14 @@
 """RowBatchGenerator: every row owns its contiguous KV, and joining a batch copies nothing.
 
-Decode runs the model once for all rows; only attention loops over them (`attention_hook.py`). A
-single row takes mlx-lm's own path, so one agent costs what bare mlx-lm costs.
+A step runs the model once for all rows that decode, and once for each chunk: a product's bits
+depend on its shape, so a row's neighbours must not change it. In decode only attention loops over
+the rows (`attention_hook.py`). A single row takes mlx-lm's own path, so one agent costs what bare
+mlx-lm costs.
 """
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import mlx.core as mx
@@ -14,16 +16,17 @@ from mlx import nn
 
 from keepwarm.core.errors import InvariantBroken
 from keepwarm.core.layout import CacheLayout
-from keepwarm.core.ports import Payload, RowId, RowInput, Slab
+from keepwarm.core.ports import Payload, RowId, RowInput, Slab, check_rows
 from keepwarm.mlx_backend.compute import canonical
 from keepwarm.mlx_backend.compute.attention_hook import RowsLayer, open_seam
 from keepwarm.mlx_backend.compute.kv_copies import copies_for
 from keepwarm.mlx_backend.compute.kv_mover import KVMover
 from keepwarm.mlx_backend.compute.payload import KVPayload, cut, largest_difference, unpack
-from keepwarm.mlx_backend.compute.sampling import sample
+from keepwarm.mlx_backend.compute.sampling import Sampler, sample
 from keepwarm.mlx_backend.compute.slab import LayerCache, RowSlab
 
-Sampler = Callable[[mx.array, Sequence[RowInput]], mx.array]
+LEAST_CHUNK_TOKENS = 32
+"""A chunk costs a pass of its own, about that of a decode step, however short it is."""
 
 
 class RowBatchGenerator:
@@ -31,8 +34,7 @@ class RowBatchGenerator:
 
     `deterministic` computes in canonical shapes: on the CPU, with a reproducible BLAS, bits are
     equal whatever the chunks, the batch and the history (docs/adr/0001-blas-on-the-cpu.md);
-    elsewhere a warning says that equal bits are not promised. `sampler` takes logits (rows,
-    vocabulary) and the rows' inputs. One thread must use it.
+    elsewhere a warning says that equal bits are not promised. One thread must use it.
     """
 
     def __init__(
@@ -105,6 +107,10 @@ class RowBatchGenerator:
 
     # -- rows ------------------------------------------------------------------------------------
 
+    @property
+    def least_chunk_tokens(self) -> int:
+        return LEAST_CHUNK_TOKENS
+
     def open_row(self, row: RowId, slab: Slab) -> None:
         if row in self._rows:
             raise InvariantBroken(f"row {row} is open already")
@@ -117,29 +123,35 @@ class RowBatchGenerator:
         del self._rows[row]
         return slab
 
-    def prefill(self, row: RowId, token_ids: Sequence[int]) -> None:
-        slab = self._with_room(row, len(token_ids))
-        if self._deterministic:
-            self._prefill_canonical(slab, token_ids)
-        else:
-            self._run([token_ids], slab.layers)
-        mx.eval(slab.arrays())
-
-    def decode(self, inputs: Sequence[RowInput]) -> list[int]:
-        slabs = [self._with_room(item.row, 1) for item in inputs]
-        tokens = self._sampler(self._logits(inputs, slabs), inputs)
-        # The tokens depend on every layer's KV, so this evaluates the slabs as well.
-        mx.eval(tokens)
-        return cast("list[int]", tokens.tolist())
+    def step(self, inputs: Sequence[RowInput]) -> list[list[int]]:
+        check_rows(inputs)
+        for item in inputs:
+            self._with_room(item)
+        together = [item for item in inputs if _decodes(item)]
+        sampled = dict(zip((item.row for item in together), self._decode(together), strict=True))
+        for item in inputs:
+            if not _decodes(item):
+                sampled[item.row] = self._compute_chunk(item)
+        return [sampled[item.row] for item in inputs]
 
     def release_model(self) -> None:
         if self._rows:
             raise InvariantBroken(f"{self!r} was to release its model")
         self._model = None
 
-    def _logits(self, inputs: Sequence[RowInput], slabs: Sequence[RowSlab]) -> mx.array:
+    def _decode(self, inputs: Sequence[RowInput]) -> list[list[int]]:
+        """Feed one token to each row, and sample the next."""
+        if not inputs:
+            return []
+        logits = self._logits([self._row(item.row) for item in inputs], inputs)
+        tokens = self._sampler(logits, [draw for item in inputs for draw in item.draws])
+        # The tokens depend on every layer's KV, so this evaluates the slabs as well.
+        mx.eval(tokens)
+        return [[token_id] for token_id in cast("list[int]", tokens.tolist())]
+
+    def _logits(self, slabs: Sequence[RowSlab], inputs: Sequence[RowInput]) -> mx.array:
         """Feed one token to each slab, appending its KV; return logits (rows, vocabulary)."""
-        ids = [item.token_id for item in inputs]
+        ids = [token_id for item in inputs for token_id in item.token_ids]
         if self._deterministic:
             return self._logits_canonical(ids, slabs)
         if len(slabs) == 1:
@@ -148,12 +160,29 @@ class RowBatchGenerator:
         layers = [RowsLayer(caches, offset) for caches in _by_layer(slabs)]
         return self._run([[token_id] for token_id in ids], layers)[:, -1]
 
-    def _prefill_canonical(self, slab: RowSlab, token_ids: Sequence[int]) -> None:
+    def _compute_chunk(self, item: RowInput) -> list[int]:
+        """Append the KV of a row's ids, and sample a token for each draw."""
+        slab = self._row(item.row)
+        run = self._chunk_canonical if self._deterministic else self._chunk
+        if not item.draws:
+            run(slab, item.token_ids)  # nothing keeps the logits, so they are not computed
+            mx.eval(slab.arrays())
+            return []
+        tokens = self._sampler(run(slab, item.token_ids)[-len(item.draws) :], item.draws)
+        mx.eval(tokens)
+        return cast("list[int]", tokens.tolist())
+
+    def _chunk(self, slab: RowSlab, token_ids: Sequence[int]) -> mx.array:
+        """Append the chunk's KV; return logits (tokens, vocabulary)."""
+        return self._run([token_ids], slab.layers)[0]
+
+    def _chunk_canonical(self, slab: RowSlab, token_ids: Sequence[int]) -> mx.array:
+        """Append the chunk's KV, computed in canonical shapes; return logits as `_chunk` does."""
         num_tokens = len(token_ids)
         padding = -num_tokens % canonical.ROW_MULTIPLE
         mask = canonical.chunk_mask(slab.num_tokens, num_tokens)
         layers = [canonical.CanonicalChunk(cache, num_tokens, mask) for cache in slab.layers]
-        self._run([[*token_ids, *[0] * padding]], layers)
+        return self._run([[*token_ids, *[0] * padding]], layers)[0, :num_tokens]
 
     def _logits_canonical(self, ids: Sequence[int], slabs: Sequence[RowSlab]) -> mx.array:
         padding = [0] * (-len(slabs) % canonical.ROW_MULTIPLE)
@@ -175,12 +204,11 @@ class RowBatchGenerator:
             return canonical.round_up(capacity_tokens, canonical.KEY_MULTIPLE)
         return capacity_tokens
 
-    def _with_room(self, row: RowId, num_tokens: int) -> RowSlab:
-        """Return the row's slab. Raises InvariantBroken where the tokens would overflow it."""
-        slab = self._row(row)
-        if slab.num_tokens + num_tokens > slab.capacity_tokens:
-            raise InvariantBroken(f"{num_tokens} more tokens overflow {slab!r}")
-        return slab
+    def _with_room(self, item: RowInput) -> None:
+        """Raise InvariantBroken where the row's ids would overflow its slab."""
+        slab = self._row(item.row)
+        if slab.num_tokens + len(item.token_ids) > slab.capacity_tokens:
+            raise InvariantBroken(f"{len(item.token_ids)} more tokens overflow {slab!r}")
 
     def _row(self, row: RowId) -> RowSlab:
         slab = self._rows.get(row)
@@ -194,6 +222,10 @@ class RowBatchGenerator:
         if any(own is inside for inside in self._rows.values()):
             raise InvariantBroken(f"{own!r} was touched while its row is open")
         return own
+
+
+def _decodes(item: RowInput) -> bool:
+    return len(item.token_ids) == len(item.draws) == 1
 
 
 def _by_layer(slabs: Sequence[RowSlab]) -> list[tuple[LayerCache, ...]]:

@@ -5,48 +5,51 @@ each token), so it is the same whatever else is in the batch and after any preem
 mask over the vocabulary will be one more filter, before temperature.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import mlx.core as mx
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 
-from keepwarm.core.ports import RowInput, Sampling
+from keepwarm.core.ports import Draw, Sampling
+
+Sampler = Callable[[mx.array, Sequence[Draw]], mx.array]
+"""Chooses a token for each draw from its row of the logits, (draws, vocabulary)."""
 
 _MASK = (1 << 64) - 1
 
 
-def sample(logits: mx.array, inputs: Sequence[RowInput]) -> mx.array:
-    """Sample from `logits` (rows, vocabulary) one token for each row; rows that agree in one call.
+def sample(logits: mx.array, draws: Sequence[Draw]) -> mx.array:
+    """Sample a token for each draw from its row of `logits` (draws, vocabulary).
 
-    Filters are mlx-lm's (0.32.2), in its order: top_p, min_p, top_k on log-probabilities, then
-    temperature.
+    Draws of equal settings are sampled in one call. Filters are mlx-lm's (0.32.2), in its order:
+    top_p, min_p, top_k on log-probabilities, then temperature.
     """
-    groups = _groups(inputs)
+    groups = _groups(draws)
     if len(groups) == 1:
         (settings,) = groups
-        return _sample_alike(logits, settings, inputs)
-    tokens: list[mx.array] = [logits] * len(inputs)
+        return _sample_alike(logits, settings, draws)
+    tokens: list[mx.array] = [logits] * len(draws)
     for settings, rows in groups.items():
-        chosen = _sample_alike(logits[mx.array(rows)], settings, [inputs[row] for row in rows])
+        chosen = _sample_alike(logits[mx.array(rows)], settings, [draws[row] for row in rows])
         for position, row in enumerate(rows):
             tokens[row] = chosen[position : position + 1]
     return mx.concatenate(tokens)
 
 
-def _groups(inputs: Sequence[RowInput]) -> dict[Sampling, list[int]]:
-    """Return the rows by their settings, without the seed."""
+def _groups(draws: Sequence[Draw]) -> dict[Sampling, list[int]]:
+    """Return the rows of the logits by their settings, without the seed."""
     groups: dict[Sampling, list[int]] = {}
-    for row, item in enumerate(inputs):
-        groups.setdefault(replace(item.sampling, seed=0), []).append(row)
+    for row, draw in enumerate(draws):
+        groups.setdefault(replace(draw.sampling, seed=0), []).append(row)
     return groups
 
 
-def _sample_alike(logits: mx.array, settings: Sampling, inputs: Sequence[RowInput]) -> mx.array:
+def _sample_alike(logits: mx.array, settings: Sampling, draws: Sequence[Draw]) -> mx.array:
     if settings.temperature == 0.0:
         return mx.argmax(logits, axis=-1)
     scores = _filtered(logits.astype(mx.float32), settings) * (1.0 / settings.temperature)
-    noise = mx.stack([_noise(item, logits.shape[-1]) for item in inputs])
+    noise = mx.stack([_noise(draw, logits.shape[-1]) for draw in draws])
     return mx.argmax(scores + noise, axis=-1)
 
 
@@ -62,8 +65,8 @@ def _filtered(logits: mx.array, settings: Sampling) -> mx.array:
     return scores
 
 
-def _noise(item: RowInput, vocab_size: int) -> mx.array:
-    key = mx.random.key(_mix(item.sampling.seed ^ _mix(item.draw)))
+def _noise(draw: Draw, vocab_size: int) -> mx.array:
+    key = mx.random.key(_mix(draw.sampling.seed ^ _mix(draw.index)))
     return mx.random.gumbel((vocab_size,), key=key)
 
 

@@ -8,7 +8,7 @@ from mlx import nn
 
 from keepwarm.core.errors import UnsupportedModel
 from keepwarm.core.layout import BLOCK_TOKENS, CacheLayout
-from keepwarm.core.ports import GREEDY, RowId, RowInput
+from keepwarm.core.ports import GREEDY, Draw, RowId, RowInput
 from keepwarm.mlx_backend.compute.row_batch import RowBatchGenerator
 from keepwarm.mlx_backend.compute.sampling import sample
 
@@ -49,13 +49,14 @@ def _logits(model: nn.Module, layout: CacheLayout, prompts: Sequence[Sequence[in
     """Return the logits (rows, vocabulary) after each prompt's last token, decoded as one batch."""
     seen: list[mx.array] = []
 
-    def keep(logits: mx.array, inputs: Sequence[RowInput]) -> mx.array:
+    def keep(logits: mx.array, draws: Sequence[Draw]) -> mx.array:
         seen.append(logits.astype(mx.float32))
-        return sample(logits, inputs)
+        return sample(logits, draws)
 
     generator = RowBatchGenerator(model, layout, sampler=keep)
     for row, prompt in enumerate(prompts):
         generator.open_row(RowId(row), generator.new_slab(BLOCK_TOKENS))
-        generator.prefill(RowId(row), prompt[:-1])
-    generator.decode([RowInput(RowId(r), p[-1], GREEDY, 0) for r, p in enumerate(prompts)])
+        generator.step([RowInput(RowId(row), prompt[:-1])])
+    last = [RowInput(RowId(r), p[-1:], (Draw(GREEDY, 0),)) for r, p in enumerate(prompts)]
+    generator.step(last)
     return seen[0]
