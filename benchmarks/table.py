@@ -8,6 +8,7 @@ from benchmarks.chaos.benchmark import run_chaos
 from benchmarks.server import benchmark as server
 from benchmarks.store import benchmark as store
 from benchmarks.swap import benchmark as swap
+from benchmarks.turns import benchmark as turns
 from keepwarm.bench.report import Report
 from keepwarm.cli.benchmark import Benchmark, Order
 
@@ -33,6 +34,11 @@ def _server(order: Order) -> Report:
 
 def _swap(order: Order) -> Report:
     return swap.run_swap(order.model, order.plan(swap.SwapPlan, swap.QUICK), order.tell)
+
+
+def _turns(order: Order) -> Report:
+    plan = order.plan(turns.TurnsPlan, turns.QUICK)
+    return turns.run_turns(order.model, plan, order.tell)
 
 
 BENCHMARKS = (
@@ -72,5 +78,12 @@ BENCHMARKS = (
         question="What does it cost when two models share memory that holds one of them?",
         aims="within 1.2 times a bare load, no memory left, no request lost or answered wrongly",
         run=_swap,
+    ),
+    Benchmark(
+        name="turns",
+        title="Agents that take turns",
+        question="How long do agents wait for their turns over HTTP, and beside other servers?",
+        aims="half of cold prompts within 0.6 of all; 0.6 and 0.3 of others' total and later TTFT",
+        run=_turns,
     ),
 )

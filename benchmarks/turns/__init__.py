@@ -1,0 +1,1 @@
+"""Agents that take turns over HTTP, on Keepwarm's server and on others'."""
