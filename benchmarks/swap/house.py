@@ -93,6 +93,9 @@ class WatchedSource:
     def memory_bytes(self) -> int:
         return self._source.memory_bytes()
 
+    def leave_thread(self) -> None:
+        self._source.leave_thread()
+
     @property
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer of the model that was loaded first; both have the same."""

@@ -67,6 +67,12 @@ class MLXSource:
 
         return device_bytes()
 
+    def leave_thread(self) -> None:
+        """Drop what MLX keeps for this thread, which ends now."""
+        from keepwarm.mlx_backend.memory import leave_thread
+
+        leave_thread()
+
 
 @dataclass(frozen=True, slots=True)
 class RunningServer:
@@ -93,6 +99,7 @@ async def start_server(
     engine = AsyncEngine(
         _fleet_opener(settings, home, memory_budget(settings, source.memory_bytes())),
         on_end=metrics.observe_end,
+        leave_thread=source.leave_thread,
         max_waiting=settings.engine.max_waiting,
     )
     await engine.start()

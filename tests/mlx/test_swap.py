@@ -279,7 +279,10 @@ class TestMemory:
             "settings = load_settings(given, config_file=file, environment={})\n"
             "async def main():\n"
             "    running = await start_server(settings, Path(sys.argv[1]) / 'home')\n"
-            "    await running.engine.models.load('smollm2')\n"
+            "    try:\n"
+            "        await running.engine.models.load('smollm2')\n"
+            "    finally:\n"
+            "        await running.engine.stop(0.0)\n"
             "asyncio.run(main())\n"
         )
         done = subprocess.run(

@@ -1,7 +1,9 @@
 """The `keepwarm` command and its subcommands."""
 
+import os
 import sys
-from typing import Annotated
+import threading
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -51,7 +53,26 @@ def main() -> None:
         app()
     except KeepwarmError as error:
         sys.stderr.write(f"keepwarm: {error}\n")
-        sys.exit(1)
+        _leave(1)
+    except SystemExit as end:
+        _leave(end.code)
+
+
+def _leave(code: int | str | None) -> NoReturn:
+    """End the process, without finalising Python while a thread of Keepwarm still runs.
+
+    A load or a long prompt that was given up runs on. When such a thread comes back from MLX or a
+    tokenizer to an interpreter that is being finalised, the process aborts.
+    """
+    if isinstance(code, int | None) and any(map(_is_ours, threading.enumerate())):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)
+    sys.exit(code)
+
+
+def _is_ours(thread: threading.Thread) -> bool:
+    return thread.daemon and thread.name.startswith("keepwarm-")
 
 
 if __name__ == "__main__":

@@ -48,8 +48,8 @@ def run_server(settings: Settings) -> bool:
     """
     configure_logs(settings.server.log_format)
     _allow_files(settings.server.max_connections + FILES_BESIDE_CONNECTIONS)
-    # On this thread: mlx-lm makes a stream when it is imported, and where the thread that imported
-    # it has ended before the process, the exit aborts.
+    # On this thread, which outlives all others: a library may tie things to the thread that imports
+    # it, as mlx-lm its compiled functions.
     import_module("keepwarm.mlx_backend.loading.loader")
     with _bound(settings.server) as listener, asyncio.Runner(loop_factory=_new_loop) as runner:
         return runner.run(_serve(settings, listener))

@@ -52,6 +52,16 @@ def release_memory() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
+def leave_thread() -> None:
+    """Drop the streams, compiled functions and random state that MLX keeps for this thread.
+
+    The last act of a thread that has computed. Otherwise MLX frees their Python objects when the
+    system's thread ends, which before Python 3.13 may be later than `Thread.join`: where the
+    interpreter has begun to finalise by then, the process aborts (MLX 0.32.4).
+    """
+    mx.clear_streams()
+
+
 def _ram_bytes() -> int:
     sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     with suppress(OSError, ValueError):  # "max", or no such file

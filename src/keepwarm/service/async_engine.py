@@ -39,8 +39,9 @@ class AsyncEngine:
     """Requests in, streams of events out. Belongs to the event loop that it is made on.
 
     It owns nothing of an engine: calls become commands to `EngineThread`, whose `Recipients` bring
-    back events and answers. `on_end` is called with every request's last event. `max_waiting`
-    requests may wait for their agents' turns, beside those that wait in the engines.
+    back events and answers. `on_end` is called with every request's last event, `leave_thread` on
+    the engines' thread when it ends. `max_waiting` requests may wait for their agents' turns,
+    beside those that wait in the engines.
     """
 
     def __init__(
@@ -48,10 +49,11 @@ class AsyncEngine:
         open_fleet: OpenFleet,
         *,
         on_end: Callable[[Completed | Failed], None] = lambda event: None,
+        leave_thread: Callable[[], None] = lambda: None,
         max_waiting: int = 1024,
     ) -> None:
         recipients = Recipients(asyncio.get_running_loop())
-        self._thread = EngineThread(open_fleet, recipients)
+        self._thread = EngineThread(open_fleet, recipients, leave_thread)
         self._models = ModelUse(self._thread)
         self._prompts = LongPrompts(self._thread, max_waiting=max_waiting)
         self._submissions = Submissions(
@@ -133,13 +135,17 @@ class AsyncEngine:
         """
         self._submissions.close()
         if self.has_ended:
+            await self._stop_models()
             return False
         await self._submissions.wait_for_ends(grace_s)
-        if self.models is not None:
-            await self.models.stop()
+        await self._stop_models()
         self._submissions.fail_all(EngineStopped())
         self.has_stopped_well = await asyncio.to_thread(self._thread.stop, SAVE_S)
         return self.has_stopped_well
+
+    async def _stop_models(self) -> None:
+        if self.models is not None:
+            await self.models.stop()
 
     # -- requests --------------------------------------------------------------------------------
 

@@ -35,12 +35,18 @@ class EngineThread:
     `open_fleet` runs on the thread. What a command raises goes to its caller. A model that raises
     does not break the fleet; a bug in a step does: then what ran is failed with EngineBroke, and
     the fleet is opened again from what is on disk. When the thread ends, what ran is failed with
-    EngineStopped.
+    EngineStopped, and `leave` is called on the thread.
     """
 
-    def __init__(self, open_fleet: OpenFleet, recipients: Recipients) -> None:
+    def __init__(
+        self,
+        open_fleet: OpenFleet,
+        recipients: Recipients,
+        leave: Callable[[], None] = lambda: None,
+    ) -> None:
         self.recipients = recipients
         self._open_fleet = open_fleet
+        self._leave = leave
         self._mailbox = Mailbox()
         self._stopping = threading.Event()
         self._ended = threading.Event()
@@ -101,6 +107,7 @@ class EngineThread:
             self._ended.set()
             self._refuse_commands()
             self.recipients.lose(EngineStopped())
+            self._leave()
 
     def _serve(self) -> bool:
         """Open the fleet and run it. Returns whether it broke and is to be opened again."""

@@ -15,11 +15,13 @@ class LoadThread:
     """Runs one call after the other, always on one thread, which does not delay the process's exit.
 
     Never a thread for each load: MLX and MKL keep streams and buffers for every thread that has
-    computed, and resident memory grew by some 3 MB with each.
+    computed, and resident memory grew by some 3 MB with each. `leave` is called on the thread when
+    it ends.
     """
 
-    def __init__(self) -> None:
-        self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
+    def __init__(self, leave: Callable[[], None] = lambda: None) -> None:
+        self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._leave = leave
         self._thread: threading.Thread | None = None
 
     async def run(self, call: Callable[[], T]) -> T:
@@ -32,9 +34,21 @@ class LoadThread:
         self._calls.put(partial(_answer, call, future, loop))
         return await future
 
+    def stop(self, timeout_s: float) -> bool:
+        """End the thread after the calls that it was given. Returns whether it has ended.
+
+        It waits `timeout_s` seconds for that.
+        """
+        if self._thread is None:
+            return True
+        self._calls.put(None)
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
     def _work(self) -> None:
-        while True:
-            self._calls.get()()
+        while (call := self._calls.get()) is not None:
+            call()
+        self._leave()
 
 
 def _answer(

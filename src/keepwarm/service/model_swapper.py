@@ -35,6 +35,8 @@ AFTER_ERROR_S = 1.0
 """The pause after an error that is no model's fault."""
 UNLOAD_TIMEOUT_S = 60.0
 """How long writing an unloaded model's KV to disk may take."""
+STOP_S = 2.0
+"""How long a load that is going on may delay the end."""
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +57,10 @@ class ModelSource(Protocol):
 
     def memory_bytes(self) -> int:
         """Return the device's memory, for weights and KV."""
+        ...
+
+    def leave_thread(self) -> None:
+        """Drop what computing has left in this thread, which ends now."""
         ...
 
 
@@ -109,7 +115,7 @@ class ModelSwapper:
         self._changed = asyncio.Event()
         self._in_turn = asyncio.Lock()
         self._worker: asyncio.Task[None] | None = None
-        self._thread = LoadThread()
+        self._thread = LoadThread(source.leave_thread)
         self._is_stopped = False
 
     def __repr__(self) -> str:
@@ -126,7 +132,10 @@ class ModelSwapper:
         self._worker = asyncio.create_task(self._work())
 
     async def stop(self) -> None:
-        """Stop bringing models in and out, and refuse what waits with EngineStopped."""
+        """Stop bringing models in and out, and refuse what waits with EngineStopped.
+
+        A load that is still going on after `STOP_S` seconds runs on.
+        """
         if self._worker is not None:
             self._worker.cancel()
             with suppress(asyncio.CancelledError):
@@ -134,6 +143,7 @@ class ModelSwapper:
         self._is_stopped = True
         for name in list(self._wanted):
             self._refuse(name, EngineStopped())
+        await asyncio.to_thread(self._thread.stop, STOP_S)
 
     # -- requests --------------------------------------------------------------------------------
 

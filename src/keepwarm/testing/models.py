@@ -39,3 +39,6 @@ class FixedSource:
 
     def memory_bytes(self) -> int:
         return self._room
+
+    def leave_thread(self) -> None:
+        pass
