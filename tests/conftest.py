@@ -49,3 +49,11 @@ def smollm2(keepwarm_home: Path) -> LoadedModel:
     from keepwarm import load_model
 
     return load_model("smollm2", home=keepwarm_home)
+
+
+@pytest.fixture(scope="session")
+def smollm2_on_mlx(keepwarm_home: Path) -> LoadedModel:
+    """The embedded model where there is no native step."""
+    from keepwarm import load_model
+
+    return load_model("smollm2", native=False, home=keepwarm_home)

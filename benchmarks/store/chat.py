@@ -87,7 +87,7 @@ class Chat:
             return self._generator
 
         self.engine = BlockPoolBatchEngine(
-            replace(loaded, batch_gen_factory=the_generator, model=None),
+            replace(loaded, batch_gen_factory=the_generator, bare=lambda: None),
             pool=BlockPool(budget_bytes),
             store=store,
             config=EngineConfig(always_restore=True),  # the fake computes faster than disks read

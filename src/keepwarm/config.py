@@ -20,7 +20,7 @@ from keepwarm.core.errors import ConfigError
 from keepwarm.core.policies import EngineConfig
 from keepwarm.home import keepwarm_home
 from keepwarm.server.settings import ServerConfig
-from keepwarm.service.model_registry import DTYPES, AutoLoad, ModelSettings
+from keepwarm.service.model_registry import AutoLoad, ModelSettings, require_dtypes
 from keepwarm.store.agent_cache_store import StoreConfig
 
 FILE_NAME = "keepwarm.toml"
@@ -28,9 +28,17 @@ MODELS = "models"
 """The section of the file that has a table for each model."""
 PREFIX = "KEEPWARM_"
 OTHER_VARIABLES = frozenset(
-    {"KEEPWARM_HOME", "KEEPWARM_BLAS", "KEEPWARM_URL", "KEEPWARM_API_KEY", "KEEPWARM_CONFIG"}
+    {
+        "KEEPWARM_HOME",
+        "KEEPWARM_BLAS",
+        "KEEPWARM_NATIVE",
+        "KEEPWARM_URL",
+        "KEEPWARM_API_KEY",
+        "KEEPWARM_CONFIG",
+    }
 )
-"""Variables with the prefix that are not settings: where state is kept, and what clients need."""
+"""Variables with the prefix that are not settings: where state is kept, what computes, and what
+clients need."""
 
 MAX_WHOLE_NUMBER = 1 << 62
 """The largest whole number of a setting: SQLite, clocks and file formats can all hold it."""
@@ -49,8 +57,10 @@ class ModelConfig:
     """The model that is served, and how it computes.
 
     name: smollm2, a folder, or a hub id. dtype: float32, float16 or bfloat16; the device's own
-    where it is empty. deterministic: results are equal to the bit whatever else is in the batch (on
-    the CPU), at up to 1.7 times the time per token. auto_load: which other models are loaded when a
+    where it is empty. kv_dtype: float16 or float32, for the KV of the native step; float16 where it
+    is empty. native: whether the native step may compute it. deterministic: where MLX computes on
+    the CPU, results are equal to the bit whatever else is in the batch, at up to 1.7 times the time
+    per token; the native step's always are. auto_load: which other models are loaded when a
     request names them: `known` ones, which have a section `[models.NAME]`, `any` folder or hub id,
     or `never` one. memory_bytes: the most memory for the weights of all models; 0 is the device's
     memory less the KV's budget. patience_s: how many seconds a model that must make room goes on
@@ -61,6 +71,8 @@ class ModelConfig:
 
     name: str = "smollm2"
     dtype: str = ""
+    kv_dtype: str = ""
+    native: bool = True
     deterministic: bool = False
     auto_load: AutoLoad = AutoLoad.KNOWN
     memory_bytes: int = 0
@@ -70,9 +82,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not self.name.strip():
             raise ConfigError("name", "must name a model: smollm2, a folder, or a hub id")
-        if self.dtype not in DTYPES:
-            known = ", ".join(filter(None, DTYPES))
-            raise ConfigError("dtype", f"must be empty or one of {known}, not {self.dtype!r}")
+        require_dtypes(self.dtype, self.kv_dtype)
         for key in ("memory_bytes", "patience_s"):
             if getattr(self, key) < 0:
                 raise ConfigError(key, "must not be negative")

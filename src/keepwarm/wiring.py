@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp
 
@@ -28,6 +29,9 @@ from keepwarm.service.model_registry import AutoLoad, Model, ModelRegistry, Mode
 from keepwarm.service.model_swapper import ModelSource, ModelSwapper
 from keepwarm.store.agent_cache_store import AgentCacheStore
 
+if TYPE_CHECKING:
+    from keepwarm.mlx_backend.loading.computation import Wanted
+
 STORE_FOLDER = "agents"
 TRANSFERS_FOLDER = "transfers"
 SHARE_OF_MEMORY = 4
@@ -45,14 +49,20 @@ class MLXSource:
         from keepwarm.mlx_backend.loading.loader import resolve
         from keepwarm.mlx_backend.loading.memory_estimate import estimate_bytes
 
-        return estimate_bytes(resolve(model.source, keepwarm_home()), model.settings.dtype)
+        return estimate_bytes(resolve(model.source, keepwarm_home()), wanted_of(model.settings))
 
     def load(self, model: Model) -> LoadedModel:
         """Load the model; closing it gives its memory back to the system. Raises ModelLoadError."""
         from keepwarm.mlx_backend.loading.loader import load_model
         from keepwarm.mlx_backend.memory import release_memory
 
-        loaded = load_model(model.source, dtype=model.settings.dtype or None)
+        settings = model.settings
+        loaded = load_model(
+            model.source,
+            dtype=settings.dtype or None,
+            kv_dtype=settings.kv_dtype or None,
+            native=settings.native,
+        )
         restore_limits = loaded.close
 
         def close() -> None:
@@ -72,6 +82,13 @@ class MLXSource:
         from keepwarm.mlx_backend.memory import leave_thread
 
         leave_thread()
+
+
+def wanted_of(settings: ModelSettings) -> "Wanted":
+    """Say how a model with these settings is to be computed."""
+    from keepwarm.mlx_backend.loading.computation import Wanted
+
+    return Wanted(settings.dtype or None, settings.kv_dtype or None, settings.native)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +147,8 @@ def registry_of(settings: Settings) -> ModelRegistry:
     default = replace(
         default,
         dtype=default.dtype or settings.model.dtype,
+        kv_dtype=default.kv_dtype or settings.model.kv_dtype,
+        native=default.native and settings.model.native,
         aliases=(*default.aliases, *settings.server.model_aliases),
     )
     models = [Model(name, default), *(Model(*item) for item in known.items())]

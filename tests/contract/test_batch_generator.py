@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,12 +23,13 @@ from keepwarm.core.ports import (
     Slab,
 )
 from keepwarm.testing.generator import FakeBatchGenerator, FakePayload
+from native_steps import require_native
 
 HAS_BACKEND = importlib.util.find_spec("mlx") and importlib.util.find_spec("mlx_lm")
 needs_backend = pytest.mark.skipif(
     not HAS_BACKEND, reason="MLX is not installed: RowBatchGenerator is NOT tested"
 )
-REAL = ["llama", "qwen2", "qwen3", "llama, deterministic"]
+REAL = ["llama", "qwen2", "qwen3", "llama, deterministic", "llama, native", "qwen3, native"]
 KINDS = ["fake", *(pytest.param(kind, marks=needs_backend) for kind in REAL)]
 
 IDS = [(position * 37 + position // 7) % 256 for position in range(700)]
@@ -63,9 +65,27 @@ def generator(
 
         architecture, _, mode = kind.partition(", ")
         folder = tmp_path_factory.mktemp(architecture)
-        loaded = load_model(write_tiny_model(folder / "model", architecture), home=folder)
-        generators[kind] = loaded.batch_gen_factory(deterministic=bool(mode))
+        model = write_tiny_model(folder / "model", architecture)
+        if mode == "native":
+            generators[kind] = native_generator(model)
+        else:
+            loaded = load_model(model, native=False, home=folder)
+            generators[kind] = loaded.batch_gen_factory(deterministic=bool(mode))
     return generators[kind]
+
+
+def native_generator(folder: Path) -> BatchGenerator:
+    """Return the native step over this model, or skip where this machine has none."""
+    from mlx_lm.utils import load_model
+
+    from keepwarm.mlx_backend.loading.native import native_step
+    from keepwarm.native.library import Missing
+
+    library = require_native()
+    model, _ = load_model(folder, lazy=True)
+    step = native_step(model, library, max_context_tokens=2048, kv_dtype="float32")
+    assert not isinstance(step, Missing), step.reason
+    return step.factory(deterministic=True)
 
 
 @pytest.fixture(autouse=True)

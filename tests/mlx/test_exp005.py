@@ -37,13 +37,26 @@ def tiny(keepwarm_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Exp00
 
 
 @pytest.fixture(scope="module")
+def tiny_on_mlx(keepwarm_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Exp005Result:
+    folder = write_tiny_model(tmp_path_factory.mktemp("tiny"))
+    return run_exp005(load_model(str(folder), native=False, home=keepwarm_home), EVERY_PATH)
+
+
+@pytest.fixture(scope="module")
 def real(smollm2: LoadedModel) -> Exp005Result:
     return run_exp005(smollm2, SOME_PATHS)
 
 
-@pytest.fixture(params=["tiny", "real"])
-def result(request: pytest.FixtureRequest, tiny: Exp005Result, real: Exp005Result) -> Exp005Result:
-    return {"tiny": tiny, "real": real}[request.param]
+@pytest.fixture(params=["tiny", "tiny_on_mlx", "real"])
+def result(request: pytest.FixtureRequest) -> Exp005Result:
+    found: Exp005Result = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture(params=["tiny", "tiny_on_mlx"])
+def every_path(request: pytest.FixtureRequest) -> Exp005Result:
+    found: Exp005Result = request.getfixturevalue(request.param)
+    return found
 
 
 def paths_of(result: Exp005Result, form: Form) -> set[str]:
@@ -56,15 +69,15 @@ def test_every_path_passes(result: Exp005Result) -> None:
 
 
 @pytest.mark.parametrize("form", [Form.NORMAL, Form.FREE])
-def test_every_path_was_compared_with_bare_mlx_lm(tiny: Exp005Result, form: Form) -> None:
-    assert paths_of(tiny, form) == {path.name for path in PATHS}
+def test_every_path_was_compared_with_bare_mlx_lm(every_path: Exp005Result, form: Form) -> None:
+    assert paths_of(every_path, form) == {path.name for path in PATHS}
 
 
-def test_every_path_gave_the_cold_runs_bits(tiny: Exp005Result) -> None:
-    if tiny.strict_note:
-        pytest.skip(tiny.strict_note)
+def test_every_path_gave_the_cold_runs_bits(every_path: Exp005Result) -> None:
+    if every_path.strict_note:
+        pytest.skip(every_path.strict_note)
 
-    assert paths_of(tiny, Form.STRICT) == {path.name for path in PATHS}
+    assert paths_of(every_path, Form.STRICT) == {path.name for path in PATHS}
 
 
 def test_the_real_model_took_the_paths_of_its_plan(real: Exp005Result) -> None:
@@ -74,14 +87,21 @@ def test_the_real_model_took_the_paths_of_its_plan(real: Exp005Result) -> None:
 
 
 def test_canaries_were_noticed(result: Exp005Result) -> None:
-    canaries = {r.path: r.passed for r in result.results if r.form is Form.CANARY}
-
-    assert canaries == {
-        "KV rounded": True,
-        "one position zeroed": True,
-        "one stale token in the tail": True,
-        "ordinary shapes": True,
+    assert paths_of(result, Form.CANARY) == {
+        "KV rounded",
+        "one position zeroed",
+        "one stale token in the tail",
     }
+    canaries = [r for r in result.results if r.form in (Form.CANARY, Form.STRICT_CANARY)]
+    assert all(canary.passed for canary in canaries)
+
+
+def test_the_strict_form_has_canaries_of_its_own(
+    tiny: Exp005Result, tiny_on_mlx: Exp005Result
+) -> None:
+    assert "one value moved by one ulp" in paths_of(tiny, Form.STRICT_CANARY)
+    if not tiny_on_mlx.strict_note:
+        assert paths_of(tiny_on_mlx, Form.STRICT_CANARY) == {"ordinary shapes"}
 
 
 def test_some_replies_have_sixty_tokens(tiny: Exp005Result) -> None:

@@ -266,6 +266,6 @@ def test_it_writes_english(smollm2: LoadedModel, embedded: Path) -> None:
     question = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True)
 
-    reply = mlx_lm.generate(smollm2.model, tokenizer, prompt, max_tokens=24)
+    reply = mlx_lm.generate(smollm2.bare(), tokenizer, prompt, max_tokens=24)
 
     assert reply.strip().startswith("The capital of France is Paris")

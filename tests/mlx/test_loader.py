@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def weights_of(loaded: LoadedModel) -> dict[str, mx.array]:
-    model: Any = loaded.model
+    model: Any = loaded.bare()
     return dict(tree_flatten(model.parameters()))
 
 
@@ -41,7 +41,7 @@ def dtypes_of(loaded: LoadedModel) -> set[mx.Dtype]:
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
 def test_a_local_folder_loads(tmp_path: Path, home: Path, model_type: str) -> None:
-    loaded = load_model(write_tiny_model(tmp_path / "tiny", model_type), home=home)
+    loaded = load_model(write_tiny_model(tmp_path / "tiny", model_type), native=False, home=home)
 
     assert loaded.layout.layers == (TINY_LAYER, TINY_LAYER)
     assert loaded.layout.dtype == "float32"
@@ -57,7 +57,7 @@ def test_a_path_may_be_given_as_text(folder: Path, home: Path) -> None:
 def test_the_embedded_model_loads(smollm2: LoadedModel) -> None:
     assert smollm2.name == "smollm2"
     assert smollm2.layout.layers == (LayerLayout(3, 64, 64),) * 30
-    assert smollm2.layout.block_bytes == 256 * 30 * 3 * 128 * 4
+    assert smollm2.layout.block_bytes == 256 * 30 * 3 * 128 * 2
     assert (smollm2.max_context_tokens, smollm2.vocab_size) == (8192, 49152)
 
 
@@ -89,7 +89,7 @@ def test_a_hub_id_that_is_nowhere_is_one_clear_error(
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 def test_the_cpu_computes_in_float32(tmp_path: Path, home: Path, dtype: mx.Dtype) -> None:
-    loaded = load_model(write_tiny_model(tmp_path / "tiny", dtype=dtype), home=home)
+    loaded = load_model(write_tiny_model(tmp_path / "tiny", dtype=dtype), native=False, home=home)
 
     assert dtypes_of(loaded) == {mx.float32}
 
@@ -106,7 +106,7 @@ def test_the_cpu_dequantises_without_rounding(tmp_path: Path, home: Path) -> Non
         bits=4,
     )
 
-    loaded = load_model(folder, home=home)
+    loaded = load_model(folder, native=False, home=home)
 
     assert dtypes_of(loaded) == {mx.float32}
     weight = weights_of(loaded)[f"{prefix}.weight"]
@@ -161,6 +161,17 @@ def test_the_fingerprint_knows_the_config(folder: Path, home: Path) -> None:
 
 def test_the_fingerprint_knows_the_dtype(folder: Path, home: Path) -> None:
     assert fingerprint(folder, home) != fingerprint(folder, home, dtype="bfloat16")
+
+
+def test_the_fingerprint_knows_how_and_with_which_kv_it_is_computed(
+    folder: Path, home: Path
+) -> None:
+    prints = [
+        load_model(folder, home=home, **given).fingerprint
+        for given in ({}, {"kv_dtype": "float16"}, {"kv_dtype": "float32"}, {"native": False})
+    ]
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 3
 
 
 def test_a_digest_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,19 +14,19 @@ from keepwarm.mlx_backend.compute.seam_probe import check_seam
 
 
 @pytest.fixture
-def attention_module(smollm2: LoadedModel) -> Iterator[Any]:
-    module: Any = sys.modules[type(smollm2.model).__module__]
+def attention_module(smollm2_on_mlx: LoadedModel) -> Iterator[Any]:
+    module: Any = sys.modules[type(smollm2_on_mlx.bare()).__module__]
     kept = module.scaled_dot_product_attention
     yield module
     module.scaled_dot_product_attention = kept
 
 
-def test_smollm2_fits(smollm2: LoadedModel) -> None:
-    check_seam(smollm2.model, smollm2.layout, "smollm2")
+def test_smollm2_fits(smollm2_on_mlx: LoadedModel) -> None:
+    check_seam(smollm2_on_mlx.bare(), smollm2_on_mlx.layout, "smollm2")
 
 
 def test_attention_that_passes_the_seam_by_is_found(
-    smollm2: LoadedModel, attention_module: Any
+    smollm2_on_mlx: LoadedModel, attention_module: Any
 ) -> None:
     original = getattr(attention_module.scaled_dot_product_attention, attention_hook._MARK)
 
@@ -36,4 +36,4 @@ def test_attention_that_passes_the_seam_by_is_found(
     setattr(past_the_seam, attention_hook._MARK, original)
     attention_module.scaled_dot_product_attention = past_the_seam
     with pytest.raises(UnsupportedModel, match="two rows in a batch differ"):
-        check_seam(smollm2.model, smollm2.layout, "smollm2")
+        check_seam(smollm2_on_mlx.bare(), smollm2_on_mlx.layout, "smollm2")

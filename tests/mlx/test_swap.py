@@ -14,6 +14,7 @@ import httpx
 import mlx.core as mx
 import pytest
 
+from keepwarm.mlx_backend.loading.computation import Wanted
 from keepwarm.mlx_backend.loading.loader import resolve
 from keepwarm.mlx_backend.loading.memory_estimate import estimate_bytes
 from keepwarm.mlx_backend.memory import device_bytes
@@ -24,8 +25,6 @@ from tiny_models import write_tiny_model
 pytestmark = pytest.mark.slow
 
 A, B = "alpha", "beta"
-ONE_FITS_BYTES = 60 << 20
-"""The tiny models need some 40 MiB each, most of it for attention over their whole context."""
 
 
 @pytest.fixture
@@ -39,6 +38,11 @@ def folders(tmp_path: Path) -> dict[str, Path]:
     }
 
 
+def room_for_one(folders: dict[str, Path]) -> int:
+    """Return bytes in which either model fits, and both do not."""
+    return max(map(estimate_bytes, folders.values())) * 11 // 10
+
+
 @contextmanager
 def served(folders: dict[str, Path], home: Path, **flags: object) -> Iterator[FakeServer]:
     tables = [f'[models.{name}]\nsource = "{folder}"\n' for name, folder in folders.items()]
@@ -46,7 +50,7 @@ def served(folders: dict[str, Path], home: Path, **flags: object) -> Iterator[Fa
     path.write_text("\n".join(tables))
     options = {
         "model__name": A,
-        "model__memory_bytes": ONE_FITS_BYTES,
+        "model__memory_bytes": room_for_one(folders),
         "memory__budget_bytes": 64 << 20,
         **flags,
     }
@@ -88,7 +92,7 @@ def test_what_was_said_elsewhere_is_computed_at_rest(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
     """By the bits that a cold computation gives."""
-    options = {"model__memory_bytes": 4 * ONE_FITS_BYTES, "model__deterministic": True}
+    options = {"model__memory_bytes": 4 * room_for_one(folders), "model__deterministic": True}
     with served(folders, tmp_path, **options) as server, server.client() as client:
         client.put("/v1/agents/ada", json={})
         say(client, "ada", "x" * 300, A)
@@ -254,9 +258,10 @@ class TestMemory:
     def test_quantised_weights_count_as_they_compute(self, tmp_path: Path) -> None:
         plain = write_tiny_model(tmp_path / "plain")
         packed = write_tiny_model(tmp_path / "packed", quantise_bits=4)
-        difference = estimate_bytes(packed) - estimate_bytes(plain)
+        on_mlx = Wanted(native=False)
+        difference = estimate_bytes(packed, on_mlx) - estimate_bytes(plain, on_mlx)
         if mx.default_device() == mx.cpu:
-            assert abs(difference) < 0.01 * estimate_bytes(plain)
+            assert abs(difference) < 0.01 * estimate_bytes(plain, on_mlx)
         else:
             assert difference < 0
 
@@ -264,7 +269,8 @@ class TestMemory:
         self, folders: dict[str, Path], keepwarm_home: Path, tmp_path: Path
     ) -> None:
         """Under a limit of its address space the process refuses what cannot fit, with numbers."""
-        needed = estimate_bytes(resolve("smollm2", keepwarm_home))
+        on_mlx = Wanted(native=False)
+        needed = estimate_bytes(resolve("smollm2", keepwarm_home), on_mlx)
         assert needed > 500 << 20
         script = (
             "import asyncio, resource, sys\n"
@@ -275,7 +281,7 @@ class TestMemory:
             "resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))\n"
             "given = {'model.name': sys.argv[2], 'memory.budget_bytes': 1_200_000_000}\n"
             "file = Path(sys.argv[1]) / 'keepwarm.toml'\n"
-            "file.write_text('[models.smollm2]')\n"
+            "file.write_text('[models.smollm2]\\nnative = false')\n"
             "settings = load_settings(given, config_file=file, environment={})\n"
             "async def main():\n"
             "    running = await start_server(settings, Path(sys.argv[1]) / 'home')\n"

@@ -24,7 +24,7 @@ def model(name: str = "a", *, size: int = 0, used: float = 0.0, **settings: obje
     made = Model(name, ModelSettings(**settings), last_used_s=used)  # type: ignore[arg-type]
     if size:
         made.state = ModelState.READY
-        made.facts = ModelFacts("print", 100, size)
+        made.facts = ModelFacts("print", 100, size, "a fake")
     return made
 
 

@@ -9,10 +9,10 @@ import numpy as np
 from keepwarm.bench.lab import Case, Lab, Setting
 from keepwarm.bench.paths import first_turn, split_of
 from keepwarm.bench.recording import Recording, raw_kv
+from keepwarm.core.ports import Slab
 from keepwarm.mlx_backend.compute.payload import KVPayload, RawArray
-from keepwarm.mlx_backend.compute.slab import RowSlab
 
-Damage = Callable[[Lab, Setting, Case, RowSlab], KVPayload]
+Damage = Callable[[Lab, Setting, Case, Slab], KVPayload]
 
 # As many low bits of the mantissa as rounding to the next coarser format would lose: float32 to
 # float16, float16 to bfloat16, and bfloat16 to 3 bits.
@@ -36,14 +36,14 @@ class Canary:
         return lab.recording(lab.run_case("ada", case))
 
 
-def rounded(lab: Lab, setting: Setting, case: Case, slab: RowSlab) -> KVPayload:
+def rounded(lab: Lab, setting: Setting, case: Case, slab: Slab) -> KVPayload:
     """Round the KV to the next coarser format."""
     held = _held(lab, slab)
     num_bits = _LOST_BITS[setting.loaded.layout.dtype]
     return KVPayload(held.num_tokens, tuple(_rounded(array, num_bits) for array in held.arrays))
 
 
-def one_position_zeroed(lab: Lab, setting: Setting, case: Case, slab: RowSlab) -> KVPayload:
+def one_position_zeroed(lab: Lab, setting: Setting, case: Case, slab: Slab) -> KVPayload:
     """Zero the position in the middle, in every layer."""
     held = _held(lab, slab)
     for array in held.arrays:
@@ -51,7 +51,7 @@ def one_position_zeroed(lab: Lab, setting: Setting, case: Case, slab: RowSlab) -
     return held
 
 
-def stale_tail_token(lab: Lab, setting: Setting, case: Case, slab: RowSlab) -> KVPayload:
+def stale_tail_token(lab: Lab, setting: Setting, case: Case, slab: Slab) -> KVPayload:
     """Put another token's KV at the last position, as a rollback that trims too little would."""
     held = _held(lab, slab)
     split = split_of(setting, case)
@@ -65,19 +65,29 @@ def stale_tail_token(lab: Lab, setting: Setting, case: Case, slab: RowSlab) -> K
     return held
 
 
+def one_bit_flipped(lab: Lab, setting: Setting, case: Case, slab: Slab) -> KVPayload:
+    """Move one value in the middle to its neighbour: bounds cannot notice it, and bits can."""
+    held = _held(lab, slab)
+    held.arrays[len(held.arrays) // 2][0, held.num_tokens // 2, 0] ^= 1
+    return held
+
+
 CANARIES = (
     Canary("KV rounded", rounded),
     Canary("one position zeroed", one_position_zeroed),
     Canary("one stale token in the tail", stale_tail_token),
 )
 
+ONE_ULP = Canary("one value moved by one ulp", one_bit_flipped)
+"""For the strict form alone."""
 
-def _held(lab: Lab, slab: RowSlab) -> KVPayload:
+
+def _held(lab: Lab, slab: Slab) -> KVPayload:
     payload = lab.engine.tiers.model.generator.extract(slab, 0, slab.num_tokens)
     return KVPayload(payload.num_tokens, raw_kv(payload))
 
 
-def _overwrite(lab: Lab, slab: RowSlab, payload: KVPayload) -> None:
+def _overwrite(lab: Lab, slab: Slab, payload: KVPayload) -> None:
     generator = lab.engine.tiers.model.generator
     generator.trim(slab, 0)
     generator.reconstruct(slab, [payload])

@@ -26,7 +26,7 @@ def one_agent(loaded: LoadedModel, *, num_repeats: int, num_tokens: int, seed: i
     mlx-lm's side is the loop inside `stream_generate`.
     """
     prompt = prompt_ids(loaded.tokenizer, SHORT_TOKENS, seed=seed)
-    model = cast("nn.Module", loaded.model)
+    model = cast("nn.Module", loaded.bare())
     lab = Lab(loaded, checked=False)
     ours: list[float] = []
     bare: list[float] = []
@@ -52,7 +52,7 @@ def eight_agents(
 ) -> Figure:
     """Compare the steps of eight rows whose prompts are beginnings of the context."""
     turns = start_rows(lab, [context.prompt[:length] for length in lengths])
-    bare = _BareBatch(cast("nn.Module", loaded.model), context, lengths)
+    bare = _BareBatch(cast("nn.Module", loaded.bare()), context, lengths)
     ours_s: list[float] = []
     bare_s: list[float] = []
     for _ in range(num_rounds):

@@ -72,8 +72,11 @@ def _resumed(lab: Lab, num_held: int, case: Case) -> Recording:
 
 
 def _run_and_kill(setting: Setting, first: FirstTurn, folder: FilePath) -> None:
+    loaded = setting.loaded
     order = {
-        "model": setting.loaded.name,
+        "model": loaded.name,
+        "native": loaded.is_reproducible,
+        "kv_dtype": loaded.layout.dtype if loaded.is_reproducible else None,
         "deterministic": setting.deterministic,
         "folder": str(folder),
         "prompt": first.prompt,
@@ -94,7 +97,8 @@ def play_victim() -> None:
     from keepwarm import load_model
 
     order = json.load(sys.stdin)
-    setting = Setting(load_model(order["model"]), deterministic=order["deterministic"])
+    loaded = load_model(order["model"], native=order["native"], kv_dtype=order["kv_dtype"])
+    setting = Setting(loaded, deterministic=order["deterministic"])
     lab = setting.lab(store=AgentCacheStore(order["folder"]))
     turn = lab.say("ada", order["prompt"], order["reply"])
     require(lab.completed(turn).durable, "the turn is not durable")

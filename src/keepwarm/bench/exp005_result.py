@@ -20,6 +20,7 @@ class Form(StrEnum):
     STRICT = "strict"
     ROUND_TRIP = "round trip"
     CANARY = "canary"
+    STRICT_CANARY = "strict canary"
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 Hot: the agent has its slab; the call is the pool's and the index's work and the first write in
 place. Gathered: the agent was demoted; the call also takes a spare slab and copies the blocks into
 it. Beside them, in turns, a plain copy of the same bytes into recycled memory. No model is needed:
-the real generator drives one that writes KV and computes nothing.
+this device's own generator has its slabs, and each step writes KV and computes nothing.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,13 +23,19 @@ from keepwarm.bench.timing import Percentiles, timed
 from keepwarm.core.agent import AgentBlocks
 from keepwarm.core.layout import BLOCK_TOKENS, CacheLayout, LayerLayout
 from keepwarm.core.pool import BlockPool
-from keepwarm.core.ports import GREEDY, BatchGenerator, Draw, LoadedModel, RowId, RowInput
+from keepwarm.core.ports import GREEDY, BatchGenerator, Draw, LoadedModel, RowId, RowInput, Slab
 from keepwarm.core.stored import KVFamily
 from keepwarm.kv.generator_source import GeneratorSource
 from keepwarm.kv.tiers import Tiers
+from keepwarm.mlx_backend.compute.host_slab import HostSlab
+from keepwarm.mlx_backend.compute.native_batch import Logits, NativeBatchGenerator
+from keepwarm.mlx_backend.compute.native_model import NativeModel
 from keepwarm.mlx_backend.compute.payload import KVPayload, RawArray
 from keepwarm.mlx_backend.compute.row_batch import RowBatchGenerator
 from keepwarm.mlx_backend.compute.slab import RowSlab
+from keepwarm.mlx_backend.loading.native import shared_threads, usable_library
+from keepwarm.native.library import Library
+from keepwarm.native.structures import Model
 from keepwarm.testing.tokenizer import FakeTokenizer
 
 MAX_HOT_P95_S = 0.005
@@ -211,10 +217,26 @@ class _KVWriter(nn.Module):
         return self._logits
 
 
+class _HostWriter(NativeBatchGenerator):
+    """The native generator over a model that computes nothing: each step writes one token's KV."""
+
+    def logits(self, inputs: Sequence[RowInput]) -> Logits:
+        for item in inputs:
+            slab = self._rows[item.row]
+            for array in slab.arrays():
+                array[:, slab.num_tokens] = 1
+            slab.num_tokens += 1
+        return np.zeros((len(inputs), 8), np.float32)
+
+
 def _writer(layout: CacheLayout, capacity_tokens: int) -> LoadedModel:
     """Return a model that computes nothing and writes the KV that it is given."""
+    found = usable_library()
 
     def generator(*, deterministic: bool) -> BatchGenerator:
+        if isinstance(found, Library):
+            no_model = NativeModel(Model(), ())
+            return _HostWriter(no_model, layout, shared_threads(found))
         return RowBatchGenerator(_KVWriter(layout), layout)
 
     tokenizer = FakeTokenizer()
@@ -274,22 +296,25 @@ class _Bench:
         """
         if mx.default_device() != mx.cpu and not mx.metal.is_available():
             return None
-        slab = cast("RowSlab", self._line.slab)
+        slab = cast("RowSlab | HostSlab", self._line.slab)
         return [_address(array) for array in slab.arrays()]
 
     def holds_what_was_put_in(self) -> bool:
         """Whether the first block is, bit for bit, what it was before all calls."""
         self._tiers.make_hot(self._line, self._ids, self._capacity)
         self._tiers.promotion.restore(self._line)
-        slab = cast("RowSlab", self._line.slab)
-        back = raw_kv(self._generator.extract(slab, 0, BLOCK_TOKENS))
+        back = raw_kv(self._generator.extract(self._slab, 0, BLOCK_TOKENS))
         put_in = _noise(self._shape.layout, seed=0).arrays
         return all(np.array_equal(a, b) for a, b in zip(back, put_in, strict=True))
+
+    @property
+    def _slab(self) -> Slab:
+        return cast("Slab", self._line.slab)
 
     def _fill(self) -> AgentBlocks:
         line = self._tiers.new_line()
         self._tiers.make_hot(line, self._ids, self._capacity)
-        slab = cast("RowSlab", line.slab)
+        slab = cast("Slab", line.slab)
         for depth in range(self._shape.num_blocks):
             self._generator.reconstruct(slab, [_noise(self._shape.layout, seed=depth)])
         self._tiers.advance(line, self._ids)
@@ -301,8 +326,7 @@ class _Bench:
         self._tiers.make_hot(self._line, self._ids, self._capacity)
         if self._line.num_to_restore:
             self._tiers.promotion.restore(self._line)
-        slab = cast("RowSlab", self._line.slab)
-        self._generator.open_row(self._ROW, slab)
+        self._generator.open_row(self._ROW, self._slab)
         self._generator.step([RowInput(self._ROW, (0,), (Draw(GREEDY, 0),))])
 
     def _rest(self) -> None:
@@ -328,5 +352,5 @@ def _bits(random: np.random.Generator, shape: tuple[int, ...], dtype: str) -> Ra
     return random.integers(0, 1 << 15, shape, dtype=np.uint16)
 
 
-def _address(array: mx.array) -> int:
+def _address(array: mx.array | RawArray) -> int:
     return int(np.frombuffer(cast("bytes", array), np.uint8).ctypes.data)

@@ -3,18 +3,16 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from functools import partial
 
-from mlx import nn
-
-from keepwarm.bench.recording import Recorder, Recording, RecordingGenerator
+from keepwarm.bench.recording import Recorder, Recording, recording_generator
 from keepwarm.bench.requiring import require
 from keepwarm.core.agent import Tier
 from keepwarm.core.agent_store import AgentStore
 from keepwarm.core.events import Completed, Event, Failed
 from keepwarm.core.policies import EngineConfig
 from keepwarm.core.pool import BlockPool
-from keepwarm.core.ports import BatchGenerator, LoadedModel
+from keepwarm.core.ports import LoadedModel
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
 
 ROOMY_BYTES = 4 << 30
@@ -60,20 +58,12 @@ class Lab:
         self.recorder = Recorder(loaded.tokenizer.eos_token_ids)
         self.loaded = loaded
 
-        def recording_generator(*, deterministic: bool) -> BatchGenerator:
-            return RecordingGenerator(
-                cast("nn.Module", loaded.model),
-                loaded.layout,
-                deterministic=deterministic,
-                recorder=self.recorder,
-            )
-
         self.engine = BlockPoolBatchEngine(
             loaded,
             pool=BlockPool(budget_bytes),
             store=store,
             config=config,
-            batch_gen_factory=recording_generator,
+            batch_gen_factory=partial(recording_generator, loaded, self.recorder),
             deterministic=deterministic,
         )
         self._completed: dict[str, Completed] = {}

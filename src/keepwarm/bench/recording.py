@@ -3,18 +3,14 @@
 import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
-from mlx import nn
 from numpy.typing import NDArray
 
-from keepwarm.core.layout import CacheLayout
-from keepwarm.core.ports import Draw, Payload, RowId, RowInput, Slab
+from keepwarm.core.ports import BatchGenerator, Draw, LoadedModel, Payload, RowId, RowInput, Slab
 from keepwarm.mlx_backend.compute.payload import KVPayload, RawArray
-from keepwarm.mlx_backend.compute.row_batch import RowBatchGenerator
-from keepwarm.mlx_backend.compute.slab import RowSlab
 
 Logits = NDArray[np.float32]
 
@@ -57,7 +53,7 @@ class Recorder:
         self.forbidden = forbidden
         self.widest_batch = 0
         self.num_draws: dict[int, int] = {}
-        self.slabs: dict[int, RowSlab] = {}
+        self.slabs: dict[int, Slab] = {}
         self._scripts: dict[int, Sequence[int]] = {}
         self._kept: dict[int, list[Logits]] = {}
         self._kv: dict[int, tuple[RawArray, ...]] = {}
@@ -74,14 +70,17 @@ class Recorder:
             self._kept[seed] = []
         return seed
 
-    def __call__(self, logits: mx.array, draws: Sequence[Draw]) -> mx.array:
+    def __call__(self, logits: Any, draws: Sequence[Draw]) -> Any:
+        """Choose from logits (draws, vocabulary) of MLX or of the native step, in their form."""
         self.widest_batch = max(self.widest_batch, len(draws))
-        if not any(self._is_watched(draw.sampling.seed) for draw in draws):
+        is_native = isinstance(logits, np.ndarray)
+        if not is_native and not any(self._is_watched(draw.sampling.seed) for draw in draws):
             return self._choose_unwatched(logits, draws)
-        rows: Logits = np.array(logits.astype(mx.float32))
-        return mx.array([self._choose(draw, row) for draw, row in zip(draws, rows, strict=True)])
+        rows: Logits = logits if is_native else np.array(logits.astype(mx.float32))
+        tokens = [self._choose(draw, row) for draw, row in zip(draws, rows, strict=True)]
+        return tokens if is_native else mx.array(tokens)
 
-    def close_row(self, seed: int, generator: RowBatchGenerator, slab: RowSlab) -> None:
+    def close_row(self, seed: int, generator: BatchGenerator, slab: Slab) -> None:
         """Note that the request's row left the batch with this slab."""
         self.slabs[seed] = slab
         if seed in self._kept:
@@ -121,23 +120,33 @@ class Recorder:
         return choose_token(row, self.forbidden) if script is None else script[draw.index]
 
 
-class RecordingGenerator(RowBatchGenerator):
-    """The real generator with a recorder in place of its sampler."""
+class RecordingGenerator:
+    """The model's own generator with a recorder in place of its sampler."""
 
-    def __init__(
-        self, model: nn.Module, layout: CacheLayout, *, deterministic: bool, recorder: Recorder
-    ) -> None:
-        super().__init__(model, layout, deterministic=deterministic, sampler=recorder)
+    def __init__(self, generator: BatchGenerator, recorder: Recorder) -> None:
+        self._generator = generator
         self._recorder = recorder
         self._seeds: dict[RowId, int] = {}
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._generator, name)
+
     def step(self, inputs: Sequence[RowInput]) -> list[list[int]]:
         self._seeds.update((item.row, draw.sampling.seed) for item in inputs for draw in item.draws)
-        return super().step(inputs)
+        return self._generator.step(inputs)
 
     def close_row(self, row: RowId) -> Slab:
-        slab = super().close_row(row)
+        slab = self._generator.close_row(row)
         seed = self._seeds.pop(row, None)
-        if seed is not None and isinstance(slab, RowSlab):
-            self._recorder.close_row(seed, self, slab)
+        if seed is not None:
+            self._recorder.close_row(seed, self._generator, slab)
         return slab
+
+
+def recording_generator(
+    loaded: LoadedModel, recorder: Recorder, *, deterministic: bool
+) -> BatchGenerator:
+    """Make a generator by the model's own factory; MLX's and the native one take a sampler."""
+    factory = cast("Any", loaded.batch_gen_factory)
+    generator = factory(deterministic=deterministic, sampler=recorder)
+    return cast("BatchGenerator", RecordingGenerator(generator, recorder))

@@ -87,8 +87,8 @@ def _measure(loaded: LoadedModel, plan: ResumePlan, on_progress: OnProgress) -> 
     new = prompt_ids(loaded.tokenizer, NEW_TOKENS, seed=plan.seed + 1)
     ids = (*prompt, *said, *new)
     bare = _Bare(
-        cast("nn.Module", loaded.model),
-        context.bare_cache(cast("nn.Module", loaded.model), plan.num_tokens),
+        cast("nn.Module", loaded.bare()),
+        context.bare_cache(cast("nn.Module", loaded.bare()), plan.num_tokens),
         (*said, *new),
     )
     bare.time_first_token()

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from keepwarm import __version__
-from keepwarm.core.errors import ModelLoadError
+from keepwarm.core.errors import ConfigError, ModelLoadError
 from keepwarm.home import keepwarm_home
 
 _GIB = 1 << 30
@@ -72,6 +72,7 @@ def examine(home: Path) -> list[Finding]:
         _memory(),
         _home(home),
         _embedded_model(home),
+        *_models(home),
     ]
 
 
@@ -131,8 +132,20 @@ def _compute() -> Iterator[Finding]:
     yield _ok("device", f"{device.kind}: {device.name}{memory}")
     if not CPU_SETUP.needed:
         return
+    yield _native_step()
     yield _blas(CPU_SETUP.blas, CPU_SETUP.num_threads, CPU_SETUP.mkl_cbwr, CPU_SETUP.problems)
     yield _allocator(tuned=CPU_SETUP.malloc_tuned)
+
+
+def _native_step() -> Finding:
+    from keepwarm.native.library import Missing, library, num_cores
+
+    found = library()
+    if not isinstance(found, Missing):
+        return _ok("native step", f"{found.target}, {num_cores()} threads")
+    if found.remedy:
+        return _warning("native step", f"none: {found.reason}", found.remedy)
+    return _ok("native step", f"none: {found.reason}; MLX computes")
 
 
 def _blas(
@@ -220,6 +233,32 @@ def _embedded_model(home: Path) -> Finding:
         f"smollm2: {folder} is damaged",
         "Do nothing: it is set aside, and converted again when next loaded",
     )
+
+
+def _models(home: Path) -> Iterator[Finding]:
+    """Say of each model of the settings that is here how it will be computed."""
+    from keepwarm.config import load_settings
+    from keepwarm.wiring import registry_of, wanted_of
+
+    try:
+        models = list(registry_of(load_settings()))
+    except ConfigError as error:
+        yield _error("settings", str(error), "Correct the setting; docs/configuration.md lists all")
+        return
+    try:
+        from keepwarm.mlx_backend.loading.computation import outlook_in_words
+        from keepwarm.mlx_backend.loading.loader import local_folder
+        from keepwarm.mlx_backend.loading.model_folder import ModelFolder
+    except ImportError:
+        return
+    for model in models:
+        name, folder = f"computes {model.name}", local_folder(model.source, home)
+        if folder is None:
+            continue
+        try:
+            yield _ok(name, outlook_in_words(ModelFolder.open(folder), wanted_of(model.settings)))
+        except ModelLoadError as error:
+            yield _error(name, error.problem, error.remedy)
 
 
 def _ok(name: str, detail: str) -> Finding:

@@ -33,6 +33,19 @@ def ls(url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
 
 
 @models.command()
+def show(name: ModelName, url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
+    """Show one model: also which way it is computed on the server's machine, and why."""
+    with Client(url) as client:
+        model = client.get(f"{PATH}/{quote(name)}")
+    if as_json:
+        write_json(model)
+    else:
+        say(for_terminal(_sentence(model)))
+        for line in filter(None, (model["computed_by"], model["problem"])):
+            say(for_terminal(line))
+
+
+@models.command()
 def load(name: ModelName, url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
     """Bring a model into memory; others make room if they must."""
     _bring(name, "load", url, as_json=as_json)

@@ -289,5 +289,10 @@ class LoadedModel:
     vocab_size: int
     tokenizer: Tokenizer
     batch_gen_factory: BatchGenFactory
-    model: object = None
+    computed_by: str = ""
+    """Which way the model is computed here, and why in that way; for people."""
+    is_reproducible: bool = False
+    """Whether every way to the same KV gives the same bits, without the canonical shapes."""
+    bare: Callable[[], object] = lambda: None
+    """Return mlx-lm's own model of the same weights, to compare with; it may load it."""
     close: Callable[[], None] = lambda: None

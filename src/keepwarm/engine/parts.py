@@ -56,7 +56,8 @@ class EngineParts:
         deterministic: bool,
     ) -> None:
         facts, store, config = model.facts, given.store, given.config
-        lineage = CANONICAL_LINEAGE if deterministic else "exact"
+        needs_canonical = deterministic and not facts.is_reproducible
+        lineage = CANONICAL_LINEAGE if needs_canonical else "exact"
         family = KVFamily(facts.fingerprint, facts.layout, lineage)
         self.events: list[Event] = []
         self.background = Background()
@@ -74,7 +75,8 @@ class EngineParts:
         self.commits = Commits(store, self.tiers, emit=self.events.append)
         ids = given.request_ids or itertools.count(1)
         self.prefetches = Prefetcher(self.batch, self.tiers, ids)
-        bound = kv_bound(facts.layout.dtype, deterministic=deterministic)
+        is_reproducible = deterministic or facts.is_reproducible
+        bound = kv_bound(facts.layout.dtype, deterministic=is_reproducible)
         self._build_verification(model, given, bound)
         self._build_requests(facts, given, ids)
         self._build_calls(facts, given, family)

@@ -24,7 +24,9 @@ class GeneratorSource:
         *,
         deterministic: bool = False,
     ) -> None:
-        self.facts = replace(loaded, model=None, batch_gen_factory=_no_weights, close=lambda: None)
+        self.facts = replace(
+            loaded, batch_gen_factory=_no_weights, bare=lambda: None, close=lambda: None
+        )
         self._replacement = replacement
         self._deterministic = deterministic
         self._factory: BatchGenFactory | None = replacement or loaded.batch_gen_factory

@@ -16,6 +16,7 @@ from keepwarm.core.errors import (
 
 MAX_TEMPERATURE = 100.0
 DTYPES = ("", "float32", "float16", "bfloat16")
+KV_DTYPES = ("", "float16", "float32")
 
 
 class ModelState(StrEnum):
@@ -63,24 +64,25 @@ class ModelSettings:
 
     source: smollm2, a folder, or a hub id; the name itself where it is empty. aliases: other names
     that requests may use; `*` stands for anything. dtype: float32, float16 or bfloat16; the
-    device's own where it is empty. context_tokens: the longest context; 0 is what the model was
-    trained on. temperature: where a request gives none; the server's own where it is negative.
-    idle_unload_s: seconds without a request after which it is unloaded; 0 is never. pinned: never
-    unloaded to make room.
+    device's own where it is empty. kv_dtype: float16 or float32, for the KV of the native step;
+    float16 where it is empty. native: whether the native step may compute it. context_tokens: the
+    longest context; 0 is what the model was trained on. temperature: where a request gives none;
+    the server's own where it is negative. idle_unload_s: seconds without a request after which it
+    is unloaded; 0 is never. pinned: never unloaded to make room.
     """
 
     source: str = ""
     aliases: tuple[str, ...] = ()
     dtype: str = ""
+    kv_dtype: str = ""
+    native: bool = True
     context_tokens: int = 0
     temperature: float = -1.0
     idle_unload_s: float = 0.0
     pinned: bool = False
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            known = ", ".join(filter(None, DTYPES))
-            raise ConfigError("dtype", f"must be empty or one of {known}, not {self.dtype!r}")
+        require_dtypes(self.dtype, self.kv_dtype)
         if self.temperature > MAX_TEMPERATURE:
             raise ConfigError("temperature", f"must be at most {MAX_TEMPERATURE:g}")
         if self.context_tokens < 0:
@@ -89,13 +91,25 @@ class ModelSettings:
             raise ConfigError("idle_unload_s", "must not be negative")
 
 
+def require_dtypes(dtype: str, kv_dtype: str) -> None:
+    """Refuse what is no dtype of a setting. Raises ConfigError."""
+    for key, value, known in (("dtype", dtype, DTYPES), ("kv_dtype", kv_dtype, KV_DTYPES)):
+        if value not in known:
+            names = ", ".join(filter(None, known))
+            raise ConfigError(key, f"must be empty or one of {names}, not {value!r}")
+
+
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What is known of a model once it has been loaded; `weight_bytes` is an estimate."""
+    """What is known of a model once it has been loaded; `weight_bytes` is an estimate.
+
+    `computed_by`: which way the model is computed here, and why in that way; for people.
+    """
 
     fingerprint: str
     max_context_tokens: int
     weight_bytes: int
+    computed_by: str
 
 
 @dataclass(slots=True, eq=False)

@@ -268,7 +268,9 @@ class ModelSwapper:
         except Exception as error:  # noqa: BLE001 - weights and libraries raise what they like
             await self._fail(model, error, put_out)
             return
-        model.facts = ModelFacts(loaded.fingerprint, loaded.max_context_tokens, needed_bytes)
+        model.facts = ModelFacts(
+            loaded.fingerprint, loaded.max_context_tokens, needed_bytes, loaded.computed_by
+        )
         model.num_loads += 1
         model.problem = None
         model.last_used_s = self._clock()

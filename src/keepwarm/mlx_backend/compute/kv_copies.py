@@ -39,6 +39,19 @@ class KVCopies(Protocol):
         ...
 
 
+def write_pieces(
+    raws: Sequence[RawArray], start: int, pieces: Sequence[Sequence[RawArray]]
+) -> None:
+    """Copy each array's pieces into it, end to end along its tokens from `start` on."""
+    columns = list(zip(raws, pieces, strict=True))
+    if sum(piece.nbytes for column in pieces for piece in column) < _PARALLEL_BYTES:
+        _write_columns(columns, start)
+    else:
+        # A share for each thread: a task for each small column would cost more than its copy.
+        shares = [columns[number :: _num_copiers()] for number in range(_num_copiers())]
+        list(_copiers().map(_write_columns, shares, repeat(start)))
+
+
 def _write_columns(
     columns: Sequence[tuple[RawArray, Sequence[RawArray]]], first_position: int
 ) -> None:
@@ -78,14 +91,7 @@ class HostCopies:
     def write(
         self, arrays: Sequence[mx.array], start: int, pieces: Sequence[Sequence[RawArray]]
     ) -> list[mx.array]:
-        raws = [self._raw(array) for array in arrays]
-        columns = list(zip(raws, pieces, strict=True))
-        if sum(piece.nbytes for column in pieces for piece in column) < _PARALLEL_BYTES:
-            _write_columns(columns, start)
-        else:
-            # A share for each thread: a task for each small column would cost more than its copy.
-            shares = [columns[number :: _num_copiers()] for number in range(_num_copiers())]
-            list(_copiers().map(_write_columns, shares, repeat(start)))
+        write_pieces([self._raw(array) for array in arrays], start, pieces)
         return list(arrays)
 
     def _raw(self, array: mx.array) -> RawArray:

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from keepwarm.mlx_backend.device import current_device
+from keepwarm.mlx_backend.loading.computation import Wanted, native_outlook
 from keepwarm.mlx_backend.loading.model_folder import ModelFolder
 from keepwarm.mlx_backend.loading.weight_file import TensorHeader, tensors_in
+from keepwarm.native.library import Missing
 
 CHUNK_TOKENS = 512
 """The working set is that of a prefill chunk of this many tokens."""
@@ -15,21 +17,35 @@ _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "F16": 2, "BF16": 2}
 
 
-def estimate_bytes(path: Path, dtype: str = "") -> int:
+def estimate_bytes(path: Path, wanted: Wanted | None = None) -> int:
     """Return the bytes of weights and working set of the model in this folder.
 
-    On the CPU device quantised weights count as they will compute: dequantised, in `dtype` or
-    float32. Raises ModelLoadError for a folder that is no sound model.
+    Weights count as they will compute: packed where the native step will; on the CPU device
+    otherwise dequantised, in the wanted dtype or float32. Raises ModelLoadError for a folder that
+    is no sound model.
     """
+    wanted = wanted or Wanted()
     folder = ModelFolder.open(path)
+    packed = _packed_bytes(folder, wanted)
+    if packed is not None:
+        return packed + _working_bytes(folder.config, 4, is_fused=True)
     on_cpu = current_device().kind == "cpu"
-    wanted = _ITEM_BYTES.get(dtype) or (4 if on_cpu else None)
+    item_bytes = _ITEM_BYTES.get(wanted.dtype or "") or (4 if on_cpu else None)
     weights = sum(
-        _tensor_bytes(tensor, folder, wanted, dequantised=on_cpu)
+        _tensor_bytes(tensor, folder, item_bytes, dequantised=on_cpu)
         for file in folder.weight_files
         for tensor in tensors_in(file)
     )
-    return weights + _working_bytes(folder.config, wanted or 2, fused=not on_cpu)
+    return weights + _working_bytes(folder.config, item_bytes or 2, is_fused=not on_cpu)
+
+
+def _packed_bytes(folder: ModelFolder, wanted: Wanted) -> int | None:
+    """Return the bytes of the weights as the native step packs them; None where MLX computes."""
+    outlook = native_outlook(folder, wanted)
+    if isinstance(outlook, Missing):
+        return None
+    parts, library = outlook
+    return parts.nbytes(library, folder.max_context_tokens)
 
 
 def _tensor_bytes(
@@ -47,7 +63,7 @@ def _tensor_bytes(
     return count * item_bytes if is_float and item_bytes else stored
 
 
-def _working_bytes(config: dict[str, Any], item_bytes: int, *, fused: bool) -> int:
+def _working_bytes(config: dict[str, Any], item_bytes: int, *, is_fused: bool) -> int:
     """Return what a prefill chunk needs besides KV: a layer's activations, logits and attention
     scores.
 
@@ -59,5 +75,5 @@ def _working_bytes(config: dict[str, Any], item_bytes: int, *, fused: bool) -> i
     vocabulary = int(section.get("vocab_size", 0))
     context = int(section.get("max_position_embeddings", 0))
     activations = CHUNK_TOKENS * (8 * hidden + 4 * inner) * item_bytes
-    scores = 0 if fused else 2 * CHUNK_TOKENS * heads * context * item_bytes
+    scores = 0 if is_fused else 2 * CHUNK_TOKENS * heads * context * item_bytes
     return activations + scores + 64 * vocabulary * 4

@@ -13,6 +13,7 @@ from keepwarm.mlx_backend.loading.weight_file import problem_with
 
 _INDEX_NAME = "model.safetensors.index.json"
 _TOKENIZER_PATTERNS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 _FETCH_AGAIN = "Fetch or convert the model again"
 
 
@@ -45,6 +46,19 @@ class ModelFolder:
             if ids:
                 return _as_ids(ids)
         return _as_ids(self.config.get("eos_token_id"))
+
+    @property
+    def max_context_tokens(self) -> int:
+        """How many tokens of context the model was trained on. Raises ModelLoadError."""
+        for section in (self.config, self.config.get("text_config") or {}):
+            for key in _CONTEXT_KEYS:
+                if isinstance(section.get(key), int):
+                    return int(section[key])
+        raise ModelLoadError(
+            str(self.path / "config.json"),
+            "it does not say how many tokens of context the model was trained on",
+            "Add max_position_embeddings to it",
+        )
 
     @property
     def quantisation(self) -> str:

@@ -1,8 +1,7 @@
 """A model's weights as they will compute: dequantised on the CPU, in one dtype, in memory."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
 from mlx import nn
@@ -20,19 +19,14 @@ class LoadedWeights:
     """The model as it will compute."""
 
     model: nn.Module
-    config: Mapping[str, Any]
     compute_dtype: str
     dequantised: bool
 
 
-def load_weights(folder: ModelFolder, dtype: str | None) -> LoadedWeights:
-    """Load the folder's model and evaluate its weights. Raises ModelLoadError.
-
-    On the CPU device quantised weights are dequantised, because `quantized_matmul` makes 2 GFLOP/s
-    there whatever the BLAS (MLX 0.32.4), and all are float32 unless `dtype` says otherwise.
-    """
+def open_model(folder: ModelFolder) -> nn.Module:
+    """Return mlx-lm's module, whose weights are not read yet. Raises ModelLoadError."""
     try:
-        model, config = load_mlx_model(folder.path, lazy=True)
+        model, _ = load_mlx_model(folder.path, lazy=True)
     # What mlx-lm and MLX raise for a config or for weights that do not belong together.
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise ModelLoadError(
@@ -40,16 +34,30 @@ def load_weights(folder: ModelFolder, dtype: str | None) -> LoadedWeights:
             f"mlx-lm cannot build the model ({type(error).__name__}: {first_line(error)})",
             "Check that config.json belongs to these weights, or fetch the model again",
         ) from error
+    # mlx-lm draws random weights that are never computed, and each draw makes the chain of lazy
+    # keys behind this state longer: 1.4 MB for every load of SmolLM2, measured with MLX 0.32.4.
+    mx.eval(mx.random.state)
+    return model
+
+
+def bare_model(folder: ModelFolder) -> nn.Module:
+    """Return mlx-lm's model as MLX computes it here: what other ways are compared with."""
+    return ready_weights(folder, open_model(folder), None).model
+
+
+def ready_weights(folder: ModelFolder, model: nn.Module, dtype: str | None) -> LoadedWeights:
+    """Evaluate the model's weights as they will compute. Raises ModelLoadError.
+
+    On the CPU device quantised weights are dequantised, because `quantized_matmul` makes 2 GFLOP/s
+    there whatever the BLAS (MLX 0.32.4), and all are float32 unless `dtype` says otherwise.
+    """
     dequantised = mx.default_device() == mx.cpu and _is_quantised(model)
     if dequantised:
         _dequantise(folder, model, dtype or "float32")
     elif mx.default_device() == mx.cpu or dtype is not None:
         model.set_dtype(MX_DTYPES[dtype or "float32"])
     _materialise(folder, model)
-    # mlx-lm draws random weights that are never computed, and each draw makes the chain of lazy
-    # keys behind this state longer: 1.4 MB for every load of SmolLM2, measured with MLX 0.32.4.
-    mx.eval(mx.random.state)
-    return LoadedWeights(model, config, _compute_dtype(model), dequantised)
+    return LoadedWeights(model, _compute_dtype(model), dequantised)
 
 
 def _is_quantised(model: nn.Module) -> bool:

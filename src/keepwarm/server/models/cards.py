@@ -9,10 +9,11 @@ from keepwarm.service.model_registry import Model, ModelState
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """A model at one moment; `fingerprint`, memory and context are known once it has been loaded.
+    """A model at one moment.
 
-    `requests` and `loads` count all callers', and are null for a user's key. `problem`: why it
-    could not be loaded.
+    `fingerprint`, memory, context and `computed_by` are known once it has been loaded.
+    `computed_by`: which way it is computed here, and why. `requests` and `loads` count all
+    callers', and are null for a user's key. `problem`: why it could not be loaded.
     """
 
     id: str
@@ -21,6 +22,7 @@ class ModelCard:
     fingerprint: str | None
     memory_bytes: int | None
     context_length: int | None
+    computed_by: str | None
     pinned: bool
     requests: int | None
     loads: int | None
@@ -36,6 +38,7 @@ class ModelCard:
             fingerprint=facts.fingerprint if facts else None,
             memory_bytes=facts.weight_bytes if facts else None,
             context_length=facts.max_context_tokens if facts else None,
+            computed_by=facts.computed_by if facts else None,
             pinned=model.settings.pinned,
             requests=model.num_requests if is_admin else None,
             loads=model.num_loads if is_admin else None,
