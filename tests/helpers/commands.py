@@ -53,6 +53,8 @@ def keepwarm(
     with (
         mock.patch.dict(os.environ, variables),
         mock.patch.object(sys, "argv", ["keepwarm", *arguments]),
+        # It would end the tests' own process, where the threads of a test's server run on.
+        mock.patch.object(main, "_leave", sys.exit),
         mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8")),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
