@@ -98,6 +98,7 @@ def fake_loaded(
         vocab_size=tokenizer.vocab_size,
         tokenizer=tokenizer,
         batch_gen_factory=factory or FakeFactory(),
+        computed_by="computed by a fake",
     )
 
 

@@ -290,6 +290,11 @@ class TestLoadAndUnload:
             done = keepwarm("models", "load", "other", url=server.url)
             assert done.code == 0
             assert "other is ready" in done.out
+            shown = keepwarm("models", "show", "other", url=server.url).out
+            assert shown.startswith("other is ready, ")
+            assert shown.endswith("\ncomputed by a fake\n")
+            card = keepwarm("models", "show", "other", "--json", url=server.url).json
+            assert (card["id"], card["computed_by"]) == ("other", "computed by a fake")
             rows = keepwarm("models", "ls", "--json", url=server.url).json
             assert [row["state"] for row in rows] == ["ready", "ready", "known"]
             table = keepwarm("models", "ls", url=server.url).out
