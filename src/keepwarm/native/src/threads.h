@@ -9,6 +9,7 @@
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <sys/syscall.h>
@@ -43,8 +44,8 @@ struct Threads {
   Phase phases[NUM_PHASES_KEPT];
   pthread_t workers[MAX_THREADS];
   int num_threads = 1;
+  pid_t process = 0;
   uint64_t number = 0;
-  pthread_mutex_t in_use = PTHREAD_MUTEX_INITIALIZER;
 
   struct Start {
     Threads* threads;
@@ -54,9 +55,12 @@ struct Threads {
   // Returns how many threads there are now, which is less than was asked for where the system
   // refuses more.
   int start(int wanted) {
-    stop();
-    is_ending = false;
     if (wanted > MAX_THREADS) wanted = MAX_THREADS;
+    process = getpid();
+    // A signal is for the program's own threads: in a worker it would interrupt no call of theirs.
+    sigset_t all_signals, before;
+    sigfillset(&all_signals);
+    pthread_sigmask(SIG_SETMASK, &all_signals, &before);
     for (num_threads = 1; num_threads < wanted; num_threads++) {
       Start* start = (Start*)malloc(sizeof(Start));
       if (!start) break;
@@ -66,14 +70,16 @@ struct Threads {
         break;
       }
     }
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
     return num_threads;
   }
 
   void stop() {
     __atomic_store_n(&is_ending, true, __ATOMIC_SEQ_CST);
     __atomic_fetch_add(&bell, 1, __ATOMIC_SEQ_CST);
-    wake();
-    for (int i = 1; i < num_threads; i++) pthread_join(workers[i], nullptr);
+    wake(num_threads);
+    // A forked child has no workers, and would wait for them.
+    for (int i = 1; i < num_threads && process == getpid(); i++) pthread_join(workers[i], nullptr);
     num_threads = 1;
   }
 
@@ -98,7 +104,7 @@ struct Threads {
     __atomic_store_n(&num_done, 0, __ATOMIC_RELAXED);
     __atomic_store_n(&next, number << 24, __ATOMIC_SEQ_CST);
     __atomic_fetch_add(&bell, 1, __ATOMIC_SEQ_CST);
-    if (__atomic_load_n(&num_sleeping, __ATOMIC_SEQ_CST)) wake();
+    if (__atomic_load_n(&num_sleeping, __ATOMIC_SEQ_CST)) wake(num_tasks - 1);
     take_tasks(number, 0);
     for (int i = 0; __atomic_load_n(&num_done, __ATOMIC_ACQUIRE) < num_tasks; i++) {
       pause_briefly();
@@ -159,5 +165,7 @@ struct Threads {
     }
   }
 
-  void wake() { syscall(SYS_futex, &bell, FUTEX_WAKE_PRIVATE, 1 << 30, nullptr, nullptr, 0); }
+  void wake(int num_workers) {
+    syscall(SYS_futex, &bell, FUTEX_WAKE_PRIVATE, num_workers, nullptr, nullptr, 0);
+  }
 };
