@@ -28,7 +28,7 @@ struct KwThreads {
   Threads threads;
   pthread_mutex_t in_use = PTHREAD_MUTEX_INITIALIZER;
   ThreadScratch* scratch[MAX_THREADS] = {};
-  Buffer x, normed, scaled4, scaled8, sums, qkv, queries, attended, hidden, outputs, parts, last_x;
+  Buffer x, normed, scaled4, scaled8, tiled, sums, qkv, queries, attended, hidden, outputs, parts, last_x;
   Buffer tokens, tasks;
 
   bool reserve_scratch() {
@@ -50,10 +50,10 @@ class Multiply {
 
   explicit Multiply(KwThreads* pool) : pool_(pool) {}
 
-  bool reserve(int64_t num_rows, int64_t widest_input) {
-    return pool_->reserve_scratch() && pool_->scaled4.reserve(num_rows * widest_input) &&
-           pool_->scaled8.reserve(num_rows * widest_input) &&
-           pool_->sums.reserve(num_rows * widest_input / SUB);
+  bool reserve(int num_rows, int64_t widest_input) {
+    const int64_t n = padded_rows(num_rows) * widest_input;
+    return pool_->reserve_scratch() && pool_->scaled4.reserve(n) && pool_->scaled8.reserve(n) &&
+           pool_->tiled.reserve(n) && pool_->sums.reserve(n / SUB);
   }
 
   // f(row), in a phase where that is worth it.
@@ -80,15 +80,10 @@ class Multiply {
 
   // The rows as this kind of weight takes them: to be used up before the next call for its kind.
   Rows rows_for(const KwWeight& weight, const float* x, int num_rows) {
-    const int num_inputs = weight.num_inputs;
-    if (!is_affine(weight.kind)) return {x, nullptr, num_rows, num_inputs};
-    Buffer& scaled = weight.kind == KW_AFFINE4 ? pool_->scaled4 : pool_->scaled8;
-    auto scale_row = weight.kind == KW_AFFINE4 ? scale_rows<4> : scale_rows<8>;
-    each_row(num_rows, [&](int row) {
-      const int64_t at = (int64_t)row * num_inputs;
-      scale_row(x + at, scaled.data + at, pool_->sums.data + at / SUB, num_inputs);
-    });
-    return {scaled.data, pool_->sums.data, num_rows, num_inputs};
+    if (weight.kind == KW_AFFINE4) return scaled_rows<4>(&pool_->scaled4, x, num_rows, weight);
+    if (weight.kind == KW_AFFINE8) return scaled_rows<8>(&pool_->scaled8, x, num_rows, weight);
+    if (is_tiled(num_rows)) return scaled_rows<0>(&pool_->tiled, x, num_rows, weight);
+    return {x, nullptr, num_rows, weight.num_inputs};
   }
 
   // y (rows, 32) of one block, with the weight's bias.
@@ -124,5 +119,23 @@ class Multiply {
   }
 
  private:
+  template <int BITS>
+  Rows scaled_rows(Buffer* buffer, const float* x, int num_rows, const KwWeight& weight) {
+    const int num_inputs = weight.num_inputs;
+    float *to = buffer->data, *sums = pool_->sums.data;
+    if constexpr (BITS != 0)
+      if (!is_tiled(num_rows))
+        for (int64_t row = 0; row < num_rows; row++)
+          scale_row<BITS>(x + row * num_inputs, num_inputs, to + row * num_inputs,
+                          sums + row * (num_inputs / SUB));
+    if (is_tiled(num_rows))
+      pool_->threads.each(num_tiles(num_rows), [&](int tile, int) {
+        const int64_t row = (int64_t)tile * TILE_ROWS;
+        scale_tile<BITS>(x + row * num_inputs, num_rows - (int)row, num_inputs,
+                         to + row * num_inputs, sums + row * (num_inputs / SUB));
+      });
+    return {to, sums, num_rows, num_inputs};
+  }
+
   KwThreads* pool_;
 };

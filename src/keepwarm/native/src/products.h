@@ -24,7 +24,7 @@
 #define TILE_ROWS 6
 #endif
 #define PANEL_OUTPUTS (PANEL_VECTORS * VL)
-#define PANEL_INPUTS 256
+#define PANEL_INPUTS 288
 #define FEW_ROWS 16  // up to so many, four at a time are faster than a panel (measured, AVX2)
 #define UNROLL _Pragma("GCC unroll 32")
 
@@ -34,12 +34,21 @@ struct Panel {
   alignas(64) float biases[PANEL_INPUTS / SUB * PANEL_OUTPUTS];
 };
 
-// Activations (rows, num_inputs) as a product takes them: x, or for affine weights x scaled by the
-// powers of 2 of its codes' places, with the sums of each 32.
+// Activations as a product takes them: for affine weights scaled by the powers of 2 of their codes'
+// places, and with the sums of each 32. Few rows lie as x does, (rows, num_inputs). Many lie in
+// tiles of TILE_ROWS, (tiles, num_inputs, TILE_ROWS), so that a tile is read from end to end; rows
+// behind the last are 0. Sums lie likewise.
 struct Rows {
   const float *x, *sums;
   int num_rows, num_inputs;
 };
+
+INLINE bool is_tiled(int num_rows) { return num_rows > FEW_ROWS; }
+INLINE int num_tiles(int num_rows) { return (num_rows + TILE_ROWS - 1) / TILE_ROWS; }
+// Of rows that a buffer must have room for.
+INLINE int64_t padded_rows(int num_rows) {
+  return is_tiled(num_rows) ? (int64_t)num_tiles(num_rows) * TILE_ROWS : num_rows;
+}
 
 template <int BITS>
 INLINE float place(int k) {
@@ -52,12 +61,26 @@ INLINE float sum_of_sub(const float* x) {
 }
 
 template <int BITS>
-static void scale_rows(const float* x, float* scaled, float* sums, int64_t num_floats) {
+static void scale_row(const float* x, int num_inputs, float* scaled, float* sums) {
   float places[SUB];
   for (int k = 0; k < SUB; k++) places[k] = place<BITS>(k);
-  for (int64_t i = 0; i < num_floats; i += SUB) {
-    if (sums) sums[i / SUB] = sum_of_sub(x + i);
+  for (int i = 0; i < num_inputs; i += SUB) {
+    sums[i / SUB] = sum_of_sub(x + i);
     for (int k = 0; k < SUB; k += 8) store8(scaled + i + k, load8(x + i + k) * load8(places + k));
+  }
+}
+
+// A tile of up to TILE_ROWS rows; BITS is 0 for plain weights, which need neither places nor sums.
+template <int BITS>
+static void scale_tile(const float* x, int num_rows, int num_inputs, float* tile, float* sums) {
+  constexpr int N = TILE_ROWS;
+  for (int i = 0; i < num_inputs; i += SUB, tile += SUB * N) {
+    for (int m = 0; m < N; m++) {
+      const float* from = x + (int64_t)m * num_inputs + i;
+      if (BITS) sums[i / SUB * N + m] = m < num_rows ? sum_of_sub(from) : 0.0f;
+      UNROLL for (int k = 0; k < SUB; k++)
+        tile[k * N + m] = m < num_rows ? from[k] * (BITS ? place<BITS ? BITS : 8>(k) : 1.0f) : 0.0f;
+    }
   }
 }
 
@@ -196,69 +219,56 @@ static void fill(Panel* panel, const W& w, int first_sub, int num_subs, int outp
   }
 }
 
-template <int M, bool HAS_SCALE>
-INLINE void tile(const Panel* panel, int num_subs, const float* x, int64_t x_stride,
-                 const float* sums, int64_t sums_stride, float* y, int y_stride, bool is_first) {
-  vf acc[M][PANEL_VECTORS];
+// Add the panel's products with a tile of rows to y, of which `num_rows` are written.
+template <bool HAS_SCALE>
+INLINE void tile_product(const Panel* panel, int num_subs, const float* x, const float* sums,
+                         float* y, int y_stride, int num_rows, bool is_first) {
+  constexpr int M = TILE_ROWS, NV = PANEL_VECTORS;
+  vf acc[M][NV];
   UNROLL for (int m = 0; m < M; m++)
-    UNROLL for (int v = 0; v < PANEL_VECTORS; v++)
-      acc[m][v] = is_first ? vf{} : load(y + (int64_t)m * y_stride + v * VL);
+    UNROLL for (int v = 0; v < NV; v++)
+      acc[m][v] = is_first || m >= num_rows ? vf{} : load(y + (int64_t)m * y_stride + v * VL);
+  const float* codes = panel->codes;
   for (int s = 0; s < num_subs; s++) {
-    vf t[M][PANEL_VECTORS] = {};
-    const float* codes = panel->codes + s * SUB * PANEL_OUTPUTS;
-    _Pragma("GCC unroll 2") for (int k = 0; k < SUB; k++) {
-      vf c[PANEL_VECTORS];
-      UNROLL for (int v = 0; v < PANEL_VECTORS; v++) c[v] = load(codes + k * PANEL_OUTPUTS + v * VL);
+    vf t[M][NV] = {};
+    _Pragma("GCC unroll 4") for (int k = 0; k < SUB; k++, x += M, codes += PANEL_OUTPUTS) {
+      vf c[NV];
+      UNROLL for (int v = 0; v < NV; v++) c[v] = load(codes + v * VL);
       UNROLL for (int m = 0; m < M; m++) {
-        vf xk = all(x[m * x_stride + s * SUB + k]);
-        UNROLL for (int v = 0; v < PANEL_VECTORS; v++) t[m][v] = fma(xk, c[v], t[m][v]);
+        vf xk = all(x[m]);
+        UNROLL for (int v = 0; v < NV; v++) t[m][v] = fma(xk, c[v], t[m][v]);
       }
     }
-    UNROLL for (int v = 0; v < PANEL_VECTORS; v++) {
-      vf scale = all(0), bias = all(0);
-      if (HAS_SCALE) {
-        scale = load(panel->scales + s * PANEL_OUTPUTS + v * VL);
-        bias = load(panel->biases + s * PANEL_OUTPUTS + v * VL);
+    UNROLL for (int v = 0; v < NV; v++) {
+      if (!HAS_SCALE) {
+        UNROLL for (int m = 0; m < M; m++) acc[m][v] += t[m][v];
+        continue;
       }
+      vf scale = load(panel->scales + s * PANEL_OUTPUTS + v * VL);
+      vf bias = load(panel->biases + s * PANEL_OUTPUTS + v * VL);
       UNROLL for (int m = 0; m < M; m++) {
-        if (HAS_SCALE) {
-          acc[m][v] = fma(t[m][v], scale, acc[m][v]);
-          acc[m][v] = fma(all(sums[m * sums_stride + s]), bias, acc[m][v]);
-        } else {
-          acc[m][v] += t[m][v];
-        }
+        acc[m][v] = fma(t[m][v], scale, acc[m][v]);
+        acc[m][v] = fma(all(sums[s * M + m]), bias, acc[m][v]);
       }
     }
   }
   UNROLL for (int m = 0; m < M; m++)
-    UNROLL for (int v = 0; v < PANEL_VECTORS; v++) store(y + (int64_t)m * y_stride + v * VL, acc[m][v]);
+    if (m < num_rows)
+      UNROLL for (int v = 0; v < NV; v++) store(y + (int64_t)m * y_stride + v * VL, acc[m][v]);
 }
 
 template <class W>
 static void many_rows_of_block(const W& w, const Rows& rows, float* y, int y_stride, Panel* panel) {
-  const int64_t num_subs = rows.num_inputs / SUB;
+  const int num_subs = rows.num_inputs / SUB;
   for (int first = 0; first < num_subs; first += PANEL_INPUTS / SUB) {
-    const int n = num_subs - first < PANEL_INPUTS / SUB ? (int)num_subs - first : PANEL_INPUTS / SUB;
+    const int n = num_subs - first < PANEL_INPUTS / SUB ? num_subs - first : PANEL_INPUTS / SUB;
     for (int output = 0; output < BLOCK; output += PANEL_OUTPUTS) {
       fill(panel, w, first, n, output);
-      for (int row = 0; row < rows.num_rows;) {
-        const float* x = rows.x + (int64_t)row * rows.num_inputs + first * SUB;
-        const float* sums = W::HAS_SCALE ? rows.sums + row * num_subs + first : nullptr;
-        float* to = y + (int64_t)row * y_stride + output;
-        const int left = rows.num_rows - row;
-#define TILE(M)                                                                                   \
-  tile<M, W::HAS_SCALE>(panel, n, x, rows.num_inputs, sums, num_subs, to, y_stride, first == 0), \
-      row += M
-        if (left >= TILE_ROWS) {
-          TILE(TILE_ROWS);
-        } else if (left >= 4) {
-          TILE(4);
-        } else if (left >= 2) {
-          TILE(2);
-        } else {
-          TILE(1);
-        }
-#undef TILE
+      for (int row = 0; row < rows.num_rows; row += TILE_ROWS) {
+        const float* x = rows.x + (int64_t)row * rows.num_inputs + first * SUB * TILE_ROWS;
+        const float* sums = rows.sums + (int64_t)row * num_subs + first * TILE_ROWS;
+        tile_product<W::HAS_SCALE>(panel, n, x, sums, y + (int64_t)row * y_stride + output,
+                                   y_stride, rows.num_rows - row, first == 0);
       }
     }
   }
@@ -266,7 +276,7 @@ static void many_rows_of_block(const W& w, const Rows& rows, float* y, int y_str
 
 template <class W>
 static void block_product(const W& w, const Rows& rows, float* y, int y_stride, Panel* panel) {
-  if (rows.num_rows > FEW_ROWS) return many_rows_of_block(w, rows, y, y_stride, panel);
+  if (is_tiled(rows.num_rows)) return many_rows_of_block(w, rows, y, y_stride, panel);
   for (int row = 0; row < rows.num_rows;) {
     float* to = y + (int64_t)row * y_stride;
     switch (rows.num_rows - row) {
