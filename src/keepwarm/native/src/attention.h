@@ -9,6 +9,7 @@
 
 #define CHUNK 256
 #define MAX_HEAD_DIM 256
+#define MAX_HEADS 65536
 #define QUERY_ROWS 96  // of a prefill task: that many queries of 64 floats fit the L1 cache
 
 struct AttentionShape {

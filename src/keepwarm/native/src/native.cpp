@@ -73,29 +73,33 @@ int32_t kw_product(KwThreads* pool, const KwWeight* weight, const float* x, floa
 }
 
 static bool is_shape(const KwWeight& w, int num_outputs, int num_inputs) {
-  return is_packable(w.kind, w.group, w.num_outputs, w.num_inputs) &&
+  return w.data && is_packable(w.kind, w.group, w.num_outputs, w.num_inputs) &&
          w.num_outputs == num_outputs && w.num_inputs == num_inputs;
 }
 
 static bool is_sound(const KwModel& m) {
-  const int queries = m.num_heads * m.head_dim, kv = m.num_kv_heads * m.head_dim;
   if (m.num_heads <= 0 || m.num_kv_heads <= 0 || m.num_heads % m.num_kv_heads) return false;
-  if (m.num_heads / m.num_kv_heads > QUERY_ROWS) return false;
+  if (m.num_heads > MAX_HEADS || m.num_heads / m.num_kv_heads > QUERY_ROWS) return false;
   if (m.head_dim <= 0 || m.head_dim % 16 || m.head_dim > MAX_HEAD_DIM) return false;
   if (!is_shape(m.embedding, m.vocabulary, m.dim) || !is_shape(m.head, m.vocabulary, m.dim))
     return false;
+  if (!m.final_norm || !m.cosines || !m.sines || m.num_layers <= 0) return false;
+  const int queries = m.num_heads * m.head_dim, kv = m.num_kv_heads * m.head_dim;
   for (int i = 0; i < m.num_layers; i++) {
     const KwLayer& l = m.layers[i];
     if (!is_shape(l.q, queries, m.dim) || !is_shape(l.k, kv, m.dim) || !is_shape(l.v, kv, m.dim) ||
         !is_shape(l.o, m.dim, queries) || !is_shape(l.gate, m.mlp_dim, m.dim) ||
         !is_shape(l.up, m.mlp_dim, m.dim) || !is_shape(l.down, m.dim, m.mlp_dim))
       return false;
+    if (!l.attention_norm || !l.mlp_norm) return false;
   }
   return true;
 }
 
-// Whether the rows are within their slabs, the positions and the vocabulary.
+// Whether the rows are within their slabs, the positions and the vocabulary, and a phase can hold
+// their tasks.
 static bool are_sound(const KwModel& m, const KwRow* rows, int num_rows) {
+  int64_t num_tokens = 0, num_chunks = 0;
   for (int r = 0; r < num_rows; r++) {
     const KwRow& row = rows[r];
     const int64_t end = (int64_t)row.start + row.num_tokens;
@@ -104,8 +108,10 @@ static bool are_sound(const KwModel& m, const KwRow* rows, int num_rows) {
     if (row.num_logits < 0 || row.num_logits > row.num_tokens) return false;
     for (int i = 0; i < row.num_tokens; i++)
       if (row.ids[i] < 0 || row.ids[i] >= m.vocabulary) return false;
+    num_tokens += row.num_tokens;
+    num_chunks += FEW_TOKENS * (end / CHUNK + 1);
   }
-  return num_rows > 0;
+  return num_rows > 0 && (num_tokens + num_chunks) * m.num_kv_heads <= MAX_TASKS;
 }
 
 int32_t kw_step(KwThreads* pool, const KwModel* model, const KwRow* rows, int32_t num_rows,

@@ -8,12 +8,15 @@
 #include <stdint.h>
 #include <string.h>
 
+// A test compiles with -DVL=16 for AVX2: AVX-512's code, of which each vector is two halves.
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
 #define VL 16
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include <immintrin.h>
+#ifndef VL
 #define VL 8
+#endif
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #define VL 4
@@ -43,23 +46,31 @@ INLINE vf all(float x) { return x - vf{}; }
 INLINE f8 all8(float x) { return x - f8{}; }
 INLINE vf to_float(vu v) { return __builtin_convertvector((vi)v, vf); }
 
-#if VL == 16
+// Of two halves each, where the instruction set has nothing wider.
+template <class Half, class Whole, class F>
+INLINE Whole by_halves(Whole a, Whole b, Whole c, F f) {
+  Half x[2], y[2], z[2];
+  memcpy(x, &a, sizeof a), memcpy(y, &b, sizeof b), memcpy(z, &c, sizeof c);
+  z[0] = f(x[0], y[0], z[0]), z[1] = f(x[1], y[1], z[1]);
+  memcpy(&c, z, sizeof c);
+  return c;
+}
+
+#if defined(__x86_64__)
+INLINE f8 fma(f8 a, f8 b, f8 c) { return (f8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#if defined(__AVX512F__)
 INLINE vf fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
-INLINE f8 fma(f8 a, f8 b, f8 c) { return (f8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
-#elif VL == 8
-INLINE f8 fma(f8 a, f8 b, f8 c) { return (f8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#elif VL == 16
+INLINE vf fma(vf a, vf b, vf c) {
+  return by_halves<f8>(a, b, c, [](f8 x, f8 y, f8 z) LAMBDA { return fma(x, y, z); });
+}
+#endif
 #else
 INLINE vf fma(vf a, vf b, vf c) {
   return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 }
 INLINE f8 fma(f8 a, f8 b, f8 c) {
-  vf al, ah, bl, bh, cl, ch;
-  memcpy(&al, &a, 16), memcpy(&ah, (char*)&a + 16, 16);
-  memcpy(&bl, &b, 16), memcpy(&bh, (char*)&b + 16, 16);
-  memcpy(&cl, &c, 16), memcpy(&ch, (char*)&c + 16, 16);
-  cl = fma(al, bl, cl), ch = fma(ah, bh, ch);
-  memcpy(&c, &cl, 16), memcpy((char*)&c + 16, &ch, 16);
-  return c;
+  return by_halves<vf>(a, b, c, [](vf x, vf y, vf z) LAMBDA { return fma(x, y, z); });
 }
 #endif
 
@@ -92,9 +103,16 @@ INLINE float one_from_f16(uint16_t bits) {
 INLINE f8 f8_from_f16(const uint16_t* p) {
   return (f8)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 }
-#if VL == 16
+#if defined(__AVX512F__)
 INLINE vf from_f16(const uint16_t* p) {
   return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+}
+#elif VL == 16
+INLINE vf from_f16(const uint16_t* p) {
+  f8 halves[2] = {f8_from_f16(p), f8_from_f16(p + 8)};
+  vf both;
+  memcpy(&both, halves, sizeof both);
+  return both;
 }
 #else
 INLINE vf from_f16(const uint16_t* p) { return f8_from_f16(p); }
