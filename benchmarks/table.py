@@ -5,6 +5,7 @@ from dataclasses import replace
 from benchmarks.attack import benchmark as attack
 from benchmarks.chaos import plan as chaos
 from benchmarks.chaos.benchmark import run_chaos
+from benchmarks.cpu import benchmark as cpu
 from benchmarks.server import benchmark as server
 from benchmarks.store import benchmark as store
 from benchmarks.swap import benchmark as swap
@@ -39,6 +40,10 @@ def _swap(order: Order) -> Report:
 def _turns(order: Order) -> Report:
     plan = order.plan(turns.TurnsPlan, turns.QUICK)
     return turns.run_turns(order.model, plan, order.tell)
+
+
+def _cpu(order: Order) -> Report:
+    return cpu.run_cpu(order.model, order.plan(cpu.CpuPlan, cpu.QUICK), order.tell)
 
 
 BENCHMARKS = (
@@ -85,5 +90,12 @@ BENCHMARKS = (
         question="How long do agents wait for their turns over HTTP, and beside other servers?",
         aims="half of cold prompts within 0.6 of all; 0.6 and 0.3 of others' total and later TTFT",
         run=_turns,
+    ),
+    Benchmark(
+        name="cpu",
+        title="The native CPU step",
+        question="How fast is the native step on a CPU, beside llama.cpp and MLX?",
+        aims="decode 1.5 to 2.5 times and prefill 1.5 times as fast as llama.cpp",
+        run=_cpu,
     ),
 )

@@ -1,0 +1,1 @@
+"""The native CPU step's speed beside llama.cpp's and MLX's."""
