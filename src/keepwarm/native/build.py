@@ -83,9 +83,14 @@ def command_for(target: str) -> list[str]:
     for name in system_compilers():
         if is_native:
             return [name, "-x", "c++", _ARCH[target]]
-    if find_spec("ziglang") is not None:
-        return [sys.executable, "-m", "ziglang", "cc", "-x", "c++", *_ZIG[target]]
-    raise NoCompiler("no gcc, no clang and no ziglang wheel: install g++, or pip install ziglang")
+    return zig_command_for(target)
+
+
+def zig_command_for(target: str) -> list[str]:
+    """Return the ziglang wheel as the compiler, for glibc 2.27 and later. Raises NoCompiler."""
+    if find_spec("ziglang") is None:
+        raise NoCompiler("no g++, no clang++ and no ziglang wheel: install g++ or ziglang")
+    return [sys.executable, "-m", "ziglang", "cc", "-x", "c++", *_ZIG[target]]
 
 
 def system_compilers() -> list[str]:
