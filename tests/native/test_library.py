@@ -1,5 +1,6 @@
 """Which build is loaded, and that no file and no CPU ends the process."""
 
+import os
 import platform
 import shutil
 import subprocess
@@ -156,6 +157,30 @@ def digest_of(path: Path) -> str:
         check=True,
     )
     return done.stdout.strip()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="affinity and control groups are Linux's")
+@pytest.mark.parametrize(
+    ("limit", "cores"),
+    [
+        ("max 100000", 8),
+        ("150000 100000", 2),
+        ("50000 100000", 1),
+        ("3200000 100000", 8),
+        ("nonsense", 8),
+        (None, 8),
+    ],
+)
+def test_threads_follow_affinity_and_the_containers_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str | None, cores: int
+) -> None:
+    file = tmp_path / "cpu.max"
+    if limit is not None:
+        file.write_text(f"{limit}\n")
+    monkeypatch.setattr(library, "CPU_LIMIT", file)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+
+    assert library.num_cores() == cores
 
 
 # Compilers

@@ -18,6 +18,8 @@ from keepwarm.native.structures import ABI, Kind, Model, Row, Weight
 LIBRARY_VARIABLE = "KEEPWARM_NATIVE"
 """A path to another build of the library, or "off"."""
 BUILDS = Path(__file__).parent / "builds"
+CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
+"""The control group's limit: microseconds of CPU, or `max`, in a period of microseconds."""
 
 _X86_V3 = frozenset({"avx2", "fma", "f16c", "bmi2"})
 _X86_V4 = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd"})
@@ -199,7 +201,7 @@ def num_cores() -> int:
     """Count the cores that this process may use, by its affinity and its control group's limit."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        quota, period = CPU_LIMIT.read_text().split()
         limit = -(-int(quota) // int(period))
     except (OSError, ValueError):  # "max", or no such file
         return cores
