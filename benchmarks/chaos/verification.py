@@ -27,9 +27,8 @@ from keepwarm.core.block import chain_hashes
 from keepwarm.core.errors import KeepwarmError
 from keepwarm.core.events import Completed, Failed
 from keepwarm.core.layout import BLOCK_TOKENS
-from keepwarm.core.stored import KVFamily
 from keepwarm.engine.batch_engine import BlockPoolBatchEngine
-from keepwarm.engine.parts import CANONICAL_LINEAGE
+from keepwarm.engine.parts import family_of
 from keepwarm.store.agent_cache_store import AgentCacheStore
 from keepwarm.store.catalog.catalog import Catalog
 from keepwarm.store.disk.disk_store import CATALOG_NAME
@@ -62,7 +61,7 @@ class Verification:
         self._tally = tally
         self._where = where
         self._loaded = _load_once(world)
-        self._family = KVFamily(self._loaded.fingerprint, self._loaded.layout, CANONICAL_LINEAGE)
+        self._family = family_of(self._loaded, deterministic=True)
         self._speaker = Speaker(seed, NEXT_TURN, self._loaded.vocab_size)
 
     def run(self) -> None:

@@ -32,6 +32,16 @@ CANONICAL_LINEAGE = "exact-canonical"
 """Blocks computed in canonical shapes differ in their last bits: they have other hashes."""
 
 
+def family_of(model: LoadedModel, *, deterministic: bool) -> KVFamily:
+    """Say which blocks an engine on this model can use.
+
+    Where bits never depend on the way, the deterministic mode uses the blocks of the ordinary one.
+    """
+    needs_canonical = deterministic and not model.is_reproducible
+    lineage = CANONICAL_LINEAGE if needs_canonical else "exact"
+    return KVFamily(model.fingerprint, model.layout, lineage)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Surroundings:
     """What an engine is given: it owns none of it alone but the configuration."""
@@ -56,9 +66,7 @@ class EngineParts:
         deterministic: bool,
     ) -> None:
         facts, store, config = model.facts, given.store, given.config
-        needs_canonical = deterministic and not facts.is_reproducible
-        lineage = CANONICAL_LINEAGE if needs_canonical else "exact"
-        family = KVFamily(facts.fingerprint, facts.layout, lineage)
+        family = family_of(facts, deterministic=deterministic)
         self.events: list[Event] = []
         self.background = Background()
         self.tiers = Tiers(given.pool, model, family=family, store=store)
