@@ -28,6 +28,7 @@ from keepwarm.service.async_engine import AsyncEngine
 from keepwarm.service.model_registry import AutoLoad, Model, ModelRegistry, ModelSettings
 from keepwarm.service.model_swapper import ModelSource, ModelSwapper
 from keepwarm.store.agent_cache_store import AgentCacheStore
+from keepwarm.store.disk.home_lock import HomeUnusable
 
 if TYPE_CHECKING:
     from keepwarm.mlx_backend.loading.computation import Wanted
@@ -163,11 +164,20 @@ def build_engine(
     with ExitStack() as opened:
         loaded = source.load(registry_of(settings).default)
         opened.callback(loaded.close)
-        store = AgentCacheStore(home / STORE_FOLDER, config=settings.disk)
+        store = _open_store(settings, home)
         opened.callback(store.close)
         pool = BlockPool(memory_budget(settings, source.memory_bytes()))
         engine = _engine_maker(settings)(loaded, pool, store, AgentBook(store), itertools.count(1))
         return engine, opened.pop_all().close
+
+
+def _open_store(settings: Settings, home: Path) -> AgentCacheStore:
+    """Open the agents' store. Raises HomeUnusable where the disk refuses, and HomeInUse."""
+    path = home / STORE_FOLDER
+    try:
+        return AgentCacheStore(path, config=settings.disk)
+    except OSError as error:
+        raise HomeUnusable(path, error) from error
 
 
 def memory_budget(settings: Settings, memory_bytes: int) -> int:
@@ -195,7 +205,7 @@ def _fleet_opener(
 
     def open_fleet() -> tuple[Fleet, Callable[[], None]]:
         """Open the fleet, on the engines' thread; after a bug, over the weights that are loaded."""
-        store = AgentCacheStore(home / STORE_FOLDER, config=settings.disk)
+        store = _open_store(settings, home)
         with ExitStack() as opened:
             opened.callback(store.close)
             fleet = Fleet(

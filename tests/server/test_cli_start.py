@@ -8,6 +8,7 @@ import sys
 from keepwarm.cli import main
 
 heavy = {"mlx", "mlx_lm", "transformers", "fastapi", "uvicorn", "httpx", "pydantic"}
+heavy |= {"keepwarm.engine.batch_engine", "keepwarm.store.agent_cache_store"}
 print(sorted(heavy & set(sys.modules)))
 """
 

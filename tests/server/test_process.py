@@ -82,6 +82,13 @@ def test_a_home_in_use_is_said(home: Path, tmp_path: Path) -> None:
         pass
 
 
+def test_a_home_that_is_a_file_is_said(home: Path, tmp_path: Path) -> None:
+    (home / "agents").touch()
+    with pytest.raises(AssertionError, match="cannot be used: File exists") as caught:
+        _start_at(home, tmp_path / "log", "0")
+    assert "Traceback" not in str(caught.value)
+
+
 def _start_at(home: Path, log: Path, port: str) -> ServerProcess:
     with server_process(home, log, "--port", port) as server:
         return server

@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from keepwarm.core.errors import KeepwarmError
 from keepwarm.core.events import Completed, Failed
 from keepwarm.core.pool import BlockPool
 from keepwarm.core.ports import LoadedModel
-from keepwarm.engine.batch_engine import BlockPoolBatchEngine
-from keepwarm.store.agent_cache_store import AgentCacheStore, StoreConfig
+
+if TYPE_CHECKING:
+    from keepwarm.engine.batch_engine import BlockPoolBatchEngine
 
 RAM_BYTES = 1 << 30
 DISK_BYTES = 2 << 30
@@ -58,7 +59,8 @@ def play(orders: Connection, model: str, folder: str) -> None:
 
 
 def _play(orders: Connection, model: str, folder: str) -> None:
-    from keepwarm import load_model
+    from keepwarm import AgentCacheStore, BlockPoolBatchEngine, load_model
+    from keepwarm.store.agent_cache_store import StoreConfig
 
     loaded = load_model(model)
     config = StoreConfig(disk_budget_bytes=DISK_BYTES)
@@ -73,11 +75,13 @@ def _play(orders: Connection, model: str, folder: str) -> None:
         engine.close()
 
 
-def _forgetful(loaded: LoadedModel) -> BlockPoolBatchEngine:
+def _forgetful(loaded: LoadedModel) -> "BlockPoolBatchEngine":
+    from keepwarm import BlockPoolBatchEngine
+
     return BlockPoolBatchEngine(loaded, pool=BlockPool(RAM_BYTES))
 
 
-def _say(orders: Connection, engine: BlockPoolBatchEngine, request: dict[str, Any]) -> None:
+def _say(orders: Connection, engine: "BlockPoolBatchEngine", request: dict[str, Any]) -> None:
     engine.submit(**request)
     while True:
         for event in engine.step():

@@ -19,6 +19,18 @@ class HomeInUse(KeepwarmError):
         self.holder = holder
 
 
+class HomeUnusable(KeepwarmError):
+    """The folder of a home can not be made, read or written."""
+
+    def __init__(self, path: Path, cause: OSError) -> None:
+        super().__init__(
+            f"{path} cannot be used: {cause.strerror or cause}; mend that, or set KEEPWARM_HOME to "
+            "another folder"
+        )
+        self.path = path
+        self.cause = cause
+
+
 class HomeLock:
     """Holds `folder/lock`, which names the holder's process id, until `release`."""
 
