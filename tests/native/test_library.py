@@ -116,6 +116,16 @@ def test_another_abi_is_refused(best: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert "has ABI" in found.reason
 
 
+def test_a_build_of_other_sources_is_refused(best: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pull that changes them, say, and no installation after it."""
+    monkeypatch.setattr(library, "sources_digest", lambda: "others")
+
+    found = best_of([best])
+
+    assert isinstance(found, Missing)
+    assert "compiled from other sources" in found.reason
+
+
 def test_a_damaged_better_build_gives_way(best: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "better.so"
     damaged.write_bytes(b"\x7fELF")

@@ -4,6 +4,7 @@
 nothing of Keepwarm: the build of the package runs it before there is one.
 """
 
+import hashlib
 import platform
 import shutil
 import subprocess
@@ -63,18 +64,33 @@ def build(
 
 
 def _build_one(target: str, folder: Path, compiler: Sequence[str] | None) -> Path:
-    command = [*(compiler or command_for(target)), *FLAGS]
+    command = [*(compiler or command_for(target)), *FLAGS, f'-DKW_SOURCES="{sources_digest()}"']
     path = folder / f"{target}.so"
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         made = Path(temporary) / path.name
         subprocess.run(
-            [*command, str(SOURCE), "-o", str(made), "-lpthread"],
+            [
+                *command,
+                f'-DKW_SOURCES="{sources_digest()}"',
+                str(SOURCE),
+                "-o",
+                str(made),
+                "-lpthread",
+            ],
             check=True,
             capture_output=True,
             text=True,
         )
         made.replace(path)  # a running process keeps the file that it has loaded
     return path
+
+
+def sources_digest() -> str:
+    """Return a digest of the sources, by which a build from others is told."""
+    digest = hashlib.sha256()
+    for path in sorted(SOURCE.parent.iterdir()):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def command_for(target: str) -> list[str]:

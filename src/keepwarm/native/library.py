@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from keepwarm.native.build import sources_digest
 from keepwarm.native.elf import why_not_loadable
 from keepwarm.native.structures import ABI, Kind, Model, Row, Weight
 
@@ -105,6 +106,7 @@ class Library:
             raise NativeError(f"{path} has ABI {abi}, and {ABI} is needed")
         _declare(self.dll)
         self.target = str(self.dll.kw_target().decode())
+        self.sources = str(self.dll.kw_sources().decode())
 
     def __repr__(self) -> str:
         return f"Library({self.target})"
@@ -162,10 +164,15 @@ def library() -> Library | Missing:
 
 
 def best_of(paths: Iterable[Path]) -> Library | Missing:
-    """Load the first build that can be used; else say what is wrong with the first that exists."""
+    """Load the first build that can be used; else say what is wrong with the first that exists.
+
+    One of other sources than those beside it cannot: it may compute other bits than it is said to.
+    """
     problem: Missing | None = None
     for path in filter(Path.exists, paths):
         found = load_build(path)
+        if isinstance(found, Library) and found.sources != sources_digest():
+            found = Missing(f"{path} was compiled from other sources", _HOW_TO_COMPILE)
         if isinstance(found, Library):
             return found
         problem = problem or found
@@ -219,7 +226,7 @@ def _cpu_flags() -> frozenset[str]:
 
 def _declare(dll: ctypes.CDLL) -> None:
     int32, pointer = ctypes.c_int32, ctypes.c_void_p
-    dll.kw_target.restype = ctypes.c_char_p
+    dll.kw_target.restype = dll.kw_sources.restype = ctypes.c_char_p
     dll.kw_threads_new.restype = pointer
     dll.kw_threads_new.argtypes = [int32]
     dll.kw_threads_count.argtypes = [pointer]

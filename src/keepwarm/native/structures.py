@@ -3,7 +3,7 @@
 import ctypes
 from enum import IntEnum
 
-ABI = 1
+ABI = 2
 
 _int32 = ctypes.c_int32
 _pointer = ctypes.c_void_p

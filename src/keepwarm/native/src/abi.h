@@ -3,7 +3,7 @@
 #pragma once
 #include <stdint.h>
 
-#define KW_ABI 1  // raised with every change of this file
+#define KW_ABI 2  // raised with every change of this file
 
 #pragma GCC visibility push(default)
 #ifdef __cplusplus
@@ -56,6 +56,8 @@ typedef struct KwThreads KwThreads;
 int32_t kw_abi(void);
 // "x86-64-v4", "x86-64-v3" or "aarch64": what the library was compiled for.
 const char* kw_target(void);
+// A digest of the sources, given by `build.py`: which bits the library computes depends on them.
+const char* kw_sources(void);
 
 // NULL without memory. `num_threads` counts the caller.
 KwThreads* kw_threads_new(int32_t num_threads);

@@ -1,10 +1,16 @@
 // The library in one translation unit, compiled once for each instruction set.
 #include "step.h"
 
+#ifndef KW_SOURCES
+#define KW_SOURCES ""  // compiled by hand
+#endif
+
 // The standard library's <new> would bring its headers along.
 inline void* operator new(__SIZE_TYPE__, void* place) noexcept { return place; }
 
 int32_t kw_abi(void) { return KW_ABI; }
+
+const char* kw_sources(void) { return KW_SOURCES; }
 
 const char* kw_target(void) {
 #if VL == 16
