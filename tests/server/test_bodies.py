@@ -147,6 +147,36 @@ class TestEncodings:
         assert LIMIT - PIECE_BYTES < sum(pieces) <= LIMIT
         assert turns >= len(pieces) - 1
 
+    @pytest.mark.parametrize("name", COMPRESSED)
+    @pytest.mark.parametrize("cut", [-1, 7, None])
+    def test_the_end_of_the_body_may_come_later_than_that_of_its_content(
+        self, name: str, cut: int | None
+    ) -> None:
+        """It is waited for: nothing turns in circles until then."""
+        encoding, encode = ENCODERS[name]
+        data = encode(JSON)
+        cuts = [data] if cut is None else [data[:cut], data[cut:]]
+        messages: list[Message] = [
+            *({"type": "http.request", "body": part, "more_body": True} for part in cuts),
+            {"type": "http.request", "body": b"", "more_body": False},
+            {"type": "http.disconnect"},
+        ]
+        headers = [(b"content-encoding", encoding.encode())]
+
+        async def read() -> list[Message]:
+            waiting = iter(messages)
+
+            async def receive() -> Message:
+                return next(waiting)
+
+            body = readable({"method": "POST", "headers": headers}, receive, max_bytes=LIMIT)
+            return [await body() for _ in range(len(cuts) + 2)]
+
+        *parts, end = asyncio.run(read())
+        assert b"".join(part["body"] for part in parts) == JSON
+        assert [part["more_body"] for part in parts] == [True] * len(cuts) + [False]
+        assert end["type"] == "http.disconnect"
+
 
 class TestTypes:
     @pytest.mark.parametrize(

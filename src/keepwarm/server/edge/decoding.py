@@ -157,7 +157,7 @@ class DecodedBody:
         if self._is_told:
             return await self._receive()
         data = b""
-        if self._decoder.needs_input and not self._has_all:
+        if not self._has_all and (self._has_ended or self._decoder.needs_input):
             message = await self._receive()
             if message["type"] != "http.request":
                 return message
