@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from keepwarm.store.errors import DiskTooFull, OverBudget
@@ -35,6 +36,7 @@ class DiskBudget:
         self.set_aside_bytes = 0
         self._folder = folder
         self._other_bytes = other_bytes
+        self._last_beside_records = 0
 
     def __repr__(self) -> str:
         return (
@@ -47,6 +49,13 @@ class DiskBudget:
     def used_bytes(self) -> int:
         kept = self.records_bytes + self.temporary_bytes + self.set_aside_bytes
         return kept + self._other_bytes()
+
+    @property
+    def bytes_beside_records(self) -> int:
+        """What the store takes beside records, or took last where the disk does not say."""
+        with suppress(OSError):
+            self._last_beside_records = self.used_bytes - self.records_bytes
+        return self._last_beside_records
 
     def require(self, nbytes: int) -> None:
         """Raise OverBudget or DiskTooFull unless `nbytes` more may be written. Takes nothing."""

@@ -85,7 +85,6 @@ class DiskStore:
     ) -> None:
         self._root = root
         self._lock = lock
-        self._last_other_bytes = 0
         self._catalog = catalog
         self._files = files
         self._budget = budget
@@ -124,7 +123,7 @@ class DiskStore:
         disk = cls(
             root, lock, catalog, files=files, budget=budget, rows=opened.rows, between=between
         )
-        return disk, replace(opened, other_bytes=disk._other_bytes())
+        return disk, replace(opened, other_bytes=budget.bytes_beside_records)
 
     def close(self) -> None:
         self._catalog.close()
@@ -146,21 +145,21 @@ class DiskStore:
     ) -> SaveDone:
         """Write the file, then name it in the catalogue. Only then does it exist."""
         if self._is_unwanted(record.hash):
-            return SaveDone(None, self._other_bytes())
+            return SaveDone(None, self._budget.bytes_beside_records)
         try:
             parts = encode(family, record, token_ids, pieces)
             file_bytes = self._files.publish(record.hash, parts, self._between)
             if self._is_unwanted(record.hash):  # since it was begun
                 self._files.remove(record.hash)
-                return SaveDone(None, self._other_bytes())
+                return SaveDone(None, self._budget.bytes_beside_records)
             row = RecordRow.of(record, family, file_bytes=file_bytes, maker=maker)
             self._catalog.add_records([row])
         except FAULTS as error:
             self._remove_unnamed(record.hash)
-            return SaveDone(None, self._other_bytes(), self._describe(error))
+            return SaveDone(None, self._budget.bytes_beside_records, self._describe(error))
         self._known[record.hash] = file_bytes
         self._unseen.discard(record.hash)
-        return SaveDone(file_bytes, self._other_bytes())
+        return SaveDone(file_bytes, self._budget.bytes_beside_records)
 
     def _is_unwanted(self, record_hash: BlockHash) -> bool:
         """Whether the record was removed before it was saved; that is forgotten now."""
@@ -275,13 +274,13 @@ class DiskStore:
                 yield
             are_wanted = True
         except BadBundle as error:
-            return ImportDone((), self._other_bytes(), error=error)
+            return ImportDone((), self._budget.bytes_beside_records, error=error)
         except FAULTS as refused:
             are_wanted, fault = True, self._describe(refused)
         finally:
             if not are_wanted:
                 self.remove([row.hash for row in rows])
-        return ImportDone(tuple(rows), self._other_bytes(), fault)
+        return ImportDone(tuple(rows), self._budget.bytes_beside_records, fault)
 
     def _import_record(self, moved: Moved, family: KVFamily, maker: str) -> RecordRow:
         parts = moved.parts(family)
@@ -313,8 +312,8 @@ class DiskStore:
                 self._budget.require(self._catalog.size_bytes())
                 self._catalog.scrub()
         except FAULTS as error:
-            return Erased(self._other_bytes(), self._describe(error))
-        return Erased(self._other_bytes())
+            return Erased(self._budget.bytes_beside_records, self._describe(error))
+        return Erased(self._budget.bytes_beside_records)
 
     def probe(self, record_bytes: int) -> str | None:
         """Write something like a record and something like a commit, and take them back.
@@ -334,12 +333,12 @@ class DiskStore:
             self._budget.require(COMMIT_BYTES)
             write()
         except UnstorableMessage as error:
-            return CommitDone(self._other_bytes(), refusal=str(error))
+            return CommitDone(self._budget.bytes_beside_records, refusal=str(error))
         except FAULTS as error:
             is_over = isinstance(error, OverBudget)
             fault = self._describe(error)
-            return CommitDone(self._other_bytes(), fault, is_over_budget=is_over)
-        return CommitDone(self._other_bytes())
+            return CommitDone(self._budget.bytes_beside_records, fault, is_over_budget=is_over)
+        return CommitDone(self._budget.bytes_beside_records)
 
     # -- reconciling -----------------------------------------------------------------------------
 
@@ -388,12 +387,6 @@ class DiskStore:
         self._budget.records_bytes += stored.size_bytes
         self._known[stored.record_hash] = stored.size_bytes
         return [row]
-
-    def _other_bytes(self) -> int:
-        """Return the bytes beside records, or as they were last where the disk does not say."""
-        with suppress(OSError):
-            self._last_other_bytes = self._budget.used_bytes - self._budget.records_bytes
-        return self._last_other_bytes
 
     def _describe(self, error: BaseException) -> str:
         """Return the error as text without the home's path, because clients may read it."""
