@@ -58,6 +58,8 @@ def test_a_thread_that_was_given_up_is_not_finalised(
 
     monkeypatch.setattr(main, "app", stopped)
     monkeypatch.setattr(os, "_exit", leave_at_once)
+    # Other tests in this process may have left threads of ours.
+    monkeypatch.setattr(threading, "enumerate", lambda: [threading.main_thread(), thread])
     thread.start()
     with pytest.raises(SystemExit) as caught:
         main.main()
