@@ -8,6 +8,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from time import sleep
 from typing import Protocol
 
 from benchmarks.cpu.llama import LlamaSide
@@ -27,6 +28,9 @@ NUM_SLOTS = 8
 WARM_UP_TOKENS = 64
 OWN = "native step"
 MLX = "MLX"
+REST_S = 0.5
+"""How many seconds nothing runs before a side is measured: the threads of MKL and llama.cpp spin
+on for 0.2 s after their last work, and would take the next side's cores."""
 LLAMA_WHEELS = ("xllamacpp", "gguf")
 
 
@@ -175,6 +179,7 @@ def _measured(
         _warm_up(case, side, prompts)
     for _ in range(plan.num_rounds):
         for side in sides:
+            sleep(REST_S)
             seconds[side.name].append(
                 side.prefill_s(prompts[0])
                 if case.is_prefill
