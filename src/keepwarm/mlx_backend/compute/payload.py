@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from keepwarm.core.errors import InvariantBroken
 from keepwarm.core.layout import CacheLayout
+from keepwarm.core.ports import Payload
 
 RawArray = NDArray[np.uint16] | NDArray[np.uint32]
 """KV as bits: numpy has no bfloat16, and bits make comparisons exact."""
@@ -30,6 +31,18 @@ class KVPayload:
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays)
+
+
+def own_payload(payload: Payload) -> KVPayload:
+    """Return the payload as one of this backend. Raises InvariantBroken."""
+    if not isinstance(payload, KVPayload):
+        raise InvariantBroken(f"{payload!r} is no payload of this generator")
+    return payload
+
+
+def pack(payload: KVPayload) -> tuple[memoryview, ...]:
+    """Return the bytes of each array, not copied."""
+    return tuple(array.data.cast("B") for array in payload.arrays)
 
 
 def cut(payload: KVPayload, start: int, stop: int) -> KVPayload:

@@ -6,7 +6,6 @@ the rows (`attention_hook.py`). A single row takes mlx-lm's own path, so one age
 mlx-lm costs.
 """
 
-import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, cast
@@ -21,7 +20,14 @@ from keepwarm.mlx_backend.compute import canonical
 from keepwarm.mlx_backend.compute.attention_hook import RowsLayer, open_seam
 from keepwarm.mlx_backend.compute.kv_copies import copies_for
 from keepwarm.mlx_backend.compute.kv_mover import KVMover
-from keepwarm.mlx_backend.compute.payload import KVPayload, cut, largest_difference, unpack
+from keepwarm.mlx_backend.compute.open_rows import OpenRows
+from keepwarm.mlx_backend.compute.payload import (
+    cut,
+    largest_difference,
+    own_payload,
+    pack,
+    unpack,
+)
 from keepwarm.mlx_backend.compute.sampling import Sampler, sample
 from keepwarm.mlx_backend.compute.slab import LayerCache, RowSlab
 
@@ -53,7 +59,7 @@ class RowBatchGenerator:
         self._deterministic = deterministic
         self._sampler = sampler
         self._mover = KVMover(copies_for(layout, mx.default_device()))
-        self._rows: dict[RowId, RowSlab] = {}
+        self._rows = OpenRows(RowSlab)
 
     def __repr__(self) -> str:
         return f"RowBatchGenerator({len(self._rows)} rows)"
@@ -67,43 +73,43 @@ class RowBatchGenerator:
         return RowSlab(self._layout, capacity_tokens, self._padded(capacity_tokens))
 
     def prepare(self, slab: Slab, max_bytes: float) -> None:
-        self._outside(slab).prepare(max_bytes)
+        self._rows.outside(slab).prepare(max_bytes)
 
     def grow_slab(self, slab: Slab, capacity_tokens: int) -> Slab:
         larger = RowSlab(self._layout, capacity_tokens, self._padded(capacity_tokens))
-        self._mover.grow(self._outside(slab), larger)
+        self._mover.grow(self._rows.outside(slab), larger)
         return larger
 
     def trim(self, slab: Slab, num_tokens: int) -> None:
-        outside = self._outside(slab)
+        outside = self._rows.outside(slab)
         if num_tokens > outside.num_tokens:
             raise InvariantBroken(f"{outside!r} cannot be trimmed to {num_tokens} tokens")
         outside.set_num_tokens(num_tokens)
 
     def extract(self, slab: Slab, start: int, stop: int) -> Payload:
-        return self._mover.extract(_own(slab), start, stop)
+        return self._mover.extract(self._rows.own(slab), start, stop)
 
     def dismantle(self, slab: Slab, spans: Sequence[tuple[int, int]]) -> list[Payload]:
-        return list(self._mover.dismantle(self._outside(slab), spans))
+        return list(self._mover.dismantle(self._rows.outside(slab), spans))
 
     def reconstruct(self, slab: Slab, payloads: Sequence[Payload]) -> None:
-        own = [_own_payload(payload) for payload in payloads]
-        self._mover.reconstruct(self._outside(slab), own)
+        own = [own_payload(payload) for payload in payloads]
+        self._mover.reconstruct(self._rows.outside(slab), own)
 
     def copy_span(self, source: Slab, target: Slab, start: int, stop: int) -> None:
-        self._mover.copy_span(_own(source), self._outside(target), start, stop)
+        self._mover.copy_span(self._rows.own(source), self._rows.outside(target), start, stop)
 
     def cut(self, payload: Payload, start: int, stop: int) -> Payload:
-        return cut(_own_payload(payload), start, stop)
+        return cut(own_payload(payload), start, stop)
 
     def pack(self, payload: Payload) -> tuple[memoryview, ...]:
-        return tuple(array.data.cast("B") for array in _own_payload(payload).arrays)
+        return pack(own_payload(payload))
 
     def unpack(self, num_tokens: int, data: memoryview) -> Payload:
         return unpack(self._layout, num_tokens, data)
 
     def largest_difference(self, a: Payload, b: Payload) -> float:
-        return largest_difference(self._layout, _own_payload(a), _own_payload(b))
+        return largest_difference(self._layout, own_payload(a), own_payload(b))
 
     # -- rows ------------------------------------------------------------------------------------
 
@@ -112,21 +118,15 @@ class RowBatchGenerator:
         return LEAST_CHUNK_TOKENS
 
     def open_row(self, row: RowId, slab: Slab) -> None:
-        if row in self._rows:
-            raise InvariantBroken(f"row {row} is open already")
-        outside = self._outside(slab)
-        outside.prepare(math.inf)
-        self._rows[row] = outside
+        self._rows.open(row, slab)
 
     def close_row(self, row: RowId) -> Slab:
-        slab = self._row(row)
-        del self._rows[row]
-        return slab
+        return self._rows.close(row)
 
     def step(self, inputs: Sequence[RowInput]) -> list[list[int]]:
         check_rows(inputs)
         for item in inputs:
-            self._with_room(item)
+            self._rows.with_room(item)
         together = [item for item in inputs if _decodes(item)]
         sampled = dict(zip((item.row for item in together), self._decode(together), strict=True))
         for item in inputs:
@@ -143,7 +143,7 @@ class RowBatchGenerator:
         """Feed one token to each row, and sample the next."""
         if not inputs:
             return []
-        logits = self._logits([self._row(item.row) for item in inputs], inputs)
+        logits = self._logits([self._rows[item.row] for item in inputs], inputs)
         tokens = self._sampler(logits, [draw for item in inputs for draw in item.draws])
         # The tokens depend on every layer's KV, so this evaluates the slabs as well.
         mx.eval(tokens)
@@ -162,7 +162,7 @@ class RowBatchGenerator:
 
     def _compute_chunk(self, item: RowInput) -> list[int]:
         """Append the KV of a row's ids, and sample a token for each draw."""
-        slab = self._row(item.row)
+        slab = self._rows[item.row]
         run = self._chunk_canonical if self._deterministic else self._chunk
         if not item.draws:
             run(slab, item.token_ids)  # nothing keeps the logits, so they are not computed
@@ -204,25 +204,6 @@ class RowBatchGenerator:
             return canonical.round_up(capacity_tokens, canonical.KEY_MULTIPLE)
         return capacity_tokens
 
-    def _with_room(self, item: RowInput) -> None:
-        """Raise InvariantBroken where the row's ids would overflow its slab."""
-        slab = self._row(item.row)
-        if slab.num_tokens + len(item.token_ids) > slab.capacity_tokens:
-            raise InvariantBroken(f"{len(item.token_ids)} more tokens overflow {slab!r}")
-
-    def _row(self, row: RowId) -> RowSlab:
-        slab = self._rows.get(row)
-        if slab is None:
-            raise InvariantBroken(f"row {row} is not open")
-        return slab
-
-    def _outside(self, slab: Slab) -> RowSlab:
-        """Return the slab as this generator's own. Raises InvariantBroken while its row is open."""
-        own = _own(slab)
-        if any(own is inside for inside in self._rows.values()):
-            raise InvariantBroken(f"{own!r} was touched while its row is open")
-        return own
-
 
 def _decodes(item: RowInput) -> bool:
     return len(item.token_ids) == len(item.draws) == 1
@@ -231,15 +212,3 @@ def _decodes(item: RowInput) -> bool:
 def _by_layer(slabs: Sequence[RowSlab]) -> list[tuple[LayerCache, ...]]:
     """Return the caches of all rows, for each layer."""
     return list(zip(*(slab.layers for slab in slabs), strict=True))
-
-
-def _own(slab: Slab) -> RowSlab:
-    if not isinstance(slab, RowSlab) or slab.is_gone:
-        raise InvariantBroken(f"{slab!r} is not a live slab of this generator")
-    return slab
-
-
-def _own_payload(payload: Payload) -> KVPayload:
-    if not isinstance(payload, KVPayload):
-        raise InvariantBroken(f"{payload!r} is no payload of this generator")
-    return payload
